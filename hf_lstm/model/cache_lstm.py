@@ -1,0 +1,173 @@
+"""The state of an LSTM as a layer of a transformers `Cache`, so that every mode of `generate()` can carry it.
+
+Shapes: B batch, T tokens of one call, H the width of the layer's cell.
+"""
+
+import torch
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.utils import is_torchdynamo_compiling
+
+LAYER_TYPE = "hf_lstm"
+MAX_HISTORY = 1024
+"""Tokens that can be rolled back: more than any assistant drafts between two checks, and a bound on the memory."""
+
+
+class LSTMCacheLayer(CacheLayerMixin):
+    """
+    The state of one LSTM layer: `keys` holds h and `values` holds c, each of shape `(B, H)` however many tokens were
+    read. `update` replaces the tensors and never writes into them, so a state may be part of an autograd graph.
+
+    After `activate_past_recording()` the states of the last `MAX_HISTORY` tokens are kept too, until `crop` rolls some
+    of them back or `crop(0)` accepts them.
+    """
+
+    _layer_type = LAYER_TYPE  # registers the class for `DynamicCache(config=...)`
+    is_compileable = False
+    is_croppable = True
+    is_sliding = False
+    supports_early_init = False
+
+    def __init__(self, **kwargs):
+        super().__init__()
+        self.cumulative_length = 0  # columns read, padding included: `generate()` slices its inputs with it
+        self.record_past = False
+        self.past_keys = self.past_values = None  # (B, n + 1, H): the states after each of the last n tokens
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the state itself, without the history kept for rolling back."""
+        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+
+    def lazy_initialization(self, h: torch.Tensor, c: torch.Tensor) -> None:
+        self.dtype, self.device = h.dtype, h.device
+        self.is_initialized = True
+
+    def get_state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(h, c), each `(B, H)`, or `None` before the first token."""
+        return (self.keys, self.values) if self.is_initialized else None
+
+    def update(self, h, c, num_tokens: int = 1, trajectory=None, **kwargs):
+        """
+        Replace the state.
+
+        Args:
+            h, c (`torch.Tensor` of shape `(B, H)`): The state after the last token.
+            num_tokens (`int`, defaults to 1): Columns read since the last update.
+            trajectory (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
+                h and c after each of them, `(B, T, H)`; needed while past states are recorded.
+        """
+        if self.record_past:
+            self._record(h, c, *trajectory)
+        if not self.is_initialized:
+            self.lazy_initialization(h, c)
+        self._write(h, c)
+        self.cumulative_length += num_tokens
+        return self.keys, self.values
+
+    def _write(self, h, c):
+        self.keys, self.values = h, c
+
+    def _record(self, h, c, h_trajectory, c_trajectory):
+        if self.past_keys is None:
+            start = self.get_state() or (torch.zeros_like(h), torch.zeros_like(c))
+            self.past_keys, self.past_values = (state.clone()[:, None] for state in start)
+        self.past_keys = torch.cat([self.past_keys, h_trajectory], dim=1)[:, -MAX_HISTORY - 1 :]
+        self.past_values = torch.cat([self.past_values, c_trajectory], dim=1)[:, -MAX_HISTORY - 1 :]
+
+    def activate_past_recording(self) -> None:
+        """Keep the states of the coming tokens, so that `crop` can take tokens back."""
+        self.record_past = True
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """
+        Take the last tokens back.
+
+        Args:
+            tokens_to_remove (`int`): How many, as a number of at most 0; 0 forgets the recorded states.
+
+        Raises:
+            ValueError: if those tokens' states were not recorded.
+        """
+        removed = -tokens_to_remove
+        recorded = 0 if self.past_keys is None else self.past_keys.shape[1] - 1
+        if not 0 <= removed <= recorded:
+            raise ValueError(
+                f"`tokens_to_remove` ({tokens_to_remove}) must lie in [-{recorded}, 0], the tokens whose states were "
+                f"recorded: call `activate_past_recording()` before they are read (at most {MAX_HISTORY} are kept)."
+            )
+        if removed:
+            self._write(self.past_keys[:, -1 - removed], self.past_values[:, -1 - removed])
+            self.cumulative_length -= removed
+        self.past_keys = self.past_values = None
+
+    def detach_(self) -> None:
+        """Cut the state from the autograd graph that made it: truncated backpropagation through time."""
+        self._map(torch.Tensor.detach)
+
+    def reset(self) -> None:
+        """Forget everything: the next row count may differ."""
+        self.keys = self.values = self.past_keys = self.past_values = None
+        self.is_initialized = False
+        self.cumulative_length = 0
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        self._map(lambda state: state.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        self._map(lambda state: state[indices])
+
+    def _map(self, function) -> None:
+        for name in ("keys", "values", "past_keys", "past_values"):
+            if (state := getattr(self, name)) is not None:
+                setattr(self, name, function(state))
+
+    def get_seq_length(self) -> int:
+        return self.cumulative_length
+
+    def get_max_length(self) -> int:
+        return -1
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return query_length + self.cumulative_length, 0
+
+
+class LSTMStaticCacheLayer(LSTMCacheLayer):
+    """The same state in tensors whose addresses never change, for compiled decoding and CUDA graphs."""
+
+    _layer_type = None  # registered below: `CacheLayerMixin` takes only subclasses of `StaticLayer` for static
+    is_compileable = True
+
+    def __init__(self, max_cache_len: int | None = None, **kwargs):
+        super().__init__()
+        self.cumulative_length = torch.tensor(0)  # a number would recompile the graph at every step
+
+    def lazy_initialization(self, h, c):
+        super().lazy_initialization(h, c)
+        self.keys, self.values = torch.empty_like(h), torch.empty_like(c)
+        self.cumulative_length = self.cumulative_length.to(h.device)
+        if not is_torchdynamo_compiling():
+            for state in (self.keys, self.values, self.cumulative_length):
+                torch._dynamo.mark_static_address(state)  # as transformers' StaticLayer does
+
+    def _write(self, h, c):
+        self.keys.copy_(h)
+        self.values.copy_(c)
+
+    def reset(self):
+        """Back to the zero state, in the same tensors."""
+        self.past_keys = self.past_values = None
+        if self.is_initialized:
+            self.keys.zero_()
+            self.values.zero_()
+        self.cumulative_length.zero_()
+
+    def reorder_cache(self, beam_idx):
+        if self.is_initialized:
+            rows = beam_idx.to(self.keys.device)
+            self._write(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+
+STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = LSTMStaticCacheLayer

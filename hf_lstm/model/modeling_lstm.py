@@ -1,0 +1,352 @@
+"""LSTM language models.
+
+    i, f, g, o = W x_t + U h_{t-1} + b        gates, in the order of `torch.nn.LSTM`
+    c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ tanh(g)     forget gate: Gers et al. 2000
+    h_t = σ(o) ⊙ tanh(c_t)                    Hochreiter & Schmidhuber 1997
+    logits_t = E h_t                          E: the embedding, when tied (Press & Wolf 2017)
+
+Shapes: B batch, T tokens of this call, D width of a layer's input, H width of its cell, L layers, V vocabulary;
+S sequences read side by side, N tokens in all of them (segments_lstm.py).
+
+A layer is a pure function of its input and the state it starts from. The model reads and writes the state, which
+travels as `past_key_values` (cache_lstm.py); no state lives on a module.
+"""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.processing_utils import Unpack
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.output_capturing import capture_outputs
+
+from .cache_lstm import LSTMCacheLayer
+from .configuration_lstm import LSTMConfig
+from .segments_lstm import Segments, find_segments
+
+# Steps from which torch's fused LSTM beats the explicit one where no gradient is wanted. Two CPU cores, 512 wide,
+# batch 1: one step 0.77 against 0.26 ms, 16 steps 1.6 against 2.1 ms.
+FUSED_STEPS = {"cpu": 16, "cuda": 2}
+
+
+def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
+    """
+    The equations, one step after the other.
+
+    Args:
+        x (`(N, D)`): The first token of every sequence, then the second of every one that has a second, and so on.
+        h, c (`(S, H)`): The states to start from; the longest sequence comes first.
+        batch_sizes (`list[int]`): How many sequences have a first token, a second, ...
+
+    Returns:
+        h after each token, `(N, H)`; h and c at each sequence's end, `(S, H)`; c after each token, `(N, H)`.
+    """
+    outputs, cells = [h[:0]], [c[:0]]
+    for gates in input_gates(x).split(batch_sizes):  # (n, 4 H), n of the S sequences go on
+        n = len(gates)
+        i, f, g, o = (gates + hidden_gates(h[:n])).chunk(4, dim=-1)
+        new_c = f.sigmoid() * c[:n] + i.sigmoid() * g.tanh()
+        new_h = o.sigmoid() * new_c.tanh()
+        outputs.append(new_h)
+        cells.append(new_c)
+        h = torch.cat([new_h, h[n:]]) if n < len(h) else new_h
+        c = torch.cat([new_c, c[n:]]) if n < len(c) else new_c
+    return torch.cat(outputs), h, c, torch.cat(cells)
+
+
+@torch.compiler.disable  # traced, it would be unrolled: seconds of compiling for every step
+def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
+    """The same by torch's own kernel, which does not tell the cells between."""
+    weights = [input_gates.weight, hidden_gates.weight, input_gates.bias, torch.zeros_like(input_gates.bias)]
+    steps = torch.tensor(batch_sizes)
+    outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, torch.is_grad_enabled(), False)
+    return outputs, h[0], c[0], None
+
+
+class LSTMLayer(GradientCheckpointingLayer):
+    """One LSTM layer."""
+
+    def __init__(self, input_size: int, cell_size: int):
+        super().__init__()
+        self.input_gates = nn.Linear(input_size, 4 * cell_size)  # W, b
+        self.hidden_gates = nn.Linear(cell_size, 4 * cell_size, bias=False)  # U
+
+    def forward(self, x, h, c, segments: Segments | None = None, record: bool = False):
+        """
+        Args:
+            x (`(B, T, D)`): Input.
+            h, c (`(B, H)`): State to start from.
+            segments (`Segments`, *optional*): What to read, if any row is padded or a document starts inside it.
+            record (`bool`, defaults to `False`): Whether to return the c after each token.
+
+        Returns:
+            h after each token, `(B, T, H)`; h and c at each row's end, `(B, H)`; c after each token or `None`.
+            A padded token leaves h and c as they were.
+        """
+        rows, length, _ = x.shape
+        if segments is None:
+            batch_sizes = [rows] * length
+            packed, start = x.transpose(0, 1).flatten(0, 1), (h, c)
+        else:
+            batch_sizes = segments.batch_sizes
+            packed, start = segments.pack(x), (segments.start(h), segments.start(c))
+
+        run = fused_lstm if self._is_fusable(x.device.type, len(batch_sizes), record) else explicit_lstm
+        outputs, h_end, c_end, cells = run(packed, *start, batch_sizes, self.input_gates, self.hidden_gates)
+
+        if segments is None:
+            outputs = outputs.unflatten(0, (length, rows)).transpose(0, 1)
+            cells = cells.unflatten(0, (length, rows)).transpose(0, 1) if record else None
+            return outputs, h_end, c_end, cells
+        cells = segments.unpack(cells, c) if record else None
+        return segments.unpack(outputs, h), segments.end(h_end, h), segments.end(c_end, c), cells
+
+    def _is_fusable(self, device: str, steps: int, record: bool) -> bool:
+        """Whether to take torch's kernel: never for adapters and quantisers, whose modules it would bypass."""
+        plain = all(
+            type(gates) is nn.Linear and type(gates.weight) in (nn.Parameter, torch.Tensor)
+            for gates in (self.input_gates, self.hidden_gates)
+        )
+        if not plain or record or steps == 0 or device not in FUSED_STEPS or torch.compiler.is_exporting():
+            return False
+        return torch.is_grad_enabled() or steps >= FUSED_STEPS[device]
+
+
+class LSTMPreTrainedModel(PreTrainedModel):
+    config: LSTMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["LSTMLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _can_record_outputs = {"hidden_states": LSTMLayer}
+    _can_compile_fullgraph = True
+
+    @classmethod
+    def is_custom_code(cls) -> bool:
+        """`False`: transformers leaves modules of custom code alone that have no parameters of their own, as a layer."""
+        return False
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        if not isinstance(module, LSTMLayer):
+            super()._init_weights(module)
+            return
+        size = module.hidden_gates.in_features
+        init.xavier_uniform_(module.input_gates.weight)
+        init.orthogonal_(module.hidden_gates.weight)  # Saxe et al. 2014: signals neither die nor explode
+        bias = torch.zeros_like(module.input_gates.bias)
+        bias[size : 2 * size] = self.config.forget_gate_bias
+        init.copy_(module.input_gates.bias, bias)
+
+
+class LSTMModel(LSTMPreTrainedModel):
+    """Embedding and LSTM layers. `last_hidden_state` is as wide as the output layer takes it."""
+
+    def __init__(self, config: LSTMConfig):
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
+        input_sizes = [config.embedding_size, *config.cell_sizes]
+        self.layers = nn.ModuleList(LSTMLayer(*sizes) for sizes in zip(input_sizes, config.cell_sizes, strict=False))
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        seq_idx: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPast:
+        r"""
+        Args:
+            input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                The next `T` tokens of each row; earlier ones are remembered by `past_key_values`.
+            attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
+                0 marks padding, on either side or between. A padded token leaves the row's state as it was and repeats
+                its last output. With `past_key_values` the mask may be wider: its last `T` columns count.
+            position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                A document starts, from a zero state, wherever the position of a real token is 0.
+            past_key_values ([`Cache`], *optional*):
+                State to continue from, updated in place. Its size, `2 B (H_1 + ... + H_L)` numbers, does not grow.
+            inputs_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): Embeddings instead of `input_ids`.
+            use_cache (`bool`, *optional*):
+                Whether to return the state; `config.use_cache` by default, and `False` while training.
+            seq_idx (`torch.Tensor` of shape `(B, T)`, *optional*): A document starts wherever this number changes.
+            cu_seq_lens_q (`torch.Tensor` of shape `(documents + 1,)`, *optional*):
+                Where each document starts among the `B T` tokens, and after the last of them `B T`.
+
+        Returns:
+            [`~transformers.modeling_outputs.BaseModelOutputWithPast`]: `last_hidden_state` of shape `(B, T, H)`.
+
+        Raises:
+            ValueError: where the tensors or the state do not fit each other.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[1] == 0:
+            raise ValueError(f"The input, of shape {tuple(inputs_embeds.shape[:2])}, must hold at least one token.")
+        if use_cache is None:
+            use_cache = self.config.use_cache and not self.training
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+
+        cache_layers = self._cache_layers(past_key_values, len(inputs_embeds))
+        carried = cache_layers is not None and cache_layers[0].is_initialized
+        segments = find_segments(
+            inputs_embeds.shape[:2],
+            attention_mask,
+            position_ids,
+            seq_idx,
+            cu_seq_lens_q,
+            carried=carried,
+            device=inputs_embeds.device,
+        )
+        x = inputs_embeds
+        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            cache_layer = cache_layers[index] if cache_layers is not None else None
+            if carried:
+                h, c = (state.to(x) for state in cache_layer.get_state())
+            else:
+                h = c = x.new_zeros(len(x), layer.hidden_gates.in_features)
+            record = cache_layer is not None and cache_layer.record_past
+            x, h, c, cells = layer(x, h, c, segments, record)
+            if cache_layer is not None:
+                cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=(x, cells))
+        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+
+    def _cache_layers(self, cache: Cache | None, rows: int) -> list[LSTMCacheLayer] | None:
+        """The layers of `cache`, made here if it has none yet, once they are known to fit."""
+        if cache is None:
+            return None
+        if not isinstance(cache, Cache):
+            raise ValueError(
+                f"`past_key_values` ({type(cache).__name__}) must be a transformers `Cache`, "
+                "such as `DynamicCache(config=model.config)`."
+            )
+        if not cache.layers:  # `DynamicCache()` does not know the model yet
+            cache.layers.extend(LSTMCacheLayer() for _ in self.layers)
+            cache.layer_class_to_replicate = None
+        for layer in cache.layers:
+            if not hasattr(layer, "get_state"):
+                raise ValueError(
+                    f"`past_key_values` holds a {type(layer).__name__}, not the state of an LSTM: pass "
+                    "`DynamicCache(config=model.config)`. Keys and values of attention, as prefix tuning and other "
+                    "models give them, mean nothing here."
+                )
+            if layer.is_initialized and len(layer.keys) != rows:
+                raise ValueError(
+                    f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}: they must "
+                    "be equal. Give each beam or sequence its own state with "
+                    "`past_key_values.batch_repeat_interleave(n)`, or start from a new cache."
+                )
+        return cache.layers
+
+
+class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
+    """[`LSTMModel`] with an output layer over the vocabulary."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: LSTMConfig):
+        super().__init__(config)
+        self.model = LSTMModel(config)
+        self.lm_head = nn.Linear(config.cell_sizes[-1], config.vocab_size, bias=False)
+        if config.tie_word_embeddings:  # one tensor in a checkpoint: Trainer warns of the other unless it is told
+            self._keys_to_ignore_on_save = ["lm_head.weight"]
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithPast:
+        r"""
+        Args:
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q:
+                As in [`LSTMModel`].
+            labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                The tokens themselves: the one after each position is its target, and -100 is none.
+            logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
+                How many of the last tokens, or which ones, get logits; 0 stands for all.
+            shift_labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
+                The target of each position, used instead of `labels`: no target is lost at the end of a chunk. It is
+                no named parameter because Trainer, taking it for a label, would evaluate no batch without it.
+
+        Returns:
+            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape `(B, T, V)`; `loss` in nats,
+            the mean over all targets, or their sum over `num_items_in_batch` where Trainer gives it.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+        )
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids,
+        next_sequence_length=None,
+        past_key_values=None,
+        inputs_embeds=None,  # `generate()` takes embeddings only where this is named
+        is_first_iteration=False,
+        **kwargs,
+    ):
+        """A decoding step reads one real token of every row and starts no document: no mask, no positions."""
+        if next_sequence_length is not None and next_sequence_length <= 0:
+            raise ValueError(
+                f"`past_key_values` has read {input_ids.shape[1] - next_sequence_length} tokens and `input_ids` has "
+                f"{input_ids.shape[1]}: pass all tokens from the first on, or the new ones with an `attention_mask` "
+                "as long as all of them."
+            )
+        inputs = super().prepare_inputs_for_generation(
+            input_ids,
+            next_sequence_length=next_sequence_length,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            is_first_iteration=is_first_iteration,
+            **kwargs,
+        )
+        if not is_first_iteration and past_key_values is not None and inputs["input_ids"].shape[1] == 1:
+            inputs |= {"attention_mask": None, "position_ids": None}
+        return inputs
+
+    def _get_static_cache_init_shape(self):
+        """`None`: the state of an LSTM has no heads, so a `StaticCache` is filled by the first forward."""
+
+
+__all__ = ["LSTMForCausalLM", "LSTMModel", "LSTMPreTrainedModel"]

@@ -1,0 +1,20 @@
+"""Trainer's arguments, with the defaults that lanes need."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class LSTMTrainingArguments(TrainingArguments):
+    """`TrainingArguments` for lanes: batches come in order, all are complete, and keep their `shift_labels`."""
+
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "Order of the training data; lanes need `sequential`."}
+    )
+    dataloader_drop_last: bool = field(
+        default=True, metadata={"help": "Whether to drop an incomplete last batch; lanes need `True`."}
+    )
+    remove_unused_columns: bool = field(
+        default=False, metadata={"help": "Whether to drop what `forward` does not name; lanes need `False`."}
+    )

@@ -1,0 +1,210 @@
+"""Truncated backpropagation through time: the state runs on from step to step, the gradient does not.
+
+Williams & Peng 1990, and the training of LSTM language models ever since Mikolov et al. 2010. A `LaneDataset` puts the
+consecutive chunks of a lane into consecutive batches; the callback gives each batch the state that the last one left.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, TrainerCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_lstm.data import LaneDataset
+
+logger = logging.get_logger(__name__)
+
+
+class TruncatedBPTTCallback(TrainerCallback):
+    """
+    Carries the state through training on a `LaneDataset`, and through each evaluation on another:
+
+        Trainer(..., args=LSTMTrainingArguments(...), callbacks=[TruncatedBPTTCallback()])
+
+    Only forwards of a whole batch of lanes get the state: those with `position_ids` and `shift_labels` of that shape
+    and without `past_key_values`. Where `position_ids` are 0 the model starts from a zero state, so that new epochs
+    and documents need no care. Each process writes its state into every checkpoint as
+    `lstm_state_rank{r}.safetensors`, after all else: a checkpoint without it is not complete.
+
+    Raises:
+        ValueError: when training begins, if the batches would not run on from step to step or the checkpoint to resume
+            from holds no state that fits; at the first batch of an evaluation, if its lanes do not fit.
+    """
+
+    def __init__(self):
+        self._caches = {}  # the state, by whether the model is training
+        self._hooks = []
+
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+        _check_arguments(args)
+        dataset = train_dataloader.dataset
+        _check_lanes(dataset, "training", args.per_device_train_batch_size, args.world_size)
+        self._caches = {training: DynamicCache(config=model.config) for training in (True, False)}
+        self._train_shape = (args.per_device_train_batch_size, dataset.bptt_length)
+        self._eval_rows = args.per_device_eval_batch_size
+        self._metadata = {"world_size": str(args.world_size), "lanes": str(dataset.lanes)}
+        if state.global_step > 0:
+            self._load(_resumed_checkpoint(args, state) / state_file(args.process_index), model)
+        self._remove_hooks()
+        self._hooks = [
+            model.register_forward_pre_hook(self._carry, with_kwargs=True),
+            model.register_forward_hook(self._cut, with_kwargs=True),
+        ]
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        dataset = getattr(eval_dataloader, "dataset", None)
+        if not isinstance(dataset, LaneDataset):
+            return
+        if not self._hooks:
+            raise ValueError(
+                "Nothing carries the state through the lanes of an evaluation outside training: use "
+                "`hf_lstm.evaluate_stream(model, stream)`, which scores every token too."
+            )
+        _check_lanes(dataset, "evaluation", args.per_device_eval_batch_size, args.world_size)
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        self._caches[False] = DynamicCache(config=model.config)
+
+    def on_save(self, args, state, control, **kwargs):
+        if args.save_only_model:
+            return
+        path = _checkpoint(args, state) / state_file(args.process_index)
+        tensors = {
+            f"layers.{index}.{name}": tensor.contiguous()
+            for index, layer in enumerate(self._caches[True].layers)
+            for name, tensor in zip("hc", layer.get_state(), strict=True)
+        }
+        unfinished = path.with_suffix(".unfinished")
+        save_file(tensors, unfinished, metadata=self._metadata)
+        os.replace(unfinished, path)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._remove_hooks()
+
+    def _carry(self, module, args, kwargs):
+        """Before a forward: give a batch of lanes the state that the batch before it left."""
+        if self._is_lane_batch(module, args, kwargs):
+            kwargs = kwargs | {"past_key_values": self._caches[module.training]}
+        return args, kwargs
+
+    def _cut(self, module, args, kwargs, output):
+        """After it: no gradient runs back into this step from the next one."""
+        if kwargs.get("past_key_values") is self._caches[module.training]:
+            for layer in self._caches[module.training].layers:
+                layer.detach_()
+
+    def _is_lane_batch(self, module, args, kwargs):
+        positions, targets = kwargs.get("position_ids"), kwargs.get("shift_labels")
+        if args or positions is None or targets is None or kwargs.get("past_key_values") is not None:
+            return False
+        if module.training:
+            return positions.shape == targets.shape == self._train_shape
+        return positions.shape == targets.shape and len(positions) == self._eval_rows
+
+    def _load(self, path, model):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata()
+        except (FileNotFoundError, SafetensorError) as error:
+            raise ValueError(
+                f"{path.parent} cannot be resumed, since it holds no carried state ({path.name}: {error}): resume from "
+                "`hf_lstm.training.last_complete_checkpoint(output_dir)`."
+            ) from error
+        if metadata != self._metadata:
+            raise ValueError(
+                f"{path} holds the state of {metadata}, and this run has {self._metadata}: resume with the same number "
+                "of processes and the same batch size, since each lane's state belongs to its place in the stream."
+            )
+        tensors = load_file(path, device=str(model.device))
+        for index, layer in enumerate(self._caches[True].layers):
+            layer.update(tensors[f"layers.{index}.h"], tensors[f"layers.{index}.c"])
+
+    def _remove_hooks(self):
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+
+def state_file(process_index: int) -> str:
+    """The name of the file in a checkpoint that holds the carried state of one process."""
+    return f"lstm_state_rank{process_index}.safetensors"
+
+
+def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+    """
+    The checkpoint of the most steps in `output_dir` that holds everything, the carried state of every process
+    included; `None` if there is none. Later ones that a killed run left incomplete are named in a warning.
+    """
+    steps = {}
+    for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name):
+            steps[int(match[1])] = path
+    for step in sorted(steps, reverse=True):
+        if _is_complete(steps[step]):
+            return steps[step]
+        logger.warning(f"{steps[step]} is not complete and is skipped: the run was stopped while it was written.")
+    return None
+
+
+def _is_complete(checkpoint):
+    first = checkpoint / state_file(0)
+    if not first.is_file() or not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return False
+    with safe_open(first, framework="pt") as file:
+        processes = int(file.metadata()["world_size"])
+    return all((checkpoint / state_file(rank)).is_file() for rank in range(processes))
+
+
+def _checkpoint(args, state):
+    return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def _resumed_checkpoint(args, state):
+    """Trainer does not tell its callbacks where it resumes from, unless the argument of that name does."""
+    named = args.resume_from_checkpoint
+    return Path(named) if named and Path(named).is_dir() else _checkpoint(args, state)
+
+
+def _check_arguments(args):
+    if args.train_sampling_strategy != "sequential":
+        raise ValueError(
+            f"`train_sampling_strategy` ({args.train_sampling_strategy}) must be `sequential`, or a lane's chunks come "
+            "out of order: use `LSTMTrainingArguments`."
+        )
+    if not args.dataloader_drop_last:
+        raise ValueError(
+            "`dataloader_drop_last` (False) must be True, or a last batch lacks lanes: use `LSTMTrainingArguments`."
+        )
+    if args.remove_unused_columns:
+        raise ValueError(
+            "`remove_unused_columns` (True) must be False, or batches lose their `shift_labels`: use "
+            "`LSTMTrainingArguments`."
+        )
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs in one process would split the lanes but not their state: start one process for each "
+            "with `accelerate launch`."
+        )
+    if args.save_total_limit == 1 and args.save_strategy != "no" and not args.save_only_model:
+        raise ValueError(
+            "`save_total_limit` (1) must be at least 2: the last complete checkpoint is deleted before the next one "
+            "is, and a run killed between the two could not be resumed."
+        )
+
+
+def _check_lanes(dataset, use, batch_size, processes):
+    if not isinstance(dataset, LaneDataset):
+        raise ValueError(
+            f"The {use} data ({type(dataset).__name__}) must be a `LaneDataset`, or there is no state to carry from "
+            "batch to batch: make one, or leave `TruncatedBPTTCallback` out."
+        )
+    if dataset.lanes != batch_size * processes:
+        raise ValueError(
+            f"The {use} data has {dataset.lanes} lanes, and a batch has {batch_size} rows on each of {processes} "
+            f"processes: `lanes` must be their product, {batch_size * processes}."
+        )

@@ -1,0 +1,73 @@
+"""Let a model write, to the terminal, as it writes.
+
+python scripts/generate.py --model runs/first --prompt "def main("
+echo "def main(" | python scripts/generate.py --model runs/first --max_new_tokens 500 --temperature 0.5
+"""
+
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
+
+import hf_lstm  # noqa: F401  registers the model
+
+
+@dataclass
+class Arguments:
+    """What to write, and how."""
+
+    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
+    prompt: str | None = field(
+        default=None, metadata={"help": "What to continue; read from the standard input if that is not a terminal."}
+    )
+    seed: int = field(default=0, metadata={"help": "The same seed writes the same text."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
+
+
+@dataclass
+class SamplingArguments:
+    """Flags of `generate()`, under its names."""
+
+    max_new_tokens: int = field(default=300, metadata={"help": "Tokens to write at most."})
+    do_sample: bool = field(default=True, metadata={"help": "Draw tokens, rather than take the most probable."})
+    temperature: float | None = field(default=0.8, metadata={"help": "Below 1 the text is safer, above 1 wilder."})
+    top_k: int | None = field(default=None, metadata={"help": "Draw among the k most probable tokens."})
+    top_p: float | None = field(default=None, metadata={"help": "Draw among the most probable that make up p."})
+    min_p: float | None = field(default=None, metadata={"help": "Draw among those at least p times the best one's."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1, repeat less."})
+    num_beams: int | None = field(default=None, metadata={"help": "Beams; their text appears at the end."})
+
+
+def main(arguments: Arguments, sampling: SamplingArguments) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    prompt = arguments.prompt
+    if prompt is None:
+        prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
+
+    options = {flag.name: getattr(sampling, flag.name) for flag in fields(sampling)}
+    options = {name: value for name, value in options.items() if value is not None}
+    if not sampling.do_sample:
+        options = {name: options[name] for name in options if name not in ("temperature", "top_k", "top_p", "min_p")}
+    elif sampling.top_k is None:
+        options["top_k"] = 0  # `generate()` would draw among 50
+    if prompt:
+        options |= tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+    if sampling.num_beams in (None, 1):
+        options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
+
+    set_seed(arguments.seed)
+    with torch.inference_mode():
+        written = model.generate(**options)
+    if "streamer" not in options:
+        print(tokenizer.decode(written[0], skip_special_tokens=True))
+
+
+if __name__ == "__main__":
+    arguments, sampling = HfArgumentParser((Arguments, SamplingArguments)).parse_args_into_dataclasses()
+    folder = Path(arguments.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        sys.exit(f"generate.py: {folder} holds no config.json: name the folder of a saved model.")
+    main(arguments, sampling)

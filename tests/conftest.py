@@ -1,0 +1,61 @@
+"""One thread, no network, and models small enough to be compared number by number."""
+
+import os
+
+os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+
+import pytest
+import torch
+from transformers.utils import logging
+
+from hf_lstm import LSTMConfig, LSTMForCausalLM
+
+torch.set_num_threads(1)
+logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_caches(tmp_path_factory):
+    """Nothing that a test downloads or prepares stays on the machine."""
+    import datasets
+
+    datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
+
+
+def make_model(dtype=torch.float64, **config):
+    """A random model whose states are large enough for an error to show."""
+    torch.manual_seed(0)
+    config = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2} | config
+    model = LSTMForCausalLM(LSTMConfig(**config)).to(dtype).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.mul_(20 if "embed" in name else 2)
+    return model
+
+
+def make_ids(rows, length, seed=1):
+    """Token ids that are no special tokens."""
+    return torch.randint(4, 31, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(params=["stacked", "tied_narrow", "untied"])
+def model(request):
+    """Float64 models of the shapes a config can say."""
+    return make_model(
+        **{
+            "stacked": {},
+            "tied_narrow": {"num_hidden_layers": 3, "embedding_size": 8},
+            "untied": {"embedding_size": 10, "tie_word_embeddings": False},
+        }[request.param]
+    )
+
+
+@pytest.fixture(params=["fused", "explicit"])
+def kernel(request, monkeypatch):
+    """Both ways of computing a layer, whatever the number of steps."""
+    from hf_lstm.model.modeling_lstm import LSTMLayer
+
+    monkeypatch.setattr(
+        LSTMLayer, "_is_fusable", lambda self, device, steps, record: steps and request.param == "fused"
+    )
+    return request.param

@@ -1,0 +1,113 @@
+"""The house keeps its order: what imports what, how long a file may be, what lies where."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "hf_lstm"
+# A name imports only what stands to its left.
+ORDER = [
+    "model",
+    "tokenizers",
+    "data",
+    "evaluation",
+    "generation",
+    "model_card",
+    "convert",
+    "training",
+]
+TOP_LEVEL = {"pyproject.toml", "README.md", "LICENSE", "hf_lstm", "tests", "scripts", "model_cards"}
+
+
+def tracked(pattern="*"):
+    listed = subprocess.run(["git", "ls-files", pattern], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return [ROOT / line for line in listed.splitlines() if (ROOT / line).exists()]
+
+
+def imported_modules(path):
+    """Absolute names of the modules a file imports, wherever it does."""
+    package = ".".join(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            prefix = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
+            yield ".".join(part for part in (prefix, node.module) if part)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_one_way(path):
+    if path == PACKAGE / "__init__.py":
+        return
+    own = ORDER.index(path.relative_to(PACKAGE).with_suffix("").parts[0])
+    for name in imported_modules(path):
+        if name.split(".")[0] == "hf_lstm":
+            assert name != "hf_lstm", f"{path.name} imports the package itself"
+            assert ORDER.index(name.split(".")[1]) <= own, f"{path.name} imports {name}"
+
+
+def test_files_stay_short():
+    for path in tracked("*.py"):
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines < (800 if path.is_relative_to(ROOT / "tests") else 500), f"{path}: {lines} lines"
+        assert path.name != "utils.py"
+
+
+def test_the_top_level_is_fixed():
+    names = {path.relative_to(ROOT).parts[0] for path in tracked()}
+
+    assert {name for name in names if not name.startswith(".")} <= TOP_LEVEL
+
+
+def test_the_travelling_files_can_travel():
+    """What transformers copies beside the weights: it follows `from .sibling import name` and nothing else."""
+    files = sorted((PACKAGE / "model").glob("*.py"))
+    siblings = {path.stem for path in files}
+    for path in files:
+        text = path.read_text(encoding="utf-8")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert (node.level, node.module in siblings) == (1, True), f"{path.name}: {ast.unparse(node)}"
+        assert not any(name.startswith("hf_lstm.") for name in imported_modules(path) if name.count(".") < 2)
+        relative = re.findall(r"^\s*from\s+\.(\S+)\s+import", text, flags=re.MULTILINE)
+        assert set(relative) <= siblings, f"{path.name}: a docstring line that looks like an import"
+        assert "register" not in text.replace("`register", "").replace("registers", "").replace("registered", "")
+
+
+def test_model_files_are_named_for_a_flat_folder():
+    for path in (PACKAGE / "model").glob("*.py"):
+        assert path.stem == "__init__" or path.stem.endswith("_lstm")
+
+
+QUIET_IMPORT = """
+import sys, warnings
+warnings.simplefilter("error")
+sys.modules["datasets"] = sys.modules["matplotlib"] = None
+import hf_lstm, hf_lstm.training, hf_lstm.model_card
+"""
+
+
+def test_import_is_quiet_and_needs_no_datasets():
+    ran = subprocess.run([sys.executable, "-c", QUIET_IMPORT], capture_output=True, text=True)
+
+    assert (ran.returncode, ran.stdout, ran.stderr) == (0, "", "")
+
+
+def test_the_public_names_exist():
+    import hf_lstm
+
+    assert hf_lstm.__all__ == sorted(hf_lstm.__all__)
+    assert all(hasattr(hf_lstm, name) for name in hf_lstm.__all__)
+
+
+@pytest.mark.parametrize("name", ["xlstm", "rwkv", "minimax", "reformer", "xlnet", "mamba"])
+def test_no_class_name_misleads_transformers(name):
+    """`generate()` denies a cache, or gives another, to classes whose names contain these."""
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            assert not (isinstance(node, ast.ClassDef) and name in node.name.lower())

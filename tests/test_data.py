@@ -1,0 +1,227 @@
+"""From files to lanes: every token once, in order, and documents that know where they begin."""
+
+import ast
+import json
+
+import numpy
+import pytest
+import torch
+from datasets import Dataset, DatasetDict
+from transformers import AutoTokenizer
+
+from hf_lstm import LaneDataset, TokenStream, byte_tokenizer, char_tokenizer, load_corpus
+from hf_lstm import data as data_module
+
+POEMS = ["白日依山盡，", "黃河入海流。", "欲窮千里目，\n", "更上一層樓。"]
+
+
+def test_a_single_text_is_a_stream_without_ends():
+    tokenizer = char_tokenizer(["hello"])
+
+    stream = TokenStream.from_documents(["hello"], tokenizer)
+
+    assert stream.tokens.tolist() == tokenizer("hello")["input_ids"]
+    assert stream.document_starts.tolist() == [0]
+    assert stream.num_bytes == 4  # the first character is predicted by nothing
+
+
+def test_documents_stand_between_ends():
+    tokenizer = byte_tokenizer()
+
+    stream = TokenStream.from_documents(["ab", "", "床"], tokenizer)
+
+    assert tokenizer.decode(stream.tokens) == "<eos>ab<eos>床<eos>"
+    assert stream.document_starts.tolist() == [0, 3]
+    assert stream.num_bytes == 5
+    assert stream.starts_of(torch.arange(8)).tolist() == [0, 0, 0, 3, 3, 3, 3, 3]
+
+
+@pytest.mark.parametrize(("text", "expected"), [("aé", 2), ("éa", 1), ("床b", 1)])
+def test_the_bytes_counted_are_those_of_the_targets(text, expected):
+    assert TokenStream.from_documents([text], char_tokenizer([text])).num_bytes == expected
+
+
+def test_the_first_byte_of_a_character_is_one_byte():
+    assert TokenStream.from_documents(["床b"], byte_tokenizer()).num_bytes == 3
+
+
+def test_long_texts_are_tokenized_in_pieces(monkeypatch):
+    text = "line one\nline two\n" + "x" * 50 + "\nend"
+    tokenizer = char_tokenizer([text])
+    expected = tokenizer(text)["input_ids"]
+
+    for length in (1, 7, 20, 100):
+        monkeypatch.setattr(data_module, "PIECE_LENGTH", length)
+        assert TokenStream.from_documents([text], tokenizer).tokens.tolist() == expected
+
+
+def test_an_empty_corpus_is_refused():
+    with pytest.raises(ValueError, match="every document is empty"):
+        TokenStream.from_documents(["", None], byte_tokenizer())
+
+
+def test_a_tokenizer_without_end_cannot_separate_documents():
+    tokenizer = byte_tokenizer()
+    tokenizer.eos_token = None
+
+    with pytest.raises(ValueError, match=r"`eos_token` \(None\) must be set, since it separates the 2 documents"):
+        TokenStream.from_documents(["a", "b"], tokenizer)
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, numpy.array, list], ids=["tensor", "array", "list"])
+def test_lanes_hold_the_stream_in_order(kind):
+    lanes = LaneDataset(kind(list(range(45))), lanes=3, bptt_length=4)
+
+    assert len(lanes) == 3 * (44 // 12)
+    for index in range(len(lanes)):
+        item, start = lanes[index], (index % 3) * 12 + (index // 3) * 4
+        assert item["input_ids"].tolist() == item["labels"].tolist() == list(range(start, start + 4))
+        assert item["shift_labels"].tolist() == list(range(start + 1, start + 5))
+        assert item["position_ids"].tolist() == [position % 12 for position in range(start, start + 4)]
+        assert item["shift_labels"].is_contiguous()
+    with pytest.raises(IndexError):
+        lanes[len(lanes)]
+
+
+def test_positions_begin_at_documents_and_lanes():
+    stream = TokenStream.from_documents(["abc", "de", "fghij", "k"], byte_tokenizer())  # starts at 0, 4, 7, 13
+    lanes = LaneDataset(stream, lanes=2, bptt_length=3, reset_at_documents=True)
+
+    positions = [lanes[index]["position_ids"].tolist() for index in range(len(lanes))]
+
+    assert positions == [[0, 1, 2], [0, 0, 1], [3, 0, 1], [2, 3, 4]]  # lane 1 begins within a document
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"lanes": 0, "bptt_length": 4}, r"`lanes` \(0\) must be at least 1"),
+        ({"lanes": 4, "bptt_length": -1}, r"`bptt_length` \(-1\) must be at least 1"),
+        ({"lanes": 4, "bptt_length": 8}, "holds 32 tokens, and 4 lanes of one chunk of 8 need 33"),
+        ({"lanes": 1, "bptt_length": 4, "reset_at_documents": True}, "needs a `TokenStream`"),
+    ],
+)
+def test_lanes_that_cannot_be_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        LaneDataset(torch.arange(32), **arguments)
+
+
+def test_tokens_must_be_a_line_of_integers():
+    with pytest.raises(ValueError, match=r"`tokens` of shape \(2, 3\)"):
+        LaneDataset(torch.zeros(2, 3, dtype=torch.long), 1, 1)
+    with pytest.raises(ValueError, match="must be integers"):
+        LaneDataset([0.5, 1.5], 1, 1)
+
+
+def write(path, kind):
+    dataset = Dataset.from_dict({"text": POEMS, "author": ["王之渙"] * 4})
+    if kind == ".txt":
+        path.write_bytes("\n".join(POEMS).encode())
+    elif kind == ".jsonl":
+        path.write_text(
+            "".join(json.dumps({"text": poem, "author": "王之渙"}) + "\n" for poem in POEMS), encoding="utf-8"
+        )
+    elif kind == ".csv":
+        dataset.to_csv(path)
+    else:
+        dataset.to_parquet(path)
+    return path
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_files_become_documents(tmp_path, kind):
+    train, other = write(tmp_path / f"train{kind}", kind), write(tmp_path / f"other{kind}", kind)
+
+    corpus = load_corpus(train, validation_file=other, test_file=other)
+
+    assert list(corpus) == ["train", "validation", "test"]
+    assert all(split.column_names == ["text"] for split in corpus.values())
+    assert list(corpus["test"]["text"]) == (["\n".join(POEMS)] if kind == ".txt" else POEMS)
+
+
+def test_folders_of_datasets_become_documents(tmp_path):
+    dataset = Dataset.from_dict({"poem": POEMS})
+    dataset.save_to_disk(tmp_path / "one")
+    DatasetDict({"train": dataset, "test": dataset}).save_to_disk(tmp_path / "splits")
+
+    assert {name: len(split) for name, split in load_corpus(tmp_path / "one", text_column="poem").items()} == {
+        "train": 3,
+        "validation": 1,
+    }
+    assert list(load_corpus(tmp_path / "splits", text_column="poem")) == ["train", "validation", "test"]
+
+
+def test_the_last_part_of_a_text_is_for_validation(tmp_path):
+    path = tmp_path / "text"
+    path.write_text("".join(chr(97 + index % 26) for index in range(1000)))
+
+    corpus = load_corpus(path)
+
+    assert len(corpus["train"][0]["text"]) == 900
+    assert corpus["train"][0]["text"] + corpus["validation"][0]["text"] == path.read_text()
+
+
+def test_line_ends_and_marks_of_a_file_are_kept(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r" + b"three\n" * 20)
+
+    assert data_module.read_text(path) == "one\r\ntwo\r" + "three\n" * 20
+
+
+def test_the_standard_library_is_a_corpus():
+    corpus, again = data_module.standard_library(2_000_000), data_module.standard_library(2_000_000)
+
+    assert corpus == again
+    assert all(corpus.values())
+    texts = [text for split in corpus.values() for text in split]
+    assert 1_500_000 < sum(len(text.encode()) for text in texts) <= 2_000_000
+    assert len(set(texts)) == len(texts)
+    for text in texts[:50]:
+        ast.parse(text)
+
+
+BAD_FILES = {
+    "missing.txt": (None, "The file .*missing.txt does not exist"),
+    "missing.jsonl": (None, "The file .*missing.jsonl does not exist"),
+    "empty.txt": (b"", "empty.txt is empty"),
+    "empty.csv": (b"", "empty.csv is empty"),
+    "one.txt": (b"a", "The text has 1 characters: too few to keep a part for validation"),
+    "latin.txt": ("caf\xe9 au lait".encode("latin-1"), r"latin.txt is not UTF-8 \(byte 3: .*iconv"),
+    "broken.jsonl": (b'{"text": "a"', "broken.jsonl cannot be read as jsonl"),
+    "noise.parquet": (b"not parquet", "noise.parquet cannot be read as parquet"),
+    "column.jsonl": (b'{"body": "a", "id": 1}\n' * 3, "has no column `text`, only body, id: name the one"),
+    "number.csv": (b"text\n1\n2\n", "The column `text` of .*number.csv holds int64: it must hold text"),
+    "org/absent": (None, "org/absent cannot be found, on this disk or on the Hub"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_files_are_named(tmp_path, name):
+    content, message = BAD_FILES[name]
+    path = tmp_path / name if content is not None or "missing" in name else name
+    if content is not None:
+        path.write_bytes(content)
+
+    with pytest.raises(ValueError, match=message):
+        load_corpus(path)
+
+
+def test_a_folder_of_something_else_is_named(tmp_path):
+    with pytest.raises(ValueError, match="cannot be read as what `save_to_disk` writes"):
+        load_corpus(tmp_path)
+
+
+def test_any_tokenizer_makes_a_stream(tmp_path):
+    """A byte-level BPE as GPT-2's, with a leading-space convention, saved and loaded from a folder."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(["the cat sat on the mat"] * 20, vocab_size=280, special_tokens=["<eos>"])
+    PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>").save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+
+    stream = TokenStream.from_documents(["the cat", "the mat"], tokenizer)
+
+    assert tokenizer.decode(stream.tokens) == "<eos>the cat<eos>the mat<eos>"
+    assert stream.num_bytes == 14

@@ -1,0 +1,97 @@
+"""Documents in one row are independent: packed equals separate, in logits, loss, states and gradients."""
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from transformers import DataCollatorWithFlattening, DynamicCache
+
+LENGTHS = (3, 1, 1, 5, 2)
+IDS = make_ids(1, sum(LENGTHS))
+DOCUMENTS = IDS.split(LENGTHS, dim=1)
+POSITIONS = torch.cat([torch.arange(length) for length in LENGTHS])[None]
+SEQ_IDX = torch.repeat_interleave(torch.arange(len(LENGTHS)), torch.tensor(LENGTHS))[None]
+CU_SEQ_LENS = torch.tensor([0, *LENGTHS]).cumsum(0).int()
+
+WAYS = {
+    "position_ids": {"position_ids": POSITIONS},
+    "seq_idx": {"seq_idx": SEQ_IDX.int()},
+    "cu_seq_lens_q": {"cu_seq_lens_q": CU_SEQ_LENS},
+    "all three": {"position_ids": POSITIONS, "seq_idx": SEQ_IDX, "cu_seq_lens_q": CU_SEQ_LENS},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_packed_documents_equal_separate_ones(model, kernel, way):
+    packed = model(IDS, **WAYS[way])
+
+    separate = [model(document) for document in DOCUMENTS]
+    expected = torch.cat([output.logits for output in separate], dim=1)
+    torch.testing.assert_close(packed.logits, expected, rtol=0, atol=1e-10)
+    for layer, last in zip(packed.past_key_values.layers, separate[-1].past_key_values.layers, strict=True):
+        torch.testing.assert_close(layer.keys, last.keys, rtol=0, atol=1e-10)
+        torch.testing.assert_close(layer.values, last.values, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("flags", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}], ids=str)
+def test_the_flattening_collator_works_as_it_comes(kernel, flags):
+    packed, separate = make_model(), make_model()
+    batch = DataCollatorWithFlattening(**flags)([{"input_ids": document[0].tolist()} for document in DOCUMENTS])
+
+    packed(**batch).loss.backward()
+    targets = sum(length - 1 for length in LENGTHS)
+    for document in DOCUMENTS:
+        if document.shape[1] > 1:
+            (separate(document, labels=document).loss * (document.shape[1] - 1) / targets).backward()
+
+    for (name, parameter), expected in zip(packed.named_parameters(), separate.parameters(), strict=True):
+        # transformers computes the loss in float32
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=0, atol=1e-6, msg=name)
+
+
+def test_a_document_continues_from_a_carried_state(model, kernel):
+    first, rest = DOCUMENTS[3][:, :2], torch.cat([DOCUMENTS[3][:, 2:], DOCUMENTS[4]], dim=1)
+    cache = DynamicCache(config=model.config)
+    model(first, past_key_values=cache)
+
+    actual = model(rest, position_ids=torch.tensor([[2, 3, 4, 0, 1]]), past_key_values=cache).logits
+
+    expected = torch.cat([model(DOCUMENTS[3]).logits[:, 2:], model(DOCUMENTS[4]).logits], dim=1)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def test_a_single_token_may_start_a_document(model, kernel):
+    cache = DynamicCache(config=model.config)
+    model(IDS, past_key_values=cache)
+
+    actual = model(DOCUMENTS[1], position_ids=torch.tensor([[0]]), past_key_values=cache).logits
+
+    torch.testing.assert_close(actual, model(DOCUMENTS[1]).logits, rtol=0, atol=1e-10)
+
+
+def test_documents_and_padding_together(model, kernel):
+    """Pads between documents carry positions of 0, as HF's collators give them, and start nothing."""
+    ids = torch.cat([IDS[:, :3], torch.zeros(1, 2, dtype=torch.long), IDS[:, 3:]], dim=1)
+    mask = torch.tensor([[1, 1, 1, 0, 0] + [1] * 9])
+    positions = torch.tensor([[0, 1, 2, 0, 0, 3, 0, 1, 2, 3, 4, 5, 6, 7]])
+
+    actual = model(ids, attention_mask=mask, position_ids=positions).logits[mask.bool()]
+
+    expected = torch.cat([model(IDS[:, :4]).logits, model(IDS[:, 4:]).logits], dim=1)[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+def test_seq_idx_changes_across_padding(model, kernel):
+    ids = torch.cat([IDS[:, :3], torch.zeros(1, 1, dtype=torch.long), IDS[:, 3:]], dim=1)
+    mask, seq_idx = torch.ones_like(ids), torch.tensor([[0] * 3 + [1] * 10])
+    mask[0, 3] = 0
+
+    actual = model(ids, attention_mask=mask, seq_idx=seq_idx).logits[mask.bool()]
+
+    expected = torch.cat([model(IDS[:, :3]).logits, model(IDS[:, 3:]).logits], dim=1)[0]
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["position_ids", "seq_idx"])
+def test_a_tensor_that_does_not_fit_is_refused(name):
+    with pytest.raises(ValueError, match=rf"`{name}` of shape \(1, 11\) must be \(1, 12\)"):
+        make_model()(IDS, **{name: POSITIONS[:, :11]})

@@ -1,0 +1,111 @@
+"""Every target is scored once, and how the text is cut into calls changes nothing."""
+
+import math
+from itertools import pairwise
+
+import pytest
+import reference
+import torch
+from conftest import make_ids, make_model
+
+from hf_lstm import TokenStream, byte_tokenizer, evaluate_stream
+
+TOKENS = make_ids(1, 50)[0]
+
+
+def expected_nats(model, documents):
+    """The sum over documents, each read from a zero state, and how many targets were the most probable."""
+    nats, correct = 0.0, 0
+    for document in documents:
+        log_probabilities = model(document[None]).logits[0].log_softmax(dim=-1)[:-1]
+        nats -= log_probabilities.gather(1, document[1:, None]).sum().item()
+        correct += (log_probabilities.argmax(dim=-1) == document[1:]).sum().item()
+    return nats, correct
+
+
+def test_the_loss_is_that_of_the_equations():
+    model, tokens = make_model(), TOKENS[:6]
+    logits, _ = reference.language_model(tokens.tolist(), reference.weights_of(model))
+    expected = reference.mean_cross_entropy(logits[:-1], tokens[1:].tolist()).value
+
+    assert evaluate_stream(model, tokens)["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("bptt_length", [1, 7, 49, 1000])
+def test_every_target_is_scored_once(bptt_length):
+    model = make_model()
+    nats, correct = expected_nats(model, [TOKENS])
+
+    result = evaluate_stream(model, TOKENS, bptt_length=bptt_length)
+
+    assert result == {
+        "loss": pytest.approx(nats / 49, rel=1e-6),
+        "perplexity": pytest.approx(math.exp(nats / 49), rel=1e-6),
+        "bits_per_token": pytest.approx(nats / 49 / math.log(2), rel=1e-6),
+        "accuracy": correct / 49,
+        "tokens": 49,
+    }
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 48, 49, 60])
+def test_parts_read_side_by_side_begin_without_history(batch_size):
+    model = make_model()
+    part = math.ceil(49 / batch_size)
+    nats, correct = expected_nats(model, [TOKENS[start : start + part + 1] for start in range(0, 49, part)])
+
+    result = evaluate_stream(model, TOKENS, batch_size=batch_size, bptt_length=5)
+
+    assert result["loss"] == pytest.approx(nats / 49, rel=1e-6)
+    assert (result["tokens"], result["accuracy"]) == (49, correct / 49)
+
+
+@pytest.mark.parametrize("bptt_length", [1, 3, 100])
+def test_documents_can_be_read_from_a_zero_state(bptt_length):
+    model = make_model(vocab_size=260)
+    stream = TokenStream.from_documents(["abc", "defgh", "i", "jk"], byte_tokenizer())
+    bounds = [*stream.document_starts.tolist(), len(stream) - 1]
+    documents = [stream.tokens[a : b + 1].long() for a, b in pairwise(bounds)]
+    nats, correct = expected_nats(model, documents)
+
+    result = evaluate_stream(model, stream, bptt_length=bptt_length, reset_at_documents=True)
+
+    assert result["loss"] == pytest.approx(nats / 15, rel=1e-6)
+    assert result["accuracy"] == correct / 15
+    assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / 11, rel=1e-6)
+
+
+@pytest.mark.parametrize("bptt_length", [4, 10, 64])
+def test_the_state_can_be_reset_regularly(bptt_length):
+    model = make_model()
+    nats, _ = expected_nats(model, [TOKENS[start : start + 11] for start in range(0, 49, 10)])
+
+    result = evaluate_stream(model, TOKENS, bptt_length=bptt_length, reset_every=10)
+
+    assert result["loss"] == pytest.approx(nats / 49, rel=1e-6)
+
+
+def test_the_model_is_left_as_it_was():
+    model = make_model().train()
+    before = [parameter.clone() for parameter in model.parameters()]
+
+    evaluate_stream(model, TOKENS)
+
+    assert model.training
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "options", "message"),
+    [
+        (TOKENS[:1], {}, "holds 1 tokens: it must hold at least two"),
+        (TOKENS, {"batch_size": 0}, r"`batch_size` \(0\) must be at least 1"),
+        (TOKENS, {"bptt_length": 0}, r"`bptt_length` \(0\) must be at least 1"),
+        (TOKENS, {"reset_every": 0}, r"`reset_every` \(0\) must be at least 1"),
+        (torch.tensor([1, 31]), {}, "ids from 1 to 31: they must lie within the model's vocabulary of 31"),
+        (torch.tensor([-1, 3]), {}, "ids from -1 to 3"),
+        (TOKENS[None], {}, r"`tokens` of shape \(1, 50\)"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(tokens, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate_stream(make_model(), tokens, **options)

@@ -1,0 +1,95 @@
+"""Padding changes nothing: logits, states and gradients of a padded row are those of the row alone."""
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from transformers import DynamicCache
+
+MASKS = {
+    "none": "111111111111",
+    "left": "000011111111",
+    "right": "111111110000",
+    "both": "001111100000",
+    "holes": "011011000110",
+    "one": "000010000000",
+    "all": "000000000000",
+}
+IDS = make_ids(len(MASKS), 12)
+MASK = torch.tensor([[int(bit) for bit in bits] for bits in MASKS.values()])
+
+
+@pytest.mark.parametrize("dtype", [torch.long, torch.bool, torch.float32, torch.uint8], ids=str)
+def test_padded_row_equals_row_alone(model, kernel, dtype):
+    together = model(IDS, attention_mask=MASK.to(dtype))
+
+    for row, mask in enumerate(MASK.bool()):
+        if not mask.any():
+            continue
+        alone = model(IDS[row : row + 1, mask])
+        torch.testing.assert_close(together.logits[row, mask], alone.logits[0], rtol=0, atol=1e-10)
+        for layer, expected in zip(together.past_key_values.layers, alone.past_key_values.layers, strict=True):
+            torch.testing.assert_close(layer.keys[row], expected.keys[0], rtol=0, atol=1e-10)
+            torch.testing.assert_close(layer.values[row], expected.values[0], rtol=0, atol=1e-10)
+
+
+def test_padding_repeats_the_last_output(model, kernel):
+    logits = model(IDS, attention_mask=MASK).logits
+
+    for row, mask in enumerate(MASK.bool()):
+        for t in range(1, 12):
+            if not mask[t]:
+                torch.testing.assert_close(logits[row, t], logits[row, t - 1], rtol=0, atol=0)
+    assert not logits[list(MASKS).index("all")].any()
+
+
+def test_a_row_of_padding_keeps_its_state(model, kernel):
+    cache = DynamicCache(config=model.config)
+    model(IDS, past_key_values=cache)
+    before = [(layer.keys, layer.values) for layer in cache.layers]
+
+    model(IDS[:, :5], attention_mask=torch.zeros(len(IDS), 5), past_key_values=cache)
+
+    for layer, (h, c) in zip(cache.layers, before, strict=True):
+        torch.testing.assert_close((layer.keys, layer.values), (h, c), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("width", ["new tokens", "all tokens"])
+def test_a_padded_second_turn_continues_each_row(model, kernel, width):
+    cache = DynamicCache(config=model.config)
+    model(IDS, attention_mask=MASK, past_key_values=cache)
+    ids, new = make_ids(len(MASKS), 6, seed=2), MASK[:, 3:9]
+
+    mask = new if width == "new tokens" else torch.cat([MASK, new], dim=1)
+    together = model(ids, attention_mask=mask, past_key_values=cache).logits
+
+    for row in range(len(MASKS)):
+        first, second = IDS[row : row + 1, MASK[row].bool()], ids[row : row + 1, new[row].bool()]
+        if second.numel():
+            whole = model(torch.cat([first, second], dim=1)).logits[0, first.shape[1] :]
+            torch.testing.assert_close(together[row, new[row].bool()], whole, rtol=0, atol=1e-10)
+
+
+def test_padding_has_no_part_in_gradients(kernel):
+    padded, alone = make_model(), make_model()
+
+    logits = padded(IDS, attention_mask=MASK).logits
+    logits[MASK.bool()].square().sum().backward()
+    for row, mask in enumerate(MASK.bool()):
+        if mask.any():
+            alone(IDS[row : row + 1, mask]).logits.square().sum().backward()
+
+    for (name, parameter), expected in zip(padded.named_parameters(), alone.parameters(), strict=True):
+        largest = expected.grad.abs().max().item()
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=0, atol=1e-10 * largest, msg=name)
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [torch.ones(7, 11), torch.ones(6, 12), torch.ones(7, 1, 12, 12), torch.ones(12)],
+    ids=lambda mask: str(mask.shape),
+)
+def test_a_mask_that_does_not_fit_is_refused(mask):
+    with pytest.raises(
+        ValueError, match=r"`attention_mask` of shape .* two dimensions, 7 rows and at least 12 columns"
+    ):
+        make_model()(IDS, attention_mask=mask)

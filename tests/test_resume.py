@@ -1,0 +1,140 @@
+"""A run that was killed goes on as if it had not been: bit-equal losses and weights."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from safetensors.torch import load_file, save_file
+from test_tbptt import BPTT, LANES, make_trainer
+
+from hf_lstm import LaneDataset
+from hf_lstm.training import last_complete_checkpoint
+
+STEPS = 12
+SCRIPT = Path(__file__)
+TOKENS = make_ids(1, LANES * BPTT * 5 + 1)[0]  # several epochs, so that a run also resumes in the middle of one
+
+
+def run(folder, resume=None, kill=None, **options):
+    """One run with dropout-free Adam; `kill` is called by name where the process is to end."""
+    os.environ["KILL"] = kill or ""
+    trainer, _ = make_trainer(
+        folder,
+        make_model(torch.float32),
+        LaneDataset(TOKENS, LANES, BPTT),
+        max_steps=STEPS,
+        optim="adamw_torch",
+        learning_rate=0.01,
+        lr_scheduler_type="linear",
+        save_strategy="steps",
+        save_steps=4,
+        save_total_limit=2,
+        **options,
+    )
+    trainer.callback_handler.callbacks.insert(0, Killer())
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer.state.log_history, trainer.model.state_dict()
+
+
+class Killer:
+    """A callback that ends the process at once, without a chance to tidy up."""
+
+    def __getattr__(self, event):
+        def at(args, state, control, **kwargs):
+            if os.environ["KILL"] == f"{event} {state.global_step}":
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        return at
+
+
+@pytest.mark.parametrize(
+    ("kill", "resumed"),
+    [("on_step_end 6", 4), ("on_save 8", 4), ("on_step_begin 8", 8)],
+    ids=["between steps", "in the middle of a save", "just after a save"],
+)
+def test_a_killed_run_resumes_bit_equal(tmp_path, kill, resumed, caplog):
+    expected_logs, expected_weights = run(tmp_path / "whole")
+    folder = tmp_path / "killed"
+    killed = subprocess.run([sys.executable, SCRIPT, folder, kill], capture_output=True, text=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+
+    checkpoint = last_complete_checkpoint(folder)
+    logs, weights = run(folder, resume=str(checkpoint))
+
+    assert checkpoint.name == f"checkpoint-{resumed}"
+    assert [entry["loss"] for entry in logs if "loss" in entry] == [
+        entry["loss"] for entry in expected_logs if "loss" in entry
+    ]
+    for name, weight in expected_weights.items():
+        assert torch.equal(weights[name], weight), name
+
+
+def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, monkeypatch):
+    run(tmp_path)
+    warnings = []
+    monkeypatch.setattr("hf_lstm.training.tbptt.logger.warning", warnings.append)
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-12"
+
+    (tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors").unlink()
+
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+    assert warnings == [
+        f"{tmp_path / 'checkpoint-12'} is not complete and is skipped: the run was stopped while it was written."
+    ]
+    assert last_complete_checkpoint(tmp_path / "nothing") is None
+
+
+def test_a_checkpoint_lacks_no_process(tmp_path):
+    run(tmp_path)
+    path = tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors"
+    save_file(load_file(path), path, metadata={"world_size": "2", "lanes": str(LANES)})
+
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+
+
+def test_the_carried_state_is_in_the_checkpoint(tmp_path):
+    run(tmp_path)
+
+    state = load_file(tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors")
+
+    assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
+        f"layers.{layer}.{name}": (LANES, 12) for layer in range(2) for name in "hc"
+    }
+    assert all(tensor.abs().sum() > 0 for tensor in state.values())
+
+
+@pytest.mark.parametrize("what", ["missing", "broken", "other lanes"])
+def test_a_checkpoint_whose_state_does_not_fit_is_refused(tmp_path, what):
+    run(tmp_path)
+    path = tmp_path / "checkpoint-8" / "lstm_state_rank0.safetensors"
+    if what == "missing":
+        path.unlink()
+    elif what == "broken":
+        path.write_bytes(b"broken")
+    else:
+        save_file(load_file(path), path, metadata={"world_size": "1", "lanes": "7"})
+
+    message = "resume with the same number of processes" if what == "other lanes" else "it holds no carried state"
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path, resume=str(tmp_path / "checkpoint-8"))
+
+
+def test_a_checkpoint_elsewhere_is_named_in_the_arguments(tmp_path):
+    """Trainer does not tell callbacks the path that `train()` was given."""
+    expected, _ = run(tmp_path / "one")
+    checkpoint = str((tmp_path / "one" / "checkpoint-8").rename(tmp_path / "checkpoint-8"))
+
+    with pytest.raises(ValueError, match="holds no carried state"):
+        run(tmp_path / "two", resume=checkpoint)
+    logs, _ = run(tmp_path / "three", resume=checkpoint, resume_from_checkpoint=checkpoint)
+
+    assert [entry.get("loss") for entry in logs[:-1]] == [entry.get("loss") for entry in expected[:-1]]
+
+
+if __name__ == "__main__":
+    run(Path(sys.argv[1]), kill=sys.argv[2])

@@ -1,0 +1,120 @@
+"""A saved model loads everywhere, the same to the last digit: with hf_lstm, and where it is not installed."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hf_lstm import LSTMConfig, LSTMForCausalLM, LSTMModel, byte_tokenizer
+
+IDS = make_ids(2, 7)
+CODE = {"cache_lstm.py", "configuration_lstm.py", "modeling_lstm.py", "segments_lstm.py"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_reloaded_models_are_the_same(tmp_path, dtype, model):
+    model = model.to(dtype)
+    model.save_pretrained(tmp_path)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+
+    assert type(loaded) is LSTMForCausalLM
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.config.to_diff_dict() == LSTMConfig.from_pretrained(tmp_path).to_diff_dict()
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) == model.config.tie_word_embeddings
+
+
+def test_the_base_model_loads_from_a_language_model(tmp_path, model):
+    model.save_pretrained(tmp_path)
+
+    base, report = AutoModel.from_pretrained(tmp_path, dtype=torch.float64, output_loading_info=True)
+
+    assert type(base) is LSTMModel
+    assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+    assert not report["missing_keys"]
+
+
+def test_training_goes_on_from_a_saved_model(tmp_path):
+    model = make_model(torch.float32)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+
+    for one in (model.train(), loaded):
+        one(IDS, labels=IDS).loss.backward()
+
+    for parameter, expected in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert torch.equal(parameter.grad, expected.grad)
+
+
+def test_a_folder_holds_code_and_a_complete_map(tmp_path):
+    make_model().save_pretrained(tmp_path)
+
+    assert {path.name for path in tmp_path.glob("*.py")} == CODE
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"] == {
+        "AutoConfig": "configuration_lstm.LSTMConfig",
+        "AutoModel": "modeling_lstm.LSTMModel",
+        "AutoModelForCausalLM": "modeling_lstm.LSTMForCausalLM",
+    }
+
+
+ELSEWHERE = """
+import sys
+sys.modules["hf_lstm"] = None  # importing it raises, as where it is not installed
+import torch
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
+folder, copy, ids = sys.argv[1], sys.argv[2], torch.tensor(eval(sys.argv[3]))
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+assert type(model).__module__.startswith("transformers_modules"), type(model)
+base = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
+assert torch.equal(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+generator = pipeline("text-generation", model=folder, trust_remote_code=True)
+options = dict(max_new_tokens=5, do_sample=False)
+print([model(ids).logits.double().tolist(), model.generate(ids, num_beams=3, **options).tolist(),
+       [text[0]["generated_text"] for text in generator(["ab", "cde"], batch_size=2, **options)]])
+model.save_pretrained(copy)
+tokenizer.save_pretrained(copy)
+"""
+
+
+def test_models_load_where_hf_lstm_is_not_installed(tmp_path):
+    model = make_model(torch.float32, vocab_size=260)
+    folder, copy = tmp_path / "model", tmp_path / "copy"
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    environment = {"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", ELSEWHERE, folder, copy, str(IDS.tolist())]
+
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+
+    assert ran.returncode == 0, ran.stderr
+    logits, beams, texts = eval(ran.stdout.splitlines()[-1])
+    generator = pipeline("text-generation", model=model, tokenizer=byte_tokenizer())
+    options = {"max_new_tokens": 5, "do_sample": False}
+    torch.testing.assert_close(torch.tensor(logits).double(), model(IDS).logits.double(), rtol=0, atol=0)
+    assert beams == model.generate(IDS, num_beams=3, **options).tolist()
+    assert texts == [text[0]["generated_text"] for text in generator(["ab", "cde"], batch_size=2, **options)]
+
+    assert {path.name for path in copy.glob("*.py")} == CODE
+    again = AutoModelForCausalLM.from_pretrained(copy)
+    assert type(again) is LSTMForCausalLM
+    assert torch.equal(again(IDS).logits, model(IDS).logits)
+    assert AutoTokenizer.from_pretrained(copy)("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
+def test_a_folder_without_a_model_is_named(tmp_path):
+    byte_tokenizer().save_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"Unrecognized model in .*config\.json"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_default_config_makes_a_model_for_bytes():
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("hf_lstm"))
+
+    assert model.config.vocab_size == len(byte_tokenizer())
+    assert model(IDS, labels=IDS).loss.item() == pytest.approx(torch.tensor(260.0).log().item(), rel=0.05)

@@ -1,0 +1,257 @@
+"""Each script does what its first lines say, and refuses what it cannot do before it starts."""
+
+import io
+import json
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hf_lstm import TokenStream, evaluate_stream, load_corpus
+from hf_lstm.training import last_complete_checkpoint
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer.\n" for number in range(99, 0, -1))
+SMALL = ["--hidden_size", "16", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
+SMALL += ["--bptt_length", "16", "--logging_steps", "2", "--eval_steps", "4", "--save_steps", "4", "--use_cpu", "true"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script in this process, which spares the import of torch; gives what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "beer.txt"
+    path.write_text(TEXT)
+    return path
+
+
+def test_training_leaves_everything_behind(run, tmp_path, text_file):
+    folder = tmp_path / "run"
+
+    printed = run("train.py", "--train_file", text_file, "--output_dir", folder, "--max_steps", 10, *SMALL)
+
+    assert "step 4: validation" in printed
+    assert "step 10: validation" in printed  # the last step is evaluated although it is no multiple of 4
+    assert f"are in {folder}" in printed
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "metrics.json",
+        "learning_curve.png",
+        "README.md",
+    }
+    assert (folder / "learning_curve.png").stat().st_size > 5_000
+
+    metrics = json.loads((folder / "metrics.json").read_text())
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    validation = TokenStream.from_documents(load_corpus(text_file)["validation"]["text"], tokenizer)
+    for name, value in evaluate_stream(model, validation).items():
+        assert metrics[f"eval_{name}"] == value
+    assert metrics["eval_tokens"] == len(validation) - 1
+    assert model.config.use_cache
+    written = pipeline("text-generation", model=str(folder))("99 b", max_new_tokens=4)[0]["generated_text"]
+    assert written.startswith("99 b")
+
+    card = (folder / "README.md").read_text()
+    assert f"| validation | {metrics['eval_loss']:.4f} |" in card
+    assert "python scripts/train.py --train_file beer.txt --output_dir run --max_steps 10" in card
+    assert str(tmp_path) not in card
+
+
+def test_the_best_model_is_kept(run, tmp_path, text_file):
+    """A learning rate that ruins the model: what is saved is the model before it did."""
+    folder = tmp_path / "run"
+    options = ["--max_steps", 12, "--learning_rate", 30, "--warmup_steps", 4, "--max_grad_norm", 0]
+
+    run("train.py", "--train_file", text_file, "--output_dir", folder, *SMALL, *options)
+
+    state = json.loads((last_complete_checkpoint(folder) / "trainer_state.json").read_text())
+    best = Path(state["best_model_checkpoint"])
+    assert load_file(best / "model.safetensors").keys() == load_file(folder / "model.safetensors").keys()
+    for name, tensor in load_file(best / "model.safetensors").items():
+        assert (load_file(folder / "model.safetensors")[name] == tensor).all()
+
+
+def test_a_run_resumes_from_its_folder(run, tmp_path, text_file):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    common = ["--train_file", text_file, "--max_steps", 12, *SMALL]
+    run("train.py", "--output_dir", whole, *common)
+    run("train.py", "--output_dir", broken, *common)
+    (broken / "checkpoint-12" / "lstm_state_rank0.safetensors").unlink()
+
+    run("train.py", "--output_dir", broken, "--resume_from_checkpoint", "true", *common)
+
+    for name, tensor in load_file(whole / "model.safetensors").items():
+        assert (load_file(broken / "model.safetensors")[name] == tensor).all()
+    metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, broken)]
+    assert metrics[0] | {"train_runtime": 0} == metrics[1] | {"train_runtime": 0}
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "byte", "folder"])
+def test_poems_are_documents(run, tmp_path, tokenizer):
+    file, folder = tmp_path / "poems.jsonl", tmp_path / "run"
+    poems = [f"第{number}首，春風又綠江南岸。\n明月何時照我還？" for number in range(60)]
+    file.write_text("".join(json.dumps({"poem": poem}) + "\n" for poem in poems), encoding="utf-8")
+    if tokenizer == "folder":
+        from hf_lstm import char_tokenizer
+
+        char_tokenizer(poems).save_pretrained(tmp_path / "tokenizer")
+        tokenizer = tmp_path / "tokenizer"
+
+    printed = run(
+        *("train.py", "--train_file", file, "--text_column", "poem", "--test_file", file, "--output_dir", folder),
+        *("--reset_at_documents", "true", "--prompt", "", "--tokenizer", tokenizer, "--max_steps", 4, *SMALL),
+    )
+
+    assert "train: 54 documents" in printed
+    assert "test: 60 documents" in printed
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.generate(max_new_tokens=3, do_sample=False)[0, 0] == model.config.eos_token_id
+    metrics = json.loads((folder / "metrics.json").read_text())
+    assert metrics["test_bits_per_byte"] > 0
+
+
+BAD_ARGUMENTS = {
+    "no folder": ([], "`--output_dir` is missing"),
+    "a typo": (["--hiden_size", "8"], "hiden_size"),
+    "a missing file": (["--train_file", "nowhere.txt"], "The file nowhere.txt does not exist"),
+    "two corpora": (["--train_file", "a.txt", "--dataset_name", "b"], "exclude each other"),
+    "a short text": (
+        ["--train_file", "short.txt"],
+        "The stream holds 45 tokens, and 4 lanes of one chunk of 16 need 65",
+    ),
+    "a bad tokenizer": (["--train_file", "beer.txt", "--tokenizer", "nowhere/at_all"], "nowhere/at_all"),
+    "no such column": (["--train_file", "poems.jsonl"], "has no column `text`, only poem"),
+    "save between logs": (
+        ["--eval_steps", "5", "--save_steps", "5"],
+        r"`--save_steps` (5) must be a multiple of `--logging_steps` (2)",
+    ),
+    "a full folder": (["--output_dir", "full"], "`--output_dir` full already holds something"),
+    "nothing to resume": (
+        ["--output_dir", "full", "--resume_from_checkpoint", "true"],
+        "holds no complete checkpoint",
+    ),
+    "no such checkpoint": (["--resume_from_checkpoint", "gone"], "`--resume_from_checkpoint` gone is not a folder"),
+    "a single layer": (["--train_file", "beer.txt", "--embedding_size", "8"], "`embedding_size` (8) must equal"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ARGUMENTS)
+def test_training_refuses_before_it_starts(run, tmp_path, text_file, monkeypatch, case):
+    arguments, message = BAD_ARGUMENTS[case]
+    monkeypatch.chdir(tmp_path)
+    Path("short.txt").write_text("x" * 50)
+    Path("poems.jsonl").write_text('{"poem": "a"}\n{"poem": "b"}\n')
+    Path("full").mkdir()
+    Path("full/thesis.txt").write_text("mine")
+    if case != "no folder" and "--output_dir" not in arguments:
+        arguments = ["--output_dir", "run", *arguments]
+
+    with pytest.raises(SystemExit) as stopped:
+        run("train.py", *SMALL, "--max_steps", 1, *arguments)
+
+    assert str(stopped.value).startswith("train.py: ")
+    assert message in str(stopped.value)
+    assert not Path("run").exists()
+    assert [path.name for path in Path("full").iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A small model that has learnt the song."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "beer.txt").write_text(TEXT)
+    command = [sys.executable, SCRIPTS / "train.py", "--train_file", "beer.txt", "--output_dir", "run", *SMALL]
+    command += ["--hidden_size", "64", "--num_train_epochs", "20", "--warmup_steps", "5", "--eval_steps", "200"]
+    subprocess.run([*command, "--save_steps", "200"], cwd=folder, check=True, capture_output=True)
+    return folder / "run"
+
+
+def test_generation_streams_what_the_model_knows(run, trained):
+    printed = run(
+        "generate.py", "--model", trained, "--prompt", "73 bottles of", "--do_sample", "false", "--max_new_tokens", 30
+    )
+
+    assert printed.startswith("73 bottles of beer on the wall")
+
+
+def test_generation_reads_the_standard_input(run, trained, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("73 bottles of\n"))
+
+    assert run("generate.py", "--model", trained, "--num_beams", 2, "--max_new_tokens", 5).startswith(
+        "73 bottles of beer"
+    )
+
+
+def test_a_seed_repeats_a_text(run, trained):
+    options = ["--model", trained, "--prompt", "5", "--temperature", 2, "--max_new_tokens", 40]
+
+    texts = [run("generate.py", *options, "--seed", seed) for seed in (1, 1, 2)]
+
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_evaluation_finds_the_figure_of_the_training(run, trained, tmp_path):
+    metrics = json.loads((trained / "metrics.json").read_text())
+    file = trained.parent / "beer.txt"
+
+    printed = run(
+        *("evaluate.py", "--model", trained, "--file", file, "--split", "validation"),
+        *("--output_file", tmp_path / "result.json"),
+    )
+
+    result = json.loads(printed)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert {f"eval_{name}": value for name, value in result.items()}.items() <= metrics.items()
+    assert json.loads(run("evaluate.py", "--model", trained, "--file", file))["tokens"] == len(TEXT) - 1
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments", "message"),
+    [
+        ("generate.py", ["--model", "."], "generate.py: . holds no config.json"),
+        ("evaluate.py", ["--model", "."], "evaluate.py: . holds no config.json"),
+        ("evaluate.py", ["--modle", "x"], None),
+        ("generate.py", [], None),
+    ],
+)
+def test_models_that_are_not_there_are_named(run, tmp_path, monkeypatch, script, arguments, message):
+    monkeypatch.chdir(tmp_path)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(script, *arguments)
+
+    assert (
+        stopped.value.code == (message and f"{message}: name the folder of a saved model.") or stopped.value.code == 2
+    )
+
+
+def test_evaluation_refuses_what_it_cannot_read(run, trained, monkeypatch):
+    for arguments, message in (
+        (["--file", "nowhere.txt"], "The file nowhere.txt does not exist"),
+        (
+            ["--file", trained.parent / "beer.txt", "--split", "test"],
+            "`--split` test is not among those of the corpus",
+        ),
+        (["--file", trained.parent / "beer.txt", "--batch_size", 0], r"`batch_size` (0) must be at least 1"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            run("evaluate.py", "--model", trained, *arguments)
+        assert message in str(stopped.value)

@@ -40,24 +40,26 @@ class TokenStream:
     @classmethod
     def from_documents(cls, texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> "TokenStream":
         """
-        Tokenize `texts`, one document each, with a progress bar.
+        Tokenize `texts`, one document each, with a progress bar. A text of more than `PIECE_LENGTH` characters is cut
+        after a line end for the tokenizer, which matters to none that reads characters or bytes.
 
         Raises:
             ValueError: if no text holds a token, or `tokenizer` has no `eos_token` to put between several.
         """
+        if isinstance(texts, str):
+            raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
         documents, num_bytes = [], 0
         for text in logging.tqdm(texts, desc="tokenizing", unit=" documents"):
-            if not text:
-                continue
-            if not documents:
-                first_bytes = _first_bytes(text, tokenizer)
-            pieces = [torch.tensor(_encode(piece, tokenizer), dtype=torch.int32) for piece in _pieces(text)]
-            documents.append(torch.cat(pieces))
-            num_bytes += len(text.encode())
+            pieces = [torch.tensor(_encode(piece, tokenizer), dtype=torch.int32) for piece in _pieces(text or "")]
+            if sum(map(len, pieces)) > 0:
+                documents.append(torch.cat(pieces))
+                num_bytes += len(text.encode())
+                only_text = text
         if not documents:
             raise ValueError("The corpus holds no text: every document is empty.")
         if len(documents) == 1:
-            return cls(documents[0], torch.zeros(1, dtype=torch.long), num_bytes - first_bytes)
+            num_bytes -= _first_bytes(only_text, tokenizer)
+            return cls(documents[0], torch.zeros(1, dtype=torch.long), num_bytes)
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 f"The tokenizer's `eos_token` (None) must be set, since it separates the {len(documents)} documents: "
@@ -72,7 +74,7 @@ class TokenStream:
         return len(self.tokens)
 
     def starts_of(self, indices: torch.Tensor) -> torch.Tensor:
-        """Where the documents begin that the tokens at `indices` belong to."""
+        """Where the documents begin that the tokens at `indices` belong to; both of any one shape."""
         return self.document_starts[torch.searchsorted(self.document_starts, indices, right=True) - 1]
 
 
@@ -101,9 +103,9 @@ class LaneDataset(Dataset):
         for name, value in (("lanes", lanes), ("bptt_length", bptt_length)):
             if value < 1:
                 raise ValueError(f"`{name}` ({value}) must be at least 1.")
-        self.stream = as_stream(tokens) if not reset_at_documents else tokens
-        if not isinstance(self.stream, TokenStream):
+        if reset_at_documents and not isinstance(tokens, TokenStream):
             raise ValueError("`reset_at_documents=True` needs a `TokenStream`, which knows where documents start.")
+        self.stream = as_stream(tokens)
         self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
         self.chunks = (len(self.stream) - 1) // (lanes * bptt_length)
         if self.chunks < 1:
@@ -143,6 +145,8 @@ def as_stream(tokens) -> TokenStream:
         raise ValueError(
             f"`tokens` of shape {tuple(tokens.shape)} and type {tokens.dtype} must be integers in a single dimension."
         )
+    if tokens.dtype in (torch.uint16, torch.uint32):  # torch computes with few of these
+        tokens = tokens.long()
     return TokenStream(tokens, torch.zeros(1, dtype=torch.long), num_bytes=0)
 
 
@@ -167,11 +171,16 @@ def load_corpus(
             What is kept for validation where `name` has no such split and no file is given: the last part of a text, or
             documents drawn with a fixed seed.
 
+    Returns:
+        `datasets.DatasetDict`: the splits, `train` and `validation` at least.
+
     Raises:
         ValueError: for what cannot be found or read, with the file and the remedy.
     """
     from datasets import Dataset, DatasetDict
 
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"`validation_fraction` ({validation_fraction}) must lie between 0 and 1.")
     if name is None:
         corpus = {split: Dataset.from_dict({"text": texts}) for split, texts in standard_library().items()}
     else:
@@ -286,9 +295,10 @@ def _text_column(dataset, text_column, name):
 def _hold_out(dataset, fraction) -> dict:
     from datasets import Dataset
 
-    if len(dataset) > 1:
-        parts = dataset.train_test_split(test_size=fraction, seed=0)
-        return {"train": parts["train"], "validation": parts["test"]}
+    if len(dataset) > 1:  # both parts keep the order of the documents, which may tell one story
+        drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
+        validation, train = drawn.tensor_split([max(1, int(len(dataset) * fraction))])
+        return {"train": dataset.select(train.sort()[0]), "validation": dataset.select(validation.sort()[0])}
     text = dataset[0]["text"]
     cut = int(len(text) * (1 - fraction))
     if not 0 < cut < len(text):
@@ -316,6 +326,9 @@ def _encode(text, tokenizer):
 
 def _first_bytes(text, tokenizer) -> int:
     """Bytes that the first token of `text` spells: its share of them where several tokens spell one character."""
-    offsets = tokenizer(text[:64], add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    if not tokenizer.is_fast:
+        return len(tokenizer.decode(_encode(text[:PIECE_LENGTH], tokenizer)[:1]).encode())
+    encoded = tokenizer(text[:PIECE_LENGTH], add_special_tokens=False, return_offsets_mapping=True)
+    offsets = encoded["offset_mapping"]
     start, end = offsets[0]
     return len(text[start:end].encode()) // offsets.count(offsets[0])

@@ -28,7 +28,7 @@ def write_model_card(
         folder (`str` or `Path`): Where the model lies; its name is the model's.
         model (`LSTMForCausalLM`): The model.
         data (`str`): What it was trained on, in words.
-        results (`dict`): What `evaluate_stream` returned, by the name of the split.
+        results (`dict`): What `evaluate_stream` returned of a `TokenStream`, by the name of the split.
         procedure (`str`): How it was trained, in words: sentences with units.
         command (`str`): The command that trained it.
         reset_at_documents (`bool`, defaults to `False`): Whether the state started anew with every document.

@@ -23,7 +23,7 @@ def char_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
     """
     if isinstance(texts, str):
         raise ValueError("`texts` is one str: it must be an iterable of texts. Write `char_tokenizer([text])`.")
-    characters = sorted(set().union(*texts))
+    characters = sorted(set().union(*(text or "" for text in texts)))
     if not characters:
         raise ValueError("`texts` hold no character: there is nothing to make a vocabulary of.")
     return _tokenizer(characters, decoders.Fuse(), unk_token=SPECIAL_TOKENS["unk_token"])

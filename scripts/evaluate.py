@@ -45,7 +45,9 @@ def main(arguments: Arguments) -> None:
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
+    )
     if arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
     else:
@@ -69,5 +71,5 @@ def main(arguments: Arguments) -> None:
 if __name__ == "__main__":
     try:
         main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -41,8 +41,13 @@ class SamplingArguments:
 
 
 def main(arguments: Arguments, sampling: SamplingArguments) -> None:
+    folder = Path(arguments.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
+    )
     prompt = arguments.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
@@ -54,7 +59,8 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     elif sampling.top_k is None:
         options["top_k"] = 0  # `generate()` would draw among 50
     if prompt:
-        options |= tokenizer(prompt, add_special_tokens=False, return_tensors="pt")
+        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+        options |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
     if sampling.num_beams in (None, 1):
         options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
 
@@ -66,8 +72,7 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
 
 
 if __name__ == "__main__":
-    arguments, sampling = HfArgumentParser((Arguments, SamplingArguments)).parse_args_into_dataclasses()
-    folder = Path(arguments.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        sys.exit(f"generate.py: {folder} holds no config.json: name the folder of a saved model.")
-    main(arguments, sampling)
+    try:
+        main(*HfArgumentParser((Arguments, SamplingArguments)).parse_args_into_dataclasses())
+    except (ValueError, OSError) as error:
+        sys.exit(f"generate.py: {error}")

@@ -7,6 +7,7 @@ Without a corpus it learns Python, from the source of the standard library. `--o
 tokenizer, metrics.json, learning_curve.png, a model card (README.md) and the checkpoints to resume from.
 """
 
+import itertools
 import json
 import platform
 import shlex
@@ -31,6 +32,7 @@ from hf_lstm import (
 )
 from hf_lstm.model_card import write_model_card
 from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback, last_complete_checkpoint
+from hf_lstm.training.tbptt import check_arguments, is_complete
 
 RESET_EVERY = 256  # the second figure that is reported: what the model knows from so short a past
 SAMPLE_LENGTH = 300
@@ -69,13 +71,16 @@ class DataArguments:
         default=False, metadata={"help": "Start every document from a zero state: one poem knows nothing of the last."}
     )
 
-    prompt: str = field(
-        default="\n", metadata={"help": "What the samples continue; the beginning of a document if it is empty."}
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "What the samples continue: a line break by default, the beginning of a document if empty."},
     )
 
     def __post_init__(self):
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError("`--train_file` and `--dataset_name` exclude each other: name one corpus.")
+        if self.prompt is None:
+            self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
 
 
 @dataclass
@@ -111,7 +116,10 @@ class TrainArguments(LSTMTrainingArguments):
         if self.output_dir is None:
             raise ValueError("`--output_dir` is missing: name a folder for the model.")
         super().__post_init__()
-        if self.save_strategy == "steps" and self.logging_strategy == "steps" and self.save_steps % self.logging_steps:
+        in_steps = (
+            self.save_strategy == self.logging_strategy == "steps" and min(self.save_steps, self.logging_steps) >= 1
+        )
+        if in_steps and self.save_steps % self.logging_steps:
             raise ValueError(
                 f"`--save_steps` ({self.save_steps:g}) must be a multiple of `--logging_steps` "
                 f"({self.logging_steps:g}), or a resumed run would log other losses than one that ran through."
@@ -128,8 +136,11 @@ class TrainArguments(LSTMTrainingArguments):
             if checkpoint is None:
                 raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
             self.resume_from_checkpoint = str(checkpoint)
-        elif not Path(self.resume_from_checkpoint).is_dir():
-            raise ValueError(f"`--resume_from_checkpoint` {self.resume_from_checkpoint} is not a folder.")
+        elif not is_complete(Path(self.resume_from_checkpoint)):
+            raise ValueError(
+                f"`--resume_from_checkpoint` {self.resume_from_checkpoint} is no complete checkpoint: `true` finds the "
+                "last one in `--output_dir`."
+            )
 
 
 class ShowProgress(TrainerCallback):
@@ -152,19 +163,23 @@ class ShowProgress(TrainerCallback):
 def sample(model, tokenizer, start: str) -> str:
     """A text that the model writes after `start`; the same random numbers each time, and no others disturbed."""
     model.eval()
-    inputs = tokenizer(start, add_special_tokens=False, return_tensors="pt")
-    if not start:
-        inputs = {"input_ids": torch.tensor([[tokenizer.eos_token_id]]), "attention_mask": torch.ones(1, 1)}
+    ids = torch.tensor([encode_prompt(start, tokenizer)], device=model.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         written = model.generate(
-            **{name: tensor.to(model.device) for name, tensor in inputs.items()},
+            ids,
+            attention_mask=torch.ones_like(ids),
             max_new_tokens=SAMPLE_LENGTH,
             do_sample=True,
             temperature=0.7,
             pad_token_id=tokenizer.pad_token_id,
         )
     return tokenizer.decode(written[0], skip_special_tokens=True)
+
+
+def encode_prompt(prompt: str, tokenizer) -> list[int]:
+    """An empty prompt is the `<eos>` that stands before each document."""
+    return tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [tokenizer.eos_token_id]
 
 
 def load_tokenizer(name: str, texts):
@@ -184,6 +199,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     """Streams, lanes, tokenizer and model: all that can be refused is refused here, before any work."""
     if find_spec("matplotlib") is None:
         raise ValueError('The learning curve needs matplotlib: `pip install "hf-lstm[train]"`.')
+    check_arguments(training_args)
     set_seed(training_args.seed)
     corpus = load_corpus(
         data_args.train_file or data_args.dataset_name,
@@ -194,6 +210,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     )
     tokenizer = load_tokenizer(data_args.tokenizer, corpus["train"]["text"])
     streams = {split: TokenStream.from_documents(documents["text"], tokenizer) for split, documents in corpus.items()}
+    for split, stream in streams.items():
+        if len(stream) < 2:
+            raise ValueError(f"The {split} split holds a single token: there is nothing to predict.")
+    if not encode_prompt(data_args.prompt, tokenizer):
+        raise ValueError(f"`--prompt` {data_args.prompt!r} is no token to this tokenizer: give another.")
     batch_sizes = {
         "train": training_args.per_device_train_batch_size,
         "validation": training_args.per_device_eval_batch_size,
@@ -233,7 +254,6 @@ def train(streams, lanes, tokenizer, model, data_args: DataArguments, training_a
         print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")
     outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
 
-    model.config.use_cache = True  # Trainer turns it off while it trains, and would save it so
     if len(streams["train"].document_starts) > 1:
         model.generation_config.bos_token_id = tokenizer.eos_token_id  # `generate()` alone begins a document
     trainer.save_model()
@@ -249,15 +269,21 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         for split in ("validation", "test")
         if split in streams
     }
-    short = evaluate_stream(model, streams["validation"], bptt_length=16 * RESET_EVERY, reset_every=RESET_EVERY)
+    short = evaluate_stream(
+        model,
+        streams["validation"],
+        bptt_length=16 * RESET_EVERY,
+        reset_at_documents=data_args.reset_at_documents,
+        reset_every=RESET_EVERY,
+    )
     metrics = {f"eval_{name}": value for name, value in results["validation"].items()}
     metrics |= {f"test_{name}": value for name, value in results.get("test", {}).items()}
     metrics |= {f"eval_loss_reset_every_{RESET_EVERY}": short["loss"]}
-    metrics |= {
-        "train_runtime": seconds,
-        "train_steps": trainer.state.global_step,
-        "parameters": model.num_parameters(),
-    }
+    metrics |= {"train_steps": trainer.state.global_step, "parameters": model.num_parameters()}
+    duration = ""
+    if args.resume_from_checkpoint is None:  # what Trainer measured is all there was
+        metrics["train_runtime"] = seconds
+        duration = f" in {seconds:.0f} s"
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
     text = sample(model, tokenizer, data_args.prompt)
@@ -269,9 +295,10 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         model,
         data=Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or STANDARD_LIBRARY,
         results=results,
-        procedure=f"{trainer.state.global_step:,} steps of {tokens_per_step:,} tokens in {seconds:.0f} s; truncated "
-        f"backpropagation through {data_args.bptt_length} tokens with the state carried on; seed {args.seed}.",
-        command=shlex.join(["python", "scripts/train.py", *map(without_folder, sys.argv[1:])]),
+        procedure=f"{trainer.state.global_step:,} steps of {tokens_per_step:,} tokens{duration}; truncated "
+        f"backpropagation through {data_args.bptt_length} tokens with the state carried on; seed {args.seed}. "
+        f"The weights are those of step {trainer.state.best_global_step or trainer.state.global_step:,}.",
+        command=command_of(sys.argv[1:]),
         reset_at_documents=data_args.reset_at_documents,
         sample=text,
         start=data_args.prompt,
@@ -286,9 +313,15 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
     print(f"The model, its card, metrics.json and learning_curve.png are in {folder}")
 
 
-def without_folder(argument: str) -> str:
-    """An absolute path tells where its author's files lie, and nobody else."""
-    return Path(argument).name if Path(argument).is_absolute() else argument
+def command_of(arguments: list[str]) -> str:
+    """The command of a run as others can repeat it: from the beginning, and without its author's folders."""
+    shown = []
+    for flag, argument in itertools.pairwise(["", *arguments]):
+        if "--resume_from_checkpoint" in (flag, argument) or argument.startswith("--resume_from_checkpoint="):
+            continue
+        name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        shown.append(name + equals + (Path(value).name if value.startswith("/") and Path(value).exists() else value))
+    return shlex.join(["python", "scripts/train.py", *shown])
 
 
 def draw_learning_curve(history: list[dict], path: Path) -> None:
@@ -301,7 +334,8 @@ def draw_learning_curve(history: list[dict], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for key, label, style in (("loss", "training", "-"), ("eval_loss", "validation", "o-")):
         points = [(entry["step"], entry[key]) for entry in history if key in entry]
-        axes.plot(*zip(*points, strict=True), style, label=label)
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label)
     axes.set(xlabel="step", ylabel="nats per token", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()

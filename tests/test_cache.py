@@ -107,6 +107,7 @@ def test_everything_can_be_taken_back():
     cache.crop(-12)
 
     assert cache.get_seq_length() == 0
+    assert cache.layers[0].keys.untyped_storage().nbytes() == cache.layers[0].keys.nbytes
     assert_continues(model, cache, IDS, read=0)
 
 
@@ -148,14 +149,21 @@ def test_reset_forgets(kind):
     assert_continues(model, cache, IDS, read=0)
 
 
-@torch.no_grad()
-def test_a_state_can_be_pickled_and_copied():
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_state_can_be_pickled_and_copied(kind, gradients):
     model = make_model()
-    cache = DynamicCache(config=model.config)
-    model(IDS[:, :5], past_key_values=cache)
+    cache = new_cache(kind, model.config)
+    with torch.set_grad_enabled(gradients and kind == "dynamic"):
+        model(IDS[:, :5], past_key_values=cache)
 
-    for copied in (pickle.loads(pickle.dumps(cache)), copy.deepcopy(cache)):
-        assert_continues(model, copied, IDS)
+    copies = [copy.deepcopy(cache), pickle.loads(pickle.dumps(copy.deepcopy(cache)))]
+    model(IDS[:, :3], past_key_values=cache)  # the copies have a state of their own
+
+    with torch.no_grad():
+        for copied in copies:
+            assert copied.get_seq_length() == 5
+            assert_continues(model, copied, IDS)
 
 
 def test_gradients_run_through_a_carried_state_until_it_is_detached(kernel):
@@ -184,6 +192,32 @@ def test_a_state_of_other_rows_is_refused():
 
     with pytest.raises(ValueError, match=r"`past_key_values` holds the state of 3 rows and the input has 1"):
         model(IDS[:1], past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"hidden_size": 16}, "holds a state 16 wide and the model's is 12"),
+        ({"hidden_size": 12, "embedding_size": 8}, "holds a state 8 wide and the model's is 12"),
+        ({"num_hidden_layers": 1}, "has 1 layers and the model 2"),
+        ({"num_hidden_layers": 3}, "has 3 layers and the model 2"),
+    ],
+    ids=str,
+)
+def test_a_state_of_another_model_is_refused(other, message):
+    """torch's fused LSTM does not check widths in float32 either."""
+    cache = make_model(torch.float32, **other)(IDS).past_key_values
+
+    with pytest.raises(ValueError, match=message):
+        make_model(torch.float32)(IDS, past_key_values=cache)
+
+
+@pytest.mark.parametrize("width", [4, 11, 13, 512])
+def test_embeddings_of_another_width_are_refused(width):
+    with pytest.raises(
+        ValueError, match=rf"`inputs_embeds` \({width} wide\) must be as wide as `embedding_size` \(12\)"
+    ):
+        make_model(torch.float32)(inputs_embeds=torch.randn(2, 20, width))
 
 
 def test_a_cache_of_another_kind_is_refused():

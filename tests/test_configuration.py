@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, DynamicCache
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
@@ -43,7 +44,7 @@ def test_widths_from_embedding_to_output(config, sizes):
     ids=str,
 )
 def test_numbers_that_contradict_each_other_are_refused(config, message):
-    with pytest.raises(Exception, match=message):
+    with pytest.raises(StrictDataclassError, match=message):
         LSTMConfig(**config)
 
 

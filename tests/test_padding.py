@@ -85,11 +85,9 @@ def test_padding_has_no_part_in_gradients(kernel):
 
 @pytest.mark.parametrize(
     "mask",
-    [torch.ones(7, 11), torch.ones(6, 12), torch.ones(7, 1, 12, 12), torch.ones(12)],
+    [torch.ones(7, 11), torch.ones(7, 13), torch.ones(6, 12), torch.ones(7, 1, 12, 12), torch.ones(12)],
     ids=lambda mask: str(mask.shape),
 )
 def test_a_mask_that_does_not_fit_is_refused(mask):
-    with pytest.raises(
-        ValueError, match=r"`attention_mask` of shape .* two dimensions, 7 rows and at least 12 columns"
-    ):
+    with pytest.raises(ValueError, match=r"`attention_mask` of shape .* must be \(7, 12\), a column for each token"):
         make_model()(IDS, attention_mask=mask)

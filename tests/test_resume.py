@@ -20,21 +20,23 @@ SCRIPT = Path(__file__)
 TOKENS = make_ids(1, LANES * BPTT * 5 + 1)[0]  # several epochs, so that a run also resumes in the middle of one
 
 
-def run(folder, resume=None, kill=None, **options):
+def run(folder, resume=None, kill=None, dataset=None, **options):
     """One run with dropout-free Adam; `kill` is called by name where the process is to end."""
     os.environ["KILL"] = kill or ""
     trainer, _ = make_trainer(
         folder,
         make_model(torch.float32),
-        LaneDataset(TOKENS, LANES, BPTT),
-        max_steps=STEPS,
-        optim="adamw_torch",
-        learning_rate=0.01,
-        lr_scheduler_type="linear",
-        save_strategy="steps",
-        save_steps=4,
-        save_total_limit=2,
-        **options,
+        dataset or LaneDataset(TOKENS, LANES, BPTT),
+        **{
+            "max_steps": STEPS,
+            "optim": "adamw_torch",
+            "learning_rate": 0.01,
+            "lr_scheduler_type": "linear",
+            "save_strategy": "steps",
+            "save_steps": 4,
+            "save_total_limit": 2,
+        }
+        | options,
     )
     trainer.callback_handler.callbacks.insert(0, Killer())
     trainer.train(resume_from_checkpoint=resume)
@@ -108,30 +110,44 @@ def test_the_carried_state_is_in_the_checkpoint(tmp_path):
     assert all(tensor.abs().sum() > 0 for tensor in state.values())
 
 
-@pytest.mark.parametrize("what", ["missing", "broken", "other lanes"])
-def test_a_checkpoint_whose_state_does_not_fit_is_refused(tmp_path, what):
+@pytest.mark.parametrize("what", ["missing", "broken"])
+def test_a_checkpoint_without_a_state_is_refused(tmp_path, what):
     run(tmp_path)
-    path = tmp_path / "checkpoint-8" / "lstm_state_rank0.safetensors"
-    if what == "missing":
-        path.unlink()
-    elif what == "broken":
-        path.write_bytes(b"broken")
-    else:
-        save_file(load_file(path), path, metadata={"world_size": "1", "lanes": "7"})
+    path = tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors"
+    path.unlink() if what == "missing" else path.write_bytes(b"broken")
 
-    message = "resume with the same number of processes" if what == "other lanes" else "it holds no carried state"
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+    with pytest.raises(ValueError, match="it holds no carried state"):
+        run(tmp_path, resume=str(tmp_path / "checkpoint-12"))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "options", "message"),
+    [
+        (LaneDataset(TOKENS, LANES, BPTT - 1), {}, "`bptt_length` was 5 in .* and is 4 now"),
+        (LaneDataset(TOKENS[:-1], LANES, BPTT), {}, "`tokens` was 76 in .* and is 75 now"),
+        (LaneDataset(TOKENS, 2, BPTT), {"per_device_train_batch_size": 2}, "`lanes` was 3 in .* and is 2 now"),
+    ],
+    ids=["chunks", "text", "lanes"],
+)
+def test_a_checkpoint_of_other_lanes_is_refused(tmp_path, dataset, options, message):
+    run(tmp_path)
+
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, resume=str(tmp_path / "checkpoint-8"))
+        run(tmp_path, resume=str(tmp_path / "checkpoint-8"), dataset=dataset, **options)
 
 
 def test_a_checkpoint_elsewhere_is_named_in_the_arguments(tmp_path):
     """Trainer does not tell callbacks the path that `train()` was given."""
     expected, _ = run(tmp_path / "one")
-    checkpoint = str((tmp_path / "one" / "checkpoint-8").rename(tmp_path / "checkpoint-8"))
+    run(tmp_path / "two", learning_rate=0.5)
+    checkpoint = str(tmp_path / "one" / "checkpoint-8")
 
-    with pytest.raises(ValueError, match="holds no carried state"):
+    with pytest.raises(ValueError, match="belongs to another run than the weights do"):
         run(tmp_path / "two", resume=checkpoint)
-    logs, _ = run(tmp_path / "three", resume=checkpoint, resume_from_checkpoint=checkpoint)
+    with pytest.raises(ValueError, match="holds no carried state"):
+        run(tmp_path / "three", resume=checkpoint)
+    logs, _ = run(tmp_path / "four", resume=checkpoint, resume_from_checkpoint=checkpoint)
 
     assert [entry.get("loss") for entry in logs[:-1]] == [entry.get("loss") for entry in expected[:-1]]
 

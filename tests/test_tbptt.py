@@ -196,12 +196,17 @@ def test_label_smoothing_learns_the_next_token(tmp_path):
     assert losses.train[0] == pytest.approx(expected.item() * (BPTT - 1) / BPTT, rel=1e-5)
 
 
-def test_arguments_change_three_defaults():
+def test_arguments_change_four_defaults():
     ours, stock = LSTMTrainingArguments(use_cpu=True), TrainingArguments(use_cpu=True)
 
     changed = {name for name, value in ours.to_dict().items() if stock.to_dict()[name] != value}
 
-    assert changed - {"logging_dir"} == {"train_sampling_strategy", "dataloader_drop_last", "remove_unused_columns"}
+    assert changed - {"logging_dir"} == {
+        "train_sampling_strategy",
+        "dataloader_drop_last",
+        "remove_unused_columns",
+        "use_cache",
+    }
 
 
 @pytest.mark.parametrize(
@@ -210,6 +215,7 @@ def test_arguments_change_three_defaults():
         ({"train_sampling_strategy": "random"}, r"`train_sampling_strategy` \(random\) must be `sequential`"),
         ({"dataloader_drop_last": False}, r"`dataloader_drop_last` \(False\) must be True"),
         ({"remove_unused_columns": True}, r"`remove_unused_columns` \(True\) must be False"),
+        ({"auto_find_batch_size": True}, r"`auto_find_batch_size` \(True\) must be False"),
         ({"per_device_train_batch_size": 2}, "has 3 lanes, and a batch has 2 rows on each of 1 processes"),
         ({"save_strategy": "steps", "save_total_limit": 1}, r"`save_total_limit` \(1\) must be at least 2"),
     ],
@@ -220,6 +226,35 @@ def test_training_that_cannot_carry_the_state_is_refused(tmp_path, options, mess
     with pytest.raises(ValueError, match=message):
         trainer.train()
     assert losses.train == []
+
+
+def test_batches_that_lost_their_lanes_are_refused(tmp_path):
+    trainer, losses = make_trainer(tmp_path, make_model(), LaneDataset(TOKENS, LANES, BPTT))
+    collate = trainer.data_collator
+    trainer.data_collator = lambda items: {name: collate(items)[name] for name in ("input_ids", "labels")}
+
+    with pytest.raises(ValueError, match=r"No state was carried: the model saw no batch .* of \(3, 5\)"):
+        trainer.train()
+    assert losses.train == []
+
+
+def test_an_interrupted_run_leaves_the_next_one_alone(tmp_path):
+    class Interrupt(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            raise KeyboardInterrupt
+
+    model = make_model()
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer, _ = make_trainer(tmp_path, model, LaneDataset(TOKENS, LANES, BPTT), callbacks=[Interrupt()])
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    model.load_state_dict(weights)
+    model.zero_grad()
+
+    trainer, losses = make_trainer(tmp_path, model, LaneDataset(TOKENS, LANES, BPTT))
+    trainer.train()
+
+    assert losses.train == pytest.approx(train_by_hand(make_model(), TOKENS), rel=1e-5)
 
 
 def test_data_without_lanes_is_refused(tmp_path):

@@ -3,6 +3,8 @@
 Shapes: B batch, T tokens of one call, H the width of the layer's cell.
 """
 
+import copy
+
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
@@ -96,7 +98,8 @@ class LSTMCacheLayer(CacheLayerMixin):
                 f"recorded: call `activate_past_recording()` before they are read (at most {MAX_HISTORY} are kept)."
             )
         if removed:
-            self._write(self.past_keys[:, -1 - removed], self.past_values[:, -1 - removed])
+            h, c = self.past_keys[:, -1 - removed], self.past_values[:, -1 - removed]
+            self._write(h.clone(), c.clone())  # a view would keep the whole history alive
             self.cumulative_length -= removed
         self.past_keys = self.past_values = None
 
@@ -118,6 +121,14 @@ class LSTMCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda state: state[indices])
+
+    def __deepcopy__(self, memo):
+        """A copy of the numbers: torch refuses to copy what belongs to an autograd graph."""
+        copied = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(copied, name, value.detach().clone())
+        return copied
 
     def _map(self, function) -> None:
         for name in ("keys", "values", "past_keys", "past_values"):

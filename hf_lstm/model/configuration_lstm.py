@@ -28,7 +28,8 @@ class LSTMConfig(PreTrainedConfig):
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): The ids of hf_lstm's own tokenizers.
 
     Raises:
-        ValueError: where a size is below 1, or the embeddings cannot be tied.
+        huggingface_hub.errors.StrictDataclassError: with the `ValueError` that says why, where a size is below 1, a
+            number is of the wrong type, or the embeddings cannot be tied.
     """
 
     model_type = "hf_lstm"
@@ -39,8 +40,8 @@ class LSTMConfig(PreTrainedConfig):
     embedding_size: int | None = None
     num_hidden_layers: int = 2
     tie_word_embeddings: bool = True
-    initializer_range: float = 0.2
-    forget_gate_bias: float = 1.0
+    initializer_range: float | int = 0.2
+    forget_gate_bias: float | int = 1.0
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
@@ -66,6 +67,10 @@ class LSTMConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "embedding_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+
+    def validate_initializer_range(self):
+        if self.initializer_range < 0:
+            raise ValueError(f"`initializer_range` ({self.initializer_range}) is a standard deviation: at least 0.")
 
     def validate_tying(self):
         if self.tie_word_embeddings and self.num_hidden_layers == 1 and self.embedding_size != self.hidden_size:

@@ -43,7 +43,7 @@ def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
         batch_sizes (`list[int]`): How many sequences have a first token, a second, ...
 
     Returns:
-        h after each token, `(N, H)`; h and c at each sequence's end, `(S, H)`; c after each token, `(N, H)`.
+        h and c after each token, `(N, H)`; h and c at each sequence's end, `(S, H)`.
     """
     outputs, cells = [h[:0]], [c[:0]]
     for gates in input_gates(x).split(batch_sizes):  # (n, 4 H), n of the S sequences go on
@@ -55,16 +55,16 @@ def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
         cells.append(new_c)
         h = torch.cat([new_h, h[n:]]) if n < len(h) else new_h
         c = torch.cat([new_c, c[n:]]) if n < len(c) else new_c
-    return torch.cat(outputs), h, c, torch.cat(cells)
+    return torch.cat(outputs), torch.cat(cells), h, c
 
 
 @torch.compiler.disable  # traced, it would be unrolled: seconds of compiling for every step
 def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
-    """The same by torch's own kernel, which does not tell the cells between."""
+    """The same by torch's own kernel, which does not tell the c in between."""
     weights = [input_gates.weight, hidden_gates.weight, input_gates.bias, torch.zeros_like(input_gates.bias)]
     steps = torch.tensor(batch_sizes)
     outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, torch.is_grad_enabled(), False)
-    return outputs, h[0], c[0], None
+    return outputs, None, h[0], c[0]
 
 
 class LSTMLayer(GradientCheckpointingLayer):
@@ -96,7 +96,7 @@ class LSTMLayer(GradientCheckpointingLayer):
             packed, start = segments.pack(x), (segments.start(h), segments.start(c))
 
         run = fused_lstm if self._is_fusable(x.device.type, len(batch_sizes), record) else explicit_lstm
-        outputs, h_end, c_end, cells = run(packed, *start, batch_sizes, self.input_gates, self.hidden_gates)
+        outputs, cells, h_end, c_end = run(packed, *start, batch_sizes, self.input_gates, self.hidden_gates)
 
         if segments is None:
             outputs = outputs.unflatten(0, (length, rows)).transpose(0, 1)
@@ -106,14 +106,21 @@ class LSTMLayer(GradientCheckpointingLayer):
         return segments.unpack(outputs, h), segments.end(h_end, h), segments.end(c_end, c), cells
 
     def _is_fusable(self, device: str, steps: int, record: bool) -> bool:
-        """Whether to take torch's kernel: never for adapters and quantisers, whose modules it would bypass."""
-        plain = all(
-            type(gates) is nn.Linear and type(gates.weight) in (nn.Parameter, torch.Tensor)
-            for gates in (self.input_gates, self.hidden_gates)
-        )
+        """Whether to take torch's kernel, which reads the weights and would bypass whatever else a module does."""
+        plain = all(_is_plain(gates) for gates in (self.input_gates, self.hidden_gates))
         if not plain or record or steps == 0 or device not in FUSED_STEPS or torch.compiler.is_exporting():
             return False
         return torch.is_grad_enabled() or steps >= FUSED_STEPS[device]
+
+
+def _is_plain(gates: nn.Module) -> bool:
+    """Whether calling `gates` does what its weights say: no adapter, quantiser, pruning, offloading or hook."""
+    return (
+        type(gates) is nn.Linear
+        and type(gates.weight) in (nn.Parameter, torch.Tensor)
+        and "forward" not in vars(gates)  # accelerate replaces it where weights are offloaded
+        and not (gates._forward_hooks or gates._forward_pre_hooks)
+    )
 
 
 class LSTMPreTrainedModel(PreTrainedModel):
@@ -191,10 +198,20 @@ class LSTMModel(LSTMPreTrainedModel):
         Raises:
             ValueError: where the tensors or the state do not fit each other.
         """
+        if kwargs.get("output_attentions", self.config.output_attentions):
+            raise ValueError(
+                "`output_attentions` (True) has nothing to return, since an LSTM has no attention: "
+                "`output_hidden_states` gives what its layers compute."
+            )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.shape[-1] != self.config.embedding_size:
+            raise ValueError(
+                f"`inputs_embeds` ({inputs_embeds.shape[-1]} wide) must be as wide as `embedding_size` "
+                f"({self.config.embedding_size})."
+            )
         if inputs_embeds.shape[1] == 0:
             raise ValueError(f"The input, of shape {tuple(inputs_embeds.shape[:2])}, must hold at least one token.")
         if use_cache is None:
@@ -204,15 +221,10 @@ class LSTMModel(LSTMPreTrainedModel):
 
         cache_layers = self._cache_layers(past_key_values, len(inputs_embeds))
         carried = cache_layers is not None and cache_layers[0].is_initialized
-        segments = find_segments(
-            inputs_embeds.shape[:2],
-            attention_mask,
-            position_ids,
-            seq_idx,
-            cu_seq_lens_q,
-            carried=carried,
-            device=inputs_embeds.device,
-        )
+        segments = None
+        limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
+        if any(limit is not None for limit in limits):
+            segments = find_segments(inputs_embeds.shape[:2], *limits, carried, inputs_embeds.device)
         x = inputs_embeds
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             cache_layer = cache_layers[index] if cache_layers is not None else None
@@ -224,6 +236,11 @@ class LSTMModel(LSTMPreTrainedModel):
             x, h, c, cells = layer(x, h, c, segments, record)
             if cache_layer is not None:
                 cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=(x, cells))
+        if x.shape[-1] != self.layers[-1].hidden_gates.in_features:
+            raise ValueError(
+                f"The first {self.config.num_hidden_layers} layers end {x.shape[-1]} wide, and the output layer takes "
+                f"{self.layers[-1].hidden_gates.in_features}: `assistant_early_exit` needs cells of equal width."
+            )
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
     def _cache_layers(self, cache: Cache | None, rows: int) -> list[LSTMCacheLayer] | None:
@@ -245,11 +262,22 @@ class LSTMModel(LSTMPreTrainedModel):
                     "`DynamicCache(config=model.config)`. Keys and values of attention, as prefix tuning and other "
                     "models give them, mean nothing here."
                 )
+        if len(cache.layers) != len(self.layers) and self.config.num_hidden_layers == len(self.layers):
+            raise ValueError(
+                f"`past_key_values` has {len(cache.layers)} layers and the model {len(self.layers)}: it belongs to "
+                "another model."
+            )
+        for layer, size in zip(cache.layers, self.config.cell_sizes, strict=False):
             if layer.is_initialized and len(layer.keys) != rows:
                 raise ValueError(
                     f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}: they must "
                     "be equal. Give each beam or sequence its own state with "
                     "`past_key_values.batch_repeat_interleave(n)`, or start from a new cache."
+                )
+            if layer.is_initialized and layer.keys.shape[1] != size:
+                raise ValueError(
+                    f"`past_key_values` holds a state {layer.keys.shape[1]} wide and the model's is {size}: it belongs to "
+                    "another model."
                 )
         return cache.layers
 
@@ -263,9 +291,16 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = LSTMModel(config)
         self.lm_head = nn.Linear(config.cell_sizes[-1], config.vocab_size, bias=False)
-        if config.tie_word_embeddings:  # one tensor in a checkpoint: Trainer warns of the other unless it is told
-            self._keys_to_ignore_on_save = ["lm_head.weight"]
         self.post_init()
+
+    @property
+    def _keys_to_ignore_on_save(self):
+        """A checkpoint of tied embeddings holds one tensor: Trainer warns of the other unless it is told."""
+        return {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+
+    @_keys_to_ignore_on_save.setter
+    def _keys_to_ignore_on_save(self, keys):
+        """transformers sets what it collects from the class; the config alone decides here."""
 
     @can_return_tuple
     def forward(
@@ -327,6 +362,10 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         **kwargs,
     ):
         """A decoding step reads one real token of every row and starts no document: no mask, no positions."""
+        if input_ids.shape[1] == 0 and inputs_embeds is None:
+            raise ValueError(
+                "The prompt is empty: give at least one token, such as the `eos_token` that documents follow."
+            )
         if next_sequence_length is not None and next_sequence_length <= 0:
             raise ValueError(
                 f"`past_key_values` has read {input_ids.shape[1] - next_sequence_length} tokens and `input_ids` has "

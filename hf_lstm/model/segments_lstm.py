@@ -53,15 +53,13 @@ def find_segments(shape, attention_mask, position_ids, seq_idx, cu_seq_lens, car
     """
     The segments of a batch of shape `(B, T)`, or `None` where each row is one segment without padding. A document
     starts where `position_ids` is 0, where `seq_idx` changes, and at each of `cu_seq_lens[:-1]`. `carried` tells
-    whether rows come with a state. Copies to the host once, or not at all where nothing is given.
+    whether rows come with a state. Copies to the host once.
 
     Raises:
         ValueError: where a tensor does not fit the batch.
     """
-    if attention_mask is None and position_ids is None and seq_idx is None and cu_seq_lens is None:
-        return None
     rows, length = shape
-    host = [_real(attention_mask, shape, device), _restarts(position_ids, cu_seq_lens, shape, device)]
+    host = [_real(attention_mask, shape, carried, device), _restarts(position_ids, cu_seq_lens, shape, device)]
     if seq_idx is not None:
         host.append(_of_batch("seq_idx", seq_idx, shape, device))
     real, restarts, *documents = torch.stack(host).cpu()
@@ -100,14 +98,15 @@ def find_segments(shape, attention_mask, position_ids, seq_idx, cu_seq_lens, car
     return Segments(tokens[order], starts, outputs, ends, step.bincount().tolist()).to(device)
 
 
-def _real(attention_mask, shape, device):
+def _real(attention_mask, shape, carried, device):
     """`(B, T)`: 1 on tokens to read. A mask may begin with the columns that a cache has seen."""
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.long, device=device)
-    if attention_mask.ndim != 2 or attention_mask.shape[0] != shape[0] or attention_mask.shape[1] < shape[1]:
+    wider = carried and attention_mask.ndim == 2 and attention_mask.shape[1] > shape[1]
+    if attention_mask.shape != shape and not (wider and len(attention_mask) == shape[0]):
         raise ValueError(
-            f"`attention_mask` of shape {tuple(attention_mask.shape)} must have two dimensions, {shape[0]} rows and at "
-            f"least {shape[1]} columns: one for each token of the input, after those that the cache has read, if any."
+            f"`attention_mask` of shape {tuple(attention_mask.shape)} must be {tuple(shape)}, a column for each token of "
+            "the input; with a state in `past_key_values` it may begin with columns for the tokens read before."
         )
     return (attention_mask[:, -shape[1] :] != 0).long().to(device)
 

@@ -7,7 +7,8 @@ from transformers import TrainingArguments
 
 @dataclass
 class LSTMTrainingArguments(TrainingArguments):
-    """`TrainingArguments` for lanes: batches come in order, all are complete, and keep their `shift_labels`."""
+    """`TrainingArguments` for lanes: batches come in order, all are complete, and keep their `shift_labels`; and the
+    model is saved with its `use_cache` on, which Trainer would turn off for good (it is off while training anyway)."""
 
     train_sampling_strategy: str = field(
         default="sequential", metadata={"help": "Order of the training data; lanes need `sequential`."}
@@ -17,4 +18,7 @@ class LSTMTrainingArguments(TrainingArguments):
     )
     remove_unused_columns: bool = field(
         default=False, metadata={"help": "Whether to drop what `forward` does not name; lanes need `False`."}
+    )
+    use_cache: bool = field(
+        default=True, metadata={"help": "Whether the saved model returns its state; never while it trains."}
     )

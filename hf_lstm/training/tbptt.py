@@ -4,6 +4,8 @@ Williams & Peng 1990, and the training of LSTM language models ever since Mikolo
 consecutive chunks of a lane into consecutive batches; the callback gives each batch the state that the last one left.
 """
 
+import hashlib
+import json
 import os
 import re
 from pathlib import Path
@@ -41,20 +43,33 @@ class TruncatedBPTTCallback(TrainerCallback):
         self._hooks = []
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
-        _check_arguments(args)
+        check_arguments(args)
         dataset = train_dataloader.dataset
         _check_lanes(dataset, "training", args.per_device_train_batch_size, args.world_size)
         self._caches = {training: DynamicCache(config=model.config) for training in (True, False)}
         self._train_shape = (args.per_device_train_batch_size, dataset.bptt_length)
         self._eval_rows = args.per_device_eval_batch_size
-        self._metadata = {"world_size": str(args.world_size), "lanes": str(dataset.lanes)}
+        self._metadata = {
+            "world_size": args.world_size,
+            "lanes": dataset.lanes,
+            "bptt_length": dataset.bptt_length,
+            "tokens": len(dataset.stream),
+        }
         if state.global_step > 0:
-            self._load(_resumed_checkpoint(args, state) / state_file(args.process_index), model)
+            self._load(_resumed_checkpoint(args, state) / state_file(args.process_index), state, model)
         self._remove_hooks()
-        self._hooks = [
-            model.register_forward_pre_hook(self._carry, with_kwargs=True),
+        self._hooks = [  # before those that an interrupted run may have left: the first one to give a state wins
+            model.register_forward_pre_hook(self._carry, with_kwargs=True, prepend=True),
             model.register_forward_hook(self._cut, with_kwargs=True),
         ]
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not all(layer.is_initialized for layer in self._caches[True].layers):
+            rows, length = self._train_shape
+            raise ValueError(
+                f"No state was carried: the model saw no batch with `position_ids` and `shift_labels` of ({rows}, "
+                f"{length}). Use `default_data_collator`, and leave `auto_find_batch_size` off."
+            )
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
         dataset = getattr(eval_dataloader, "dataset", None)
@@ -71,7 +86,7 @@ class TruncatedBPTTCallback(TrainerCallback):
         self._caches[False] = DynamicCache(config=model.config)
 
     def on_save(self, args, state, control, **kwargs):
-        if args.save_only_model:
+        if args.save_only_model or state.is_hyper_param_search:  # neither is ever resumed
             return
         path = _checkpoint(args, state) / state_file(args.process_index)
         tensors = {
@@ -80,7 +95,7 @@ class TruncatedBPTTCallback(TrainerCallback):
             for name, tensor in zip("hc", layer.get_state(), strict=True)
         }
         unfinished = path.with_suffix(".unfinished")
-        save_file(tensors, unfinished, metadata=self._metadata)
+        save_file(tensors, unfinished, metadata=self._metadata_of(state))
         os.replace(unfinished, path)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -106,7 +121,12 @@ class TruncatedBPTTCallback(TrainerCallback):
             return positions.shape == targets.shape == self._train_shape
         return positions.shape == targets.shape and len(positions) == self._eval_rows
 
-    def _load(self, path, model):
+    def _metadata_of(self, state):
+        """What tells whether a state fits this run; the history tells one run from another."""
+        history = hashlib.sha256(json.dumps(state.log_history, sort_keys=True).encode()).hexdigest()
+        return {name: str(value) for name, value in self._metadata.items()} | {"log_history": history}
+
+    def _load(self, path, state, model):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
@@ -115,11 +135,18 @@ class TruncatedBPTTCallback(TrainerCallback):
                 f"{path.parent} cannot be resumed, since it holds no carried state ({path.name}: {error}): resume from "
                 "`hf_lstm.training.last_complete_checkpoint(output_dir)`."
             ) from error
-        if metadata != self._metadata:
+        expected = self._metadata_of(state)
+        if metadata.get("log_history") != expected["log_history"]:
             raise ValueError(
-                f"{path} holds the state of {metadata}, and this run has {self._metadata}: resume with the same number "
-                "of processes and the same batch size, since each lane's state belongs to its place in the stream."
+                f"{path} belongs to another run than the weights do: name the checkpoint to resume from in the argument "
+                "`resume_from_checkpoint` of `LSTMTrainingArguments` too."
             )
+        for name in self._metadata:
+            if metadata.get(name) != expected[name]:
+                raise ValueError(
+                    f"`{name}` was {metadata.get(name)} in {path.parent} and is {expected[name]} now: resume with the same "
+                    "text, processes, batch size and `bptt_length`, since a lane's state belongs to its place."
+                )
         tensors = load_file(path, device=str(model.device))
         for index, layer in enumerate(self._caches[True].layers):
             layer.update(tensors[f"layers.{index}.h"], tensors[f"layers.{index}.c"])
@@ -145,18 +172,21 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
         if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name):
             steps[int(match[1])] = path
     for step in sorted(steps, reverse=True):
-        if _is_complete(steps[step]):
+        if is_complete(steps[step]):
             return steps[step]
         logger.warning(f"{steps[step]} is not complete and is skipped: the run was stopped while it was written.")
     return None
 
 
-def _is_complete(checkpoint):
-    first = checkpoint / state_file(0)
-    if not first.is_file() or not (checkpoint / TRAINER_STATE_NAME).is_file():
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint holds the trainer's state and the carried state of every process."""
+    try:
+        with safe_open(checkpoint / state_file(0), framework="pt") as file:
+            processes = int(file.metadata()["world_size"])
+    except (FileNotFoundError, SafetensorError):
         return False
-    with safe_open(first, framework="pt") as file:
-        processes = int(file.metadata()["world_size"])
+    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+        return False
     return all((checkpoint / state_file(rank)).is_file() for rank in range(processes))
 
 
@@ -170,7 +200,8 @@ def _resumed_checkpoint(args, state):
     return Path(named) if named and Path(named).is_dir() else _checkpoint(args, state)
 
 
-def _check_arguments(args):
+def check_arguments(args) -> None:
+    """Raise `ValueError` for `TrainingArguments` with which no state can be carried from batch to batch."""
     if args.train_sampling_strategy != "sequential":
         raise ValueError(
             f"`train_sampling_strategy` ({args.train_sampling_strategy}) must be `sequential`, or a lane's chunks come "
@@ -185,6 +216,8 @@ def _check_arguments(args):
             "`remove_unused_columns` (True) must be False, or batches lose their `shift_labels`: use "
             "`LSTMTrainingArguments`."
         )
+    if args.auto_find_batch_size:
+        raise ValueError("`auto_find_batch_size` (True) must be False: lanes are laid out for one batch size.")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs in one process would split the lanes but not their state: start one process for each "

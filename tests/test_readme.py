@@ -1,0 +1,55 @@
+"""Every Python block of the README runs as it stands, and says what the README says it says."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+EXPECTED = [
+    ["--- 10 tokens, remembered in 256 bytes", "--- 300 tokens, remembered in 256 bytes", "def main("],
+    ["'tokens': 1799"],
+    ["春眠不覺曉，處處聞啼鳥。"],
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder where the README's first command has been run, as far as it goes in two steps."""
+    folder = tmp_path_factory.mktemp("readme")
+    options = "--output_dir runs/first --max_steps 2 --logging_steps 2 --eval_steps 2 --save_steps 2 --hidden_size 32"
+    (folder / "text.txt").write_text("def main():\n    print('hello')\n" * 100)
+    command = [sys.executable, ROOT / "scripts" / "train.py", *options.split(), "--train_file", "text.txt"]
+    command += ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def test_every_block_is_known():
+    assert len(BLOCKS) == len(EXPECTED)
+
+
+@pytest.mark.parametrize("index", range(len(EXPECTED)))
+def test_blocks_run_and_print_what_they_should(folder, index):
+    ran = subprocess.run([sys.executable, "-c", BLOCKS[index]], cwd=folder, capture_output=True, text=True)
+
+    assert ran.returncode == 0, ran.stderr
+    for line in EXPECTED[index]:
+        assert line in ran.stdout
+    if index == 2:
+        assert 1 <= float(ran.stdout.splitlines()[-1]) < 1.2
+
+
+def test_commands_name_files_that_exist():
+    for path in set(re.findall(r"\b(?:scripts|tests|hf_lstm)/[\w/]+\.\w+", README)):
+        assert (ROOT / path).exists(), path
+    for name in set(re.findall(r"`(test_\w+\.py)`", README)):
+        assert (ROOT / "tests" / name).exists(), name
+
+
+def test_the_test_command_stands_where_ci_looks_for_it():
+    assert len(re.findall(r"^pip install .*\[dev\].*scripts/check\.py$", README, flags=re.MULTILINE)) == 1

@@ -1,5 +1,7 @@
 """Any two ways of computing the same thing agree, for whatever batches hypothesis thinks of."""
 
+from contextlib import contextmanager
+
 import pytest
 import reference
 import torch
@@ -40,12 +42,13 @@ models = st.builds(
 fused = st.booleans()
 
 
+@contextmanager
 def with_kernel(is_fused):
-    patch = pytest.MonkeyPatch()
-    patch.setattr(
-        LSTMLayer, "_is_fusable", lambda self, device, steps, record: bool(steps and is_fused and not record)
-    )
-    return patch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            LSTMLayer, "_is_fusable", lambda self, device, steps, record: bool(steps and is_fused and not record)
+        )
+        yield
 
 
 def documents_of(row, mask, starts):
@@ -63,7 +66,7 @@ def test_a_batch_in_chunks_equals_every_document_alone(model, batch, is_fused):
     """Masks, restarts and chunkings together, against one unpadded document at a time."""
     ids, mask, starts, widths = batch
     positions = (1 - starts).long()
-    with with_kernel(is_fused).context():
+    with with_kernel(is_fused):
         cache = DynamicCache(config=model.config)
         logits = torch.cat(
             [
@@ -99,7 +102,7 @@ def test_both_kernels_agree(model, batch):
     ids, mask, starts, _ = batch
     results = []
     for is_fused in (True, False):
-        with with_kernel(is_fused).context():
+        with with_kernel(is_fused):
             output = model(ids, attention_mask=mask, position_ids=1 - starts, use_cache=True)
         states = [state for layer in output.past_key_values.layers for state in layer.get_state()]
         objective = output.logits.square().sum() + sum(state.sum() for state in states)
@@ -116,7 +119,7 @@ def test_both_kernels_agree(model, batch):
 def test_a_batch_equals_the_equations(model, batch, is_fused):
     """Against tests/reference.py."""
     ids, mask, starts, _ = batch
-    with with_kernel(is_fused).context():
+    with with_kernel(is_fused):
         logits = model(ids, attention_mask=mask, position_ids=1 - starts).logits
     weights = reference.weights_of(model)
 
@@ -170,7 +173,7 @@ def test_a_cache_equals_reading_the_text_again(model, operations, is_fused):
             text = text[rows]
 
     ids = torch.randint(4, 31, (len(text), 3), generator=generator)
-    with with_kernel(is_fused).context():
+    with with_kernel(is_fused):
         expected = model(torch.cat([text, ids], dim=1)).logits[:, -3:]
     assert_close(model(ids, past_key_values=cache).logits, expected, model.dtype)
 

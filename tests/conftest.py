@@ -62,16 +62,24 @@ def make_ids(rows, length, seed=1):
     return torch.randint(4, 31, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.fixture(params=["stacked", "tied_narrow", "untied"])
+CONFIGS = {
+    "stacked": {},
+    "tied_narrow": {"num_hidden_layers": 3, "embedding_size": 8},
+    "untied": {"embedding_size": 10, "tie_word_embeddings": False},
+    "residual": {"block_type": "residual", "initializer_range": 0.2},
+    "residual_narrow": {
+        "block_type": "residual",
+        "embedding_size": 8,
+        "intermediate_size": 10,
+        "initializer_range": 0.2,
+    },
+}
+
+
+@pytest.fixture(params=CONFIGS)
 def model(request):
     """Float64 models of the shapes a config can say."""
-    return make_model(
-        **{
-            "stacked": {},
-            "tied_narrow": {"num_hidden_layers": 3, "embedding_size": 8},
-            "untied": {"embedding_size": 10, "tie_word_embeddings": False},
-        }[request.param]
-    )
+    return make_model(**CONFIGS[request.param])
 
 
 @pytest.fixture(params=["fused", "explicit"])

@@ -34,6 +34,9 @@ class Scalar:
         value = math.exp(self.value)
         return Scalar(value, ((self, value),))
 
+    def power(self, exponent):
+        return Scalar(self.value**exponent, ((self, exponent * self.value ** (exponent - 1)),))
+
     def log(self):
         return Scalar(math.log(self.value), ((self, 1.0 / self.value),))
 
@@ -70,12 +73,14 @@ def dot(a, b):
     return total
 
 
-def lstm_step(x, h, c, layer):
-    """One token through one layer: x of D numbers, h and c of H. Gates in the order i, f, g, o."""
+def linear(x, matrix):
+    return [dot(row, x) for row in matrix]
+
+
+def lstm_step(x, h, c, W, U, b):
+    """One token through one cell: x of D numbers, h and c of H. Gates in the order i, f, g, o."""
     size = len(h)
-    gates = []
-    for row in range(4 * size):
-        gates.append(dot(layer["W"][row], x) + dot(layer["U"][row], h) + layer["b"][row])
+    gates = [dot(W[row], x) + dot(U[row], h) + b[row] for row in range(4 * size)]
     new_h, new_c = [], []
     for unit in range(size):
         i = gates[unit].sigmoid()
@@ -88,24 +93,50 @@ def lstm_step(x, h, c, layer):
     return new_h, new_c
 
 
-def zero_states(weights):
-    return [([Scalar(0.0)] * len(layer["U"][0]),) * 2 for layer in weights["layers"]]
+def rms_norm(x, weight, eps=1e-6):
+    scale = (dot(x, x) * Scalar(1.0 / len(x)) + Scalar(eps)).power(-0.5)
+    return [number * scale * w for number, w in zip(x, weight, strict=True)]
+
+
+def swiglu(x, gate, up, down):
+    inner = [g * g.sigmoid() * u for g, u in zip(linear(x, gate), linear(x, up), strict=True)]
+    return linear(inner, down)
 
 
 def language_model(ids, weights, states=None):
     """
-    The logits after each token of one row, and the states after the last.
-
-    weights: {"E": V x D, "layers": [{"W": 4H x D, "U": 4H x H, "b": 4H}, ...], "output": V x H}
+    The logits after each token of one row, and the states after the last: pairs of h and c, one for each layer.
+    `weights` are those of `weights_of`.
     """
-    states = list(zero_states(weights) if states is None else states)
-    logits = []
+    w = {name.removeprefix("model."): weight for name, weight in weights.items()}
+    layers = sum(name.endswith("hidden_gates.weight") for name in w)
+    residual = "norm.weight" in w
+    if states is None:
+        sizes = [len(w[f"layers.{index}.hidden_gates.weight"][0]) for index in range(layers)]
+        states = [([Scalar(0.0)] * size, [Scalar(0.0)] * size) for size in sizes]
+    states, logits = list(states), []
     for token in ids:
-        x = weights["E"][token]
-        for index, layer in enumerate(weights["layers"]):
-            states[index] = lstm_step(x, *states[index], layer)
-            x = states[index][0]
-        logits.append([dot(row, x) for row in weights["output"]])
+        x = w["embed_tokens.weight"][token]
+        if "in_proj.weight" in w:
+            x = linear(x, w["in_proj.weight"])
+        for index in range(layers):
+            at = f"layers.{index}."
+            read = rms_norm(x, w[at + "norm.weight"]) if residual else x
+            cell = w[at + "input_gates.weight"], w[at + "hidden_gates.weight"], w[at + "input_gates.bias"]
+            states[index] = lstm_step(read, *states[index], *cell)
+            if not residual:
+                x = states[index][0]
+                continue
+            x = [a + b for a, b in zip(x, linear(states[index][0], w[at + "o_proj.weight"]), strict=True)]
+            if at + "mlp.norm.weight" in w:
+                projections = (w[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+                branch = swiglu(rms_norm(x, w[at + "mlp.norm.weight"]), *projections)
+                x = [a + b for a, b in zip(x, branch, strict=True)]
+        if residual:
+            x = rms_norm(x, w["norm.weight"])
+        if "out_proj.weight" in w:
+            x = linear(x, w["out_proj.weight"])
+        logits.append(linear(x, w.get("lm_head.weight", w["embed_tokens.weight"])))
     return logits, states
 
 
@@ -121,18 +152,5 @@ def mean_cross_entropy(logits, targets):
 
 
 def weights_of(model):
-    """The weights of an `LSTMForCausalLM` as nested lists of `Scalar`; tied matrices are the same objects."""
-    embedding = scalars(model.model.embed_tokens.weight.tolist())
-    tied = model.lm_head.weight is model.model.embed_tokens.weight
-    return {
-        "E": embedding,
-        "layers": [
-            {
-                "W": scalars(layer.input_gates.weight.tolist()),
-                "U": scalars(layer.hidden_gates.weight.tolist()),
-                "b": scalars(layer.input_gates.bias.tolist()),
-            }
-            for layer in model.model.layers
-        ],
-        "output": embedding if tied else scalars(model.lm_head.weight.tolist()),
-    }
+    """The weights of an `LSTMForCausalLM` by name, as nested lists of `Scalar`; tied matrices stand there once."""
+    return {name: scalars(parameter.tolist()) for name, parameter in model.named_parameters()}

@@ -5,14 +5,13 @@ from contextlib import contextmanager
 import pytest
 import reference
 import torch
-from conftest import make_model
+from conftest import CONFIGS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
 
 from hf_lstm.model.modeling_lstm import LSTMLayer
 
-CONFIGS = ({}, {"num_hidden_layers": 3, "embedding_size": 8}, {"embedding_size": 10, "tie_word_embeddings": False})
 PRECISION = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest element
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
@@ -37,7 +36,9 @@ def batches(draw):
 
 
 models = st.builds(
-    lambda dtype, config: make_model(dtype, **config), st.sampled_from(list(PRECISION)), st.sampled_from(CONFIGS)
+    lambda dtype, config: make_model(dtype, **config),
+    st.sampled_from(list(PRECISION)),
+    st.sampled_from(list(CONFIGS.values())),
 )
 fused = st.booleans()
 

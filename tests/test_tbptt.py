@@ -95,6 +95,16 @@ def test_training_equals_a_loop_by_hand(tmp_path, options):
         torch.testing.assert_close(actual, wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_bfloat16_on_a_cpu_learns_the_same_within_its_precision(tmp_path):
+    expected = train_by_hand(make_model(torch.float32), TOKENS)
+
+    trainer, losses = make_trainer(tmp_path, make_model(torch.float32), LaneDataset(TOKENS, LANES, BPTT), bf16=True)
+    trainer.train()
+
+    assert losses.train == pytest.approx(expected, rel=0.03)
+    assert losses.train != pytest.approx(expected, rel=1e-6)
+
+
 def test_without_the_callback_the_state_is_not_carried(tmp_path):
     """What the tests above would not notice if chunks were too easy: the carried state does change the losses."""
     model, carried = make_model(), make_model()
@@ -215,6 +225,7 @@ def test_arguments_change_four_defaults():
         ({"train_sampling_strategy": "random"}, r"`train_sampling_strategy` \(random\) must be `sequential`"),
         ({"dataloader_drop_last": False}, r"`dataloader_drop_last` \(False\) must be True"),
         ({"remove_unused_columns": True}, r"`remove_unused_columns` \(True\) must be False"),
+        ({"fp16": True}, r"`fp16` \(True\) needs a GPU"),
         ({"auto_find_batch_size": True}, r"`auto_find_batch_size` \(True\) must be False"),
         ({"per_device_train_batch_size": 2}, "has 3 lanes, and a batch has 2 rows on each of 1 processes"),
         ({"save_strategy": "steps", "save_total_limit": 1}, r"`save_total_limit` \(1\) must be at least 2"),

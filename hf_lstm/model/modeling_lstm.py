@@ -5,6 +5,11 @@
     h_t = σ(o) ⊙ tanh(c_t)                    Hochreiter & Schmidhuber 1997
     logits_t = E h_t                          E: the embedding, when tied (Press & Wolf 2017)
 
+A residual layer reads and writes a stream x instead (He et al. 2016; normalised before each branch, Xiong et al. 2020):
+
+    x = x + O LSTM(norm(x))
+    x = x + D (act(G norm(x)) ⊙ F norm(x))    gated MLP, optional: Shazeer 2020
+
 Shapes: B batch, T tokens of this call, D width of a layer's input, H width of its cell, L layers, V vocabulary;
 S sequences read side by side, N tokens in all of them (segments_lstm.py).
 
@@ -12,10 +17,14 @@ A layer is a pure function of its input and the state it starts from. The model 
 travels as `past_key_values` (cache_lstm.py); no state lives on a module.
 """
 
+import itertools
+
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
+from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -45,12 +54,14 @@ def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
     Returns:
         h and c after each token, `(N, H)`; h and c at each sequence's end, `(S, H)`.
     """
+    from_input = input_gates(x)  # (N, 4 H)
+    h, c = h.to(from_input.dtype), c.to(at_least_float32(from_input.dtype))
     outputs, cells = [h[:0]], [c[:0]]
-    for gates in input_gates(x).split(batch_sizes):  # (n, 4 H), n of the S sequences go on
-        n = len(gates)
-        i, f, g, o = (gates + hidden_gates(h[:n])).chunk(4, dim=-1)
+    for read in from_input.split(batch_sizes):  # (n, 4 H), n of the S sequences go on
+        n = len(read)
+        i, f, g, o = (read + hidden_gates(h[:n])).to(c.dtype).chunk(4, dim=-1)
         new_c = f.sigmoid() * c[:n] + i.sigmoid() * g.tanh()
-        new_h = o.sigmoid() * new_c.tanh()
+        new_h = (o.sigmoid() * new_c.tanh()).to(h.dtype)
         outputs.append(new_h)
         cells.append(new_c)
         h = torch.cat([new_h, h[n:]]) if n < len(h) else new_h
@@ -62,9 +73,18 @@ def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
 def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
     """The same by torch's own kernel, which does not tell the c in between."""
     weights = [input_gates.weight, hidden_gates.weight, input_gates.bias, torch.zeros_like(input_gates.bias)]
-    steps = torch.tensor(batch_sizes)
-    outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, torch.is_grad_enabled(), False)
-    return outputs, None, h[0], c[0]
+    x, h, c = (tensor.to(weights[0].dtype) for tensor in (x, h, c))
+    steps, training = torch.tensor(batch_sizes), torch.is_grad_enabled()
+    # On a CPU autocast asks the kernel for a mixture of types that it does not have: pytorch/pytorch#88136.
+    autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=autocast):
+        outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, training, False)
+    return outputs, None, h[0], c[0].to(at_least_float32(c.dtype))
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """The type of c, which adds up over thousands of steps, and of sums of squares."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 class LSTMLayer(GradientCheckpointingLayer):
@@ -81,11 +101,11 @@ class LSTMLayer(GradientCheckpointingLayer):
             x (`(B, T, D)`): Input.
             h, c (`(B, H)`): State to start from.
             segments (`Segments`, *optional*): What to read, if any row is padded or a document starts inside it.
-            record (`bool`, defaults to `False`): Whether to return the c after each token.
+            record (`bool`, defaults to `False`): Whether to return the states after each token too.
 
         Returns:
-            h after each token, `(B, T, H)`; h and c at each row's end, `(B, H)`; c after each token or `None`.
-            A padded token leaves h and c as they were.
+            h after each token, `(B, T, H)`; h and c at each row's end, `(B, H)`; and, if recorded, h and c after each
+            token. A padded token leaves h and c as they were.
         """
         rows, length, _ = x.shape
         if segments is None:
@@ -101,9 +121,10 @@ class LSTMLayer(GradientCheckpointingLayer):
         if segments is None:
             outputs = outputs.unflatten(0, (length, rows)).transpose(0, 1)
             cells = cells.unflatten(0, (length, rows)).transpose(0, 1) if record else None
-            return outputs, h_end, c_end, cells
-        cells = segments.unpack(cells, c) if record else None
-        return segments.unpack(outputs, h), segments.end(h_end, h), segments.end(c_end, c), cells
+        else:
+            outputs, h_end, c_end = segments.unpack(outputs, h), segments.end(h_end, h), segments.end(c_end, c)
+            cells = segments.unpack(cells, c) if record else None
+        return outputs, h_end, c_end, (outputs, cells) if record else None
 
     def _is_fusable(self, device: str, steps: int, record: bool) -> bool:
         """Whether to take torch's kernel, which reads the weights and would bypass whatever else a module does."""
@@ -111,6 +132,46 @@ class LSTMLayer(GradientCheckpointingLayer):
         if not plain or record or steps == 0 or device not in FUSED_STEPS or torch.compiler.is_exporting():
             return False
         return torch.is_grad_enabled() or steps >= FUSED_STEPS[device]
+
+
+class ResidualLSTMLayer(LSTMLayer):
+    """An LSTM layer that adds to a stream, and the gated MLP that may follow it."""
+
+    def __init__(self, config: LSTMConfig):
+        super().__init__(config.hidden_size, config.hidden_size)
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.mlp = GatedMLP(config) if config.intermediate_size is not None else None
+
+    def forward(self, x, h, c, segments: Segments | None = None, record: bool = False):
+        """As `LSTMLayer`, of x and with x of shape `(B, T, H)`."""
+        outputs, h, c, states = super().forward(self.norm(x), h, c, segments, record)
+        x = x + self.o_proj(outputs)
+        if self.mlp is not None:
+            x = x + self.mlp(x)
+        return x, h, c, states
+
+
+class RMSNorm(nn.RMSNorm):
+    """Zhang & Sennrich 2019, computed in float32 at least."""
+
+    def forward(self, x):
+        dtype = at_least_float32(x.dtype)
+        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
+
+
+class GatedMLP(nn.Module):
+    def __init__(self, config: LSTMConfig):
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(self, x):
+        x = self.norm(x)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
 
 
 def _is_plain(gates: nn.Module) -> bool:
@@ -127,7 +188,7 @@ class LSTMPreTrainedModel(PreTrainedModel):
     config: LSTMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LSTMLayer"]
+    _no_split_modules = ["LSTMLayer", "ResidualLSTMLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": LSTMLayer}
     _can_compile_fullgraph = True
@@ -139,11 +200,19 @@ class LSTMPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module):
-        if not isinstance(module, LSTMLayer):
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+        else:
             super()._init_weights(module)
+        # What a branch adds is small at first, so that the stream does not grow with depth (Radford et al. 2019).
+        gain = (2 * self.config.num_hidden_layers) ** -0.5
+        if isinstance(module, GatedMLP):
+            init.xavier_uniform_(module.down_proj.weight, gain=gain)
+        if isinstance(module, ResidualLSTMLayer):
+            init.xavier_uniform_(module.o_proj.weight, gain=gain)
+        if not isinstance(module, LSTMLayer):
             return
         size = module.hidden_gates.in_features
-        init.xavier_uniform_(module.input_gates.weight)
         init.orthogonal_(module.hidden_gates.weight)  # Saxe et al. 2014: signals neither die nor explode
         bias = torch.zeros_like(module.input_gates.bias)
         bias[size : 2 * size] = self.config.forget_gate_bias
@@ -156,8 +225,18 @@ class LSTMModel(LSTMPreTrainedModel):
     def __init__(self, config: LSTMConfig):
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.embedding_size)
-        input_sizes = [config.embedding_size, *config.cell_sizes]
-        self.layers = nn.ModuleList(LSTMLayer(*sizes) for sizes in zip(input_sizes, config.cell_sizes, strict=False))
+        if config.block_type == "residual":
+            self.layers = nn.ModuleList(ResidualLSTMLayer(config) for _ in range(config.num_hidden_layers))
+            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        else:
+            sizes = itertools.pairwise([config.embedding_size, *config.cell_sizes])
+            self.layers = nn.ModuleList(LSTMLayer(input_size, cell_size) for input_size, cell_size in sizes)
+            self.norm = nn.Identity()
+        self.in_proj, self.out_proj = nn.Identity(), nn.Identity()
+        if config.block_type == "residual" and config.embedding_size != config.hidden_size:
+            self.in_proj = nn.Linear(config.embedding_size, config.hidden_size, bias=False)
+            if config.tie_word_embeddings:
+                self.out_proj = nn.Linear(config.hidden_size, config.embedding_size, bias=False)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -180,7 +259,7 @@ class LSTMModel(LSTMPreTrainedModel):
                 The next `T` tokens of each row; earlier ones are remembered by `past_key_values`.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 0 marks padding, on either side or between. A padded token leaves the row's state as it was and repeats
-                its last output. With `past_key_values` the mask may be wider: its last `T` columns count.
+                its last output (before any of this call, a residual model gives 0). With `past_key_values` the mask may be wider: its last `T` columns count.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 A document starts, from a zero state, wherever the position of a real token is 0.
             past_key_values ([`Cache`], *optional*):
@@ -225,22 +304,26 @@ class LSTMModel(LSTMPreTrainedModel):
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         if any(limit is not None for limit in limits):
             segments = find_segments(inputs_embeds.shape[:2], *limits, carried, inputs_embeds.device)
-        x = inputs_embeds
+        x = self.in_proj(inputs_embeds)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             cache_layer = cache_layers[index] if cache_layers is not None else None
             if carried:
-                h, c = (state.to(x) for state in cache_layer.get_state())
+                h, c = (state.to(x.device) for state in cache_layer.get_state())
             else:
-                h = c = x.new_zeros(len(x), layer.hidden_gates.in_features)
+                h = x.new_zeros(len(x), layer.hidden_gates.in_features)
+                c = h.to(at_least_float32(h.dtype))
             record = cache_layer is not None and cache_layer.record_past
-            x, h, c, cells = layer(x, h, c, segments, record)
+            x, h, c, states = layer(x, h, c, segments, record)
             if cache_layer is not None:
-                cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=(x, cells))
+                cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=states)
         if x.shape[-1] != self.layers[-1].hidden_gates.in_features:
             raise ValueError(
                 f"The first {self.config.num_hidden_layers} layers end {x.shape[-1]} wide, and the output layer takes "
                 f"{self.layers[-1].hidden_gates.in_features}: `assistant_early_exit` needs cells of equal width."
             )
+        x = self.out_proj(self.norm(x))
+        if segments is not None and self.config.block_type == "residual":
+            x = segments.hold(x)
         return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
 
     def _cache_layers(self, cache: Cache | None, rows: int) -> list[LSTMCacheLayer] | None:
@@ -290,7 +373,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
     def __init__(self, config: LSTMConfig):
         super().__init__(config)
         self.model = LSTMModel(config)
-        self.lm_head = nn.Linear(config.cell_sizes[-1], config.vocab_size, bias=False)
+        self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=False)
         self.post_init()
 
     @property

@@ -20,6 +20,7 @@ class Segments:
         starts (`(S,)`): The row whose carried state a segment continues; `B` stands for the zero state.
         outputs (`(B T,)`): Which of the `N` outputs each token of the batch gets: its own, or for padding the last
             before it; `N + b` stands for the carried h of row `b`.
+        holds (`(B T,)`): Where the last real token up to each token of the batch stands; `B T` if there is none.
         ends (`(B,)`): The segment that ends each row; `S + b` stands for the carried state of row `b`, unchanged.
         batch_sizes (`list[int]`): How many segments are read at each step.
     """
@@ -27,19 +28,23 @@ class Segments:
     tokens: torch.Tensor
     starts: torch.Tensor
     outputs: torch.Tensor
+    holds: torch.Tensor
     ends: torch.Tensor
     batch_sizes: list[int]
 
     def to(self, device, **kwargs) -> "Segments":
         """A copy on `device`: accelerate calls this when layers lie on several devices."""
-        moved = (index.to(device, **kwargs) for index in (self.tokens, self.starts, self.outputs, self.ends))
-        return Segments(*moved, self.batch_sizes)
+        *indices, batch_sizes = vars(self).values()
+        return Segments(*(index.to(device, **kwargs) for index in indices), batch_sizes)
 
     def pack(self, x):  # (B, T, D) -> (N, D)
         return x.flatten(0, 1)[self.tokens]
 
     def unpack(self, y, carried):  # (N, D), (B, D) -> (B, T, D)
         return torch.cat([y, carried])[self.outputs].unflatten(0, (len(carried), -1))
+
+    def hold(self, x):  # (B, T, D) -> (B, T, D)
+        return torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[2])])[self.holds].unflatten(0, x.shape[:2])
 
     def start(self, carried):  # (B, D) -> (S, D)
         return torch.cat([carried, carried.new_zeros(1, carried.shape[1])])[self.starts]
@@ -88,14 +93,15 @@ def find_segments(shape, attention_mask, position_ids, seq_idx, cu_seq_lens, car
     every_row = torch.arange(rows)
     row_of = every_row.repeat_interleave(length)
     if len(tokens) == 0:  # nothing to read: all that was carried stays
-        outputs, ends = row_of, every_row
+        outputs, holds, ends = row_of, torch.full_like(row_of, rows * length), every_row
     else:
         known = (last >= 0) & (row[last] == row_of)
         outputs = torch.where(known, place[last], len(tokens) + row_of)
+        holds = torch.where(known, tokens[last], rows * length)
         last, known = last.view(shape)[:, -1], known.view(shape)[:, -1]
         ends = torch.where(known, rank[segment[last]], len(lengths) + every_row)
     starts = torch.where(restart, rows, row)[first][longest]
-    return Segments(tokens[order], starts, outputs, ends, step.bincount().tolist()).to(device)
+    return Segments(tokens[order], starts, outputs, holds, ends, step.bincount().tolist()).to(device)
 
 
 def _real(attention_mask, shape, carried, device):

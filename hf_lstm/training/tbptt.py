@@ -216,6 +216,10 @@ def check_arguments(args) -> None:
             "`remove_unused_columns` (True) must be False, or batches lose their `shift_labels`: use "
             "`LSTMTrainingArguments`."
         )
+    if args.fp16 and args.device.type == "cpu":
+        raise ValueError(
+            "`fp16` (True) needs a GPU: on a CPU, Trainer would train in float32 without a word. Use `bf16`."
+        )
     if args.auto_find_batch_size:
         raise ValueError("`auto_find_batch_size` (True) must be False: lanes are laid out for one batch size.")
     if args.n_gpu > 1:

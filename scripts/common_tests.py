@@ -1,0 +1,71 @@
+"""Run transformers' own common model tests on our classes: tests/transformers_common.py says which and why not others.
+
+python scripts/common_tests.py
+
+The tests come from the source distribution of the installed version, fetched by pip into a temporary folder. What it
+leaves out of its test folder and the common tests import is stubbed: the mixins for exporting and for generation, both of
+which our own tests cover.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
+import transformers
+
+STUBS = {
+    "exporters/test_export.py": "class ExportTesterMixin: pass\n",
+    "generation/test_utils.py": "class GenerationTesterMixin: pass\n",
+}
+
+
+def main() -> int:
+    with tempfile.TemporaryDirectory() as folder:
+        folder = Path(folder)
+        package = f"transformers=={transformers.__version__}"
+        fetch = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "-q",
+            "--no-deps",
+            "--no-binary",
+            ":all:",
+            "-d",
+            folder,
+            package,
+        ]
+        subprocess.run(fetch, check=True)
+        with tarfile.open(next(folder.glob("*.tar.gz"))) as archive:
+            archive.extractall(folder, filter="data")
+        shutil.copytree(next(folder.glob("transformers-*/tests")), folder / "tests")
+        for name, text in STUBS.items():
+            path = folder / "tests" / name
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+            (path.parent / "__init__.py").touch()
+        (folder / "tests" / "__init__.py").touch()
+        shutil.copy(Path(__file__).parent.parent / "tests" / "transformers_common.py", folder / "test_lstm.py")
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-rs",
+            "-p",
+            "no:cacheprovider",
+            "test_lstm.py",
+            *sys.argv[1:],
+        ]
+        return subprocess.run(
+            command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=False
+        ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

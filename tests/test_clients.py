@@ -1,0 +1,106 @@
+"""Libraries that adapt, quantise or train language models work on this one: `pip install -e ".[clients]"`."""
+
+import pytest
+import torch
+from conftest import CONFIGS, make_ids, make_model
+from transformers import AutoModelForCausalLM
+
+from hf_lstm import byte_tokenizer
+
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
+IDS = make_ids(4, 12)
+TARGETS = {"gates": ["input_gates", "hidden_gates"], "all-linear": "all-linear"}
+
+
+@pytest.mark.parametrize("block", ["stacked", "tied_narrow", "residual_narrow"])
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_adapters_learn_and_travel(tmp_path, block, targets, dora):
+    import peft
+
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS[targets], use_dora=dora)
+    make_model(torch.float32, **CONFIGS[block]).save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config)
+    frozen = {name: tensor.clone() for name, tensor in model.named_parameters() if not tensor.requires_grad}
+    optimizer = torch.optim.Adam([tensor for tensor in model.parameters() if tensor.requires_grad], lr=0.03)
+    losses = []
+    for _ in range(30):
+        loss = model(input_ids=IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+
+    assert losses[-1] < 0.7 * losses[0]
+    assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
+    assert any("hidden_gates.lora" in name for name, _ in model.named_parameters())
+
+    model.eval()
+    expected = model(input_ids=IDS).logits
+    options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None}
+    written = model.generate(input_ids=IDS, **options)
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "adapter"
+    )
+    assert torch.equal(loaded.eval()(input_ids=IDS).logits, expected)
+    merged = loaded.merge_and_unload()
+    torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
+    assert merged.generate(IDS, **options).tolist() == written.tolist()
+
+
+def test_an_adapter_for_a_module_that_is_not_there_is_refused():
+    import peft
+
+    with pytest.raises(ValueError, match=r"Target modules .*q_proj.* not found in the base model"):
+        peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize("block", ["stacked", "residual_narrow"])
+def test_int8_weights(block):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = make_model(torch.float32, **CONFIGS[block] | {"hidden_size": 32, "embedding_size": 32})
+    with torch.no_grad():
+        expected = model(IDS).logits
+        torchao.quantize_(model, torchao.Int8WeightOnlyConfig())
+
+        logits = model(IDS).logits
+        written = model.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None)
+
+    assert "Int8" in type(model.model.layers[0].hidden_gates.weight).__name__
+    assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
+    assert written.shape == (4, 18)
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_trl_trains_packed_documents(tmp_path, packing):
+    import trl
+    from datasets import Dataset
+
+    tokenizer = byte_tokenizer()
+    texts = [f"{number} green bottles hanging on the wall" for number in range(64)]
+    model = make_model(torch.float32, vocab_size=260, hidden_size=48, num_hidden_layers=1)
+    model.init_weights()
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            str(tmp_path),
+            packing=packing,
+            max_length=128,
+            per_device_train_batch_size=2,
+            learning_rate=0.01,
+            num_train_epochs=8,
+            logging_steps=4,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict({"text": texts}),
+        processing_class=tokenizer,
+    )
+    trainer.train()
+
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    assert losses[-1] < 0.6 * losses[0]

@@ -1,0 +1,52 @@
+"""transformers' own common model tests on our classes: run by scripts/common_tests.py, which fetches their source.
+
+None is left out by us. Those that skip themselves say why: they ask for attention, an accelerator, experts or a
+tensor-parallel plan.
+"""
+
+import unittest
+
+import torch
+from tests.generation.test_utils import GenerationTesterMixin
+from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
+from transformers.models.auto import modeling_auto
+
+from hf_lstm import LSTMConfig, LSTMForCausalLM, LSTMModel
+
+# A test that trains asks of classes without this entry that they compute a loss.
+modeling_auto.MODEL_MAPPING_NAMES[LSTMConfig.model_type] = "LSTMModel"
+
+
+class LSTMTester:
+    """What the mixin asks of a tester: a small config and a batch."""
+
+    block = {}
+
+    def __init__(self, parent):
+        self.parent, self.is_training = parent, True
+        self.batch_size, self.seq_length, self.hidden_size, self.num_hidden_layers = 5, 7, 32, 2
+
+    def get_config(self):
+        return LSTMConfig(vocab_size=99, hidden_size=self.hidden_size, num_hidden_layers=2, **self.block)
+
+    def prepare_config_and_inputs_for_common(self):
+        shape = [self.batch_size, self.seq_length]
+        return self.get_config(), {"input_ids": ids_tensor(shape, 99), "attention_mask": random_attention_mask(shape)}
+
+
+class ResidualTester(LSTMTester):
+    block = {"block_type": "residual", "intermediate_size": 48}
+
+
+class StackedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+    all_model_classes = (LSTMModel, LSTMForCausalLM)
+    has_attentions = False
+    lstm_tester = LSTMTester
+
+    def setUp(self):
+        torch.manual_seed(0)
+        self.model_tester = self.lstm_tester(self)
+
+
+class ResidualTest(StackedTest):
+    lstm_tester = ResidualTester

@@ -463,7 +463,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and past_key_values is not None and inputs["input_ids"].shape[1] == 1:
+        if not is_first_iteration and past_key_values is not None and next_sequence_length == 1:
             inputs |= {"attention_mask": None, "position_ids": None}
         return inputs
 

@@ -56,6 +56,25 @@ def test_an_adapter_for_a_module_that_is_not_there_is_refused():
         peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
 
 
+def test_virtual_tokens_can_be_embeddings_but_not_keys():
+    import peft
+
+    shape = {
+        "task_type": "CAUSAL_LM",
+        "num_virtual_tokens": 3,
+        "num_attention_heads": 1,
+        "num_layers": 2,
+        "token_dim": 12,
+    }
+    prompted = peft.get_peft_model(make_model(torch.float32), peft.PromptTuningConfig(**shape))
+    prompted(input_ids=IDS, labels=IDS).loss.backward()
+    assert prompted.generate(input_ids=IDS, max_new_tokens=3, eos_token_id=None).shape == (4, 15)
+
+    prefixed = peft.get_peft_model(make_model(torch.float32), peft.PrefixTuningConfig(**shape))
+    with pytest.raises(ValueError, match=r"not the state of an LSTM.*prefix tuning"):
+        prefixed(input_ids=IDS, labels=IDS)
+
+
 @pytest.mark.parametrize("block", ["stacked", "residual_narrow"])
 def test_int8_weights(block):
     torchao = pytest.importorskip("torchao.quantization")

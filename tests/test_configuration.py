@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, DynamicCache
 
@@ -56,6 +57,18 @@ def test_configs_come_back(tmp_path):
 
     assert type(loaded) is LSTMConfig
     assert loaded.to_diff_dict() == config.to_diff_dict()
+
+
+def test_ids_outside_the_vocabulary_and_of_other_shapes_are_refused():
+    model = LSTMForCausalLM(LSTMConfig(vocab_size=9, hidden_size=4))
+
+    for ids in ([[1, 9]], [[-1, 3]]):
+        with pytest.raises(IndexError, match="index out of range"):
+            model(torch.tensor(ids))
+    with pytest.raises(ValueError, match=r"The input, of shape \(2,\), must be of shape \(rows, tokens\)"):
+        model(torch.tensor([1, 2]))
+    with pytest.raises(ValueError, match=r"The input, of shape \(1, 0\), must hold at least one token"):
+        model(torch.empty(1, 0, dtype=torch.long))
 
 
 def test_a_cache_has_a_layer_for_each_lstm_layer():

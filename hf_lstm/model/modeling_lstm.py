@@ -286,6 +286,10 @@ class LSTMModel(LSTMPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+        if inputs_embeds.ndim != 3:
+            raise ValueError(
+                f"The input, of shape {tuple(inputs_embeds.shape[:-1])}, must be of shape (rows, tokens)."
+            )
         if inputs_embeds.shape[-1] != self.config.embedding_size:
             raise ValueError(
                 f"`inputs_embeds` ({inputs_embeds.shape[-1]} wide) must be as wide as `embedding_size` "

@@ -286,7 +286,8 @@ def _text_column(dataset, text_column, name):
             f"{name} has no column `{text_column}`, only {', '.join(dataset.column_names)}: name the one that holds the "
             "text with `text_column`."
         )
-    kind = dataset.features[text_column].dtype
+    feature = dataset.features[text_column]
+    kind = getattr(feature, "dtype", type(feature).__name__)  # lists and mixtures are features without one
     if kind not in ("string", "large_string"):
         raise ValueError(f"The column `{text_column}` of {name} holds {kind}: it must hold text.")
     return dataset.select_columns(text_column).rename_columns({text_column: "text"})

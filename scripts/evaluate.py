@@ -54,9 +54,16 @@ def main(arguments: Arguments) -> None:
         corpus, split = load_corpus(arguments.file, text_column=arguments.text_column), arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
+    stream = TokenStream.from_documents(corpus[split]["text"], tokenizer)
+    unknown = int((stream.tokens == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
+    if unknown:
+        print(
+            f"{unknown:,} of {len(stream):,} tokens are unknown to the tokenizer: bits per byte mean little",
+            file=sys.stderr,
+        )
     result = evaluate_stream(
         model,
-        TokenStream.from_documents(corpus[split]["text"], tokenizer),
+        stream,
         batch_size=arguments.batch_size,
         bptt_length=arguments.bptt_length,
         reset_at_documents=arguments.reset_at_documents,

@@ -61,6 +61,8 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     if prompt:
         inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
         options |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        if tokenizer.unk_token_id in inputs["input_ids"][0].tolist():
+            print("The model does not know some characters of the prompt.", file=sys.stderr)
     if sampling.num_beams in (None, 1):
         options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
 

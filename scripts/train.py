@@ -235,6 +235,14 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         eos_token_id=tokenizer.eos_token_id,
         **vars(model_args),
     )
+    if training_args.resume_from_checkpoint is not None:
+        saved = LSTMConfig.from_pretrained(training_args.resume_from_checkpoint)
+        for name in ("vocab_size", *vars(model_args)):
+            if getattr(saved, name) != getattr(config, name):
+                raise ValueError(
+                    f"`{name}` is {getattr(saved, name)} in {training_args.resume_from_checkpoint} and would be "
+                    f"{getattr(config, name)}: resume with the corpus and the flags that the run was started with."
+                )
     return streams, lanes, tokenizer, LSTMForCausalLM(config)
 
 

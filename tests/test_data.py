@@ -190,6 +190,7 @@ BAD_FILES = {
     "broken.jsonl": (b'{"text": "a"', "broken.jsonl cannot be read as jsonl"),
     "noise.parquet": (b"not parquet", "noise.parquet cannot be read as parquet"),
     "column.jsonl": (b'{"body": "a", "id": 1}\n' * 3, "has no column `text`, only body, id: name the one"),
+    "mixed.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "The column `text` of .*mixed.jsonl holds .*: it must hold text"),
     "number.csv": (b"text\n1\n2\n", "The column `text` of .*number.csv holds int64: it must hold text"),
     "org/absent": (None, "org/absent cannot be found, on this disk or on the Hub"),
 }

@@ -99,6 +99,8 @@ def test_a_run_resumes_from_its_folder(run, tmp_path, text_file):
 
     run("train.py", "--output_dir", broken, "--resume_from_checkpoint", "true", *common)
 
+    with pytest.raises(SystemExit, match=r"`hidden_size` is 16 in .* and would be 24: resume with"):
+        run("train.py", "--output_dir", broken, "--resume_from_checkpoint", "true", *common, "--hidden_size", 24)
     for name, tensor in load_file(whole / "model.safetensors").items():
         assert (load_file(broken / "model.safetensors")[name] == tensor).all()
     metrics = [json.loads((folder / "metrics.json").read_text()) for folder in (whole, broken)]

@@ -1,7 +1,6 @@
 """LSTM language models that behave like any Hugging Face model, with a memory that never grows."""
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .data import LaneDataset, TokenStream, load_corpus
 from .evaluation import evaluate_stream
@@ -14,8 +13,6 @@ __version__ = "0.1.0"
 AutoConfig.register(LSTMConfig.model_type, LSTMConfig)
 AutoModel.register(LSTMConfig, LSTMModel)
 AutoModelForCausalLM.register(LSTMConfig, LSTMForCausalLM)
-# With label smoothing, Trainer shifts the labels of the classes that this mapping names, and of no others.
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LSTMConfig.model_type] = LSTMForCausalLM.__name__
 
 # Every save copies the code beside the weights, so a model loads with `trust_remote_code=True` without hf_lstm.
 LSTMConfig.register_for_auto_class()

@@ -300,7 +300,7 @@ def _hold_out(dataset, fraction) -> dict:
         drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))
         validation, train = drawn.tensor_split([max(1, int(len(dataset) * fraction))])
         return {"train": dataset.select(train.sort()[0]), "validation": dataset.select(validation.sort()[0])}
-    text = dataset[0]["text"]
+    text = dataset[0]["text"] or ""
     cut = int(len(text) * (1 - fraction))
     if not 0 < cut < len(text):
         raise ValueError(f"The text has {len(text)} characters: too few to keep a part for validation.")
@@ -329,7 +329,10 @@ def _first_bytes(text, tokenizer) -> int:
     """Bytes that the first token of `text` spells: its share of them where several tokens spell one character."""
     if not tokenizer.is_fast:
         return len(tokenizer.decode(_encode(text[:PIECE_LENGTH], tokenizer)[:1]).encode())
-    encoded = tokenizer(text[:PIECE_LENGTH], add_special_tokens=False, return_offsets_mapping=True)
-    offsets = encoded["offset_mapping"]
+    for piece in _pieces(text):
+        offsets = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        if offsets:
+            text = piece
+            break
     start, end = offsets[0]
     return len(text[start:end].encode()) // offsets.count(offsets[0])

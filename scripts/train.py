@@ -213,7 +213,10 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     for split, stream in streams.items():
         if len(stream) < 2:
             raise ValueError(f"The {split} split holds a single token: there is nothing to predict.")
-    if not encode_prompt(data_args.prompt, tokenizer):
+    if encode_prompt(data_args.prompt, tokenizer) in (
+        [],
+        [None],
+    ):  # no characters it reads, or no `<eos>` to begin with
         raise ValueError(f"`--prompt` {data_args.prompt!r} is no token to this tokenizer: give another.")
     batch_sizes = {
         "train": training_args.per_device_train_batch_size,
@@ -229,7 +232,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         for split, batch_size in batch_sizes.items()
     }
     config = LSTMConfig(
-        vocab_size=len(tokenizer),
+        vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,

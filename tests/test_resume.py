@@ -91,6 +91,24 @@ def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, monkeypatch):
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
+def test_a_checkpoint_that_is_being_deleted_is_skipped(tmp_path, name):
+    """Trainer would go on without an optimizer's state, and say nothing."""
+    run(tmp_path)
+    (tmp_path / "checkpoint-12" / name).unlink()
+
+    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+
+
+def test_the_state_of_another_step_is_refused(tmp_path):
+    """Even if nothing has been logged that could tell."""
+    run(tmp_path, logging_steps=100)
+    first, second = str(tmp_path / "checkpoint-8"), str(tmp_path / "checkpoint-12")
+
+    with pytest.raises(ValueError, match="belongs to another run than the weights do"):
+        run(tmp_path, resume=second, resume_from_checkpoint=first, max_steps=16, logging_steps=100)
+
+
 def test_a_checkpoint_lacks_no_process(tmp_path):
     run(tmp_path)
     path = tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors"

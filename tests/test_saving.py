@@ -83,6 +83,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, pipelin
 folder, copy, ids = sys.argv[1], sys.argv[2], torch.tensor(eval(sys.argv[3]))
 model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype="auto")
 assert type(model).__module__.startswith("transformers_modules"), type(model)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hf_lstm"] == type(model).__name__  # label smoothing looks it up
 base = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
 assert torch.equal(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)

@@ -29,6 +29,7 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
@@ -474,5 +475,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self):
         """`None`: the state of an LSTM has no heads, so a `StaticCache` is filled by the first forward."""
 
+
+# With label smoothing, Trainer shifts the labels of the classes that this mapping names, and of no others.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LSTMConfig.model_type] = LSTMForCausalLM.__name__
 
 __all__ = ["LSTMForCausalLM", "LSTMModel", "LSTMPreTrainedModel"]

@@ -95,7 +95,8 @@ class TruncatedBPTTCallback(TrainerCallback):
             for name, tensor in zip("hc", layer.get_state(), strict=True)
         }
         unfinished = path.with_suffix(".unfinished")
-        save_file(tensors, unfinished, metadata=self._metadata_of(state))
+        files = sorted(file.name for file in path.parent.iterdir() if not file.name.startswith("lstm_state_rank"))
+        save_file(tensors, unfinished, metadata=self._metadata_of(state) | {"files": json.dumps(files)})
         os.replace(unfinished, path)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -123,8 +124,11 @@ class TruncatedBPTTCallback(TrainerCallback):
 
     def _metadata_of(self, state):
         """What tells whether a state fits this run; the history tells one run from another."""
-        history = hashlib.sha256(json.dumps(state.log_history, sort_keys=True).encode()).hexdigest()
-        return {name: str(value) for name, value in self._metadata.items()} | {"log_history": history}
+        losses = [
+            (entry["step"], entry["loss"]) for entry in state.log_history if "loss" in entry
+        ]  # alike on all ranks
+        history = hashlib.sha256(json.dumps([state.global_step, losses]).encode()).hexdigest()
+        return {name: str(value) for name, value in self._metadata.items()} | {"history": history}
 
     def _load(self, path, state, model):
         try:
@@ -136,7 +140,7 @@ class TruncatedBPTTCallback(TrainerCallback):
                 "`hf_lstm.training.last_complete_checkpoint(output_dir)`."
             ) from error
         expected = self._metadata_of(state)
-        if metadata.get("log_history") != expected["log_history"]:
+        if metadata.get("history") != expected["history"]:
             raise ValueError(
                 f"{path} belongs to another run than the weights do: name the checkpoint to resume from in the argument "
                 "`resume_from_checkpoint` of `LSTMTrainingArguments` too."
@@ -179,13 +183,14 @@ def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
 
 
 def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds the trainer's state and the carried state of every process."""
+    """Whether a checkpoint holds the carried state of every process, and all that lay there when it was written."""
     try:
         with safe_open(checkpoint / state_file(0), framework="pt") as file:
-            processes = int(file.metadata()["world_size"])
+            metadata = file.metadata()
     except (FileNotFoundError, SafetensorError):
         return False
-    if not (checkpoint / TRAINER_STATE_NAME).is_file():
+    processes, files = int(metadata["world_size"]), json.loads(metadata.get("files", "[]"))
+    if not all((checkpoint / name).exists() for name in [TRAINER_STATE_NAME, *files]):
         return False
     return all((checkpoint / state_file(rank)).is_file() for rank in range(processes))
 

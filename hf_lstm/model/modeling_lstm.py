@@ -53,11 +53,11 @@ def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
         batch_sizes (`list[int]`): How many sequences have a first token, a second, ...
 
     Returns:
-        h and c after each token, `(N, H)`; h and c at each sequence's end, `(S, H)`.
+        h after each token, `(N, H)`; c after each step's, a list; h and c at each sequence's end, `(S, H)`.
     """
     from_input = input_gates(x)  # (N, 4 H)
     h, c = h.to(from_input.dtype), c.to(at_least_float32(from_input.dtype))
-    outputs, cells = [h[:0]], [c[:0]]
+    outputs, cells = [h[:0]], [c[:0]]  # should there be nothing to read
     for read in from_input.split(batch_sizes):  # (n, 4 H), n of the S sequences go on
         n = len(read)
         i, f, g, o = (read + hidden_gates(h[:n])).to(c.dtype).chunk(4, dim=-1)
@@ -67,7 +67,7 @@ def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
         cells.append(new_c)
         h = torch.cat([new_h, h[n:]]) if n < len(h) else new_h
         c = torch.cat([new_c, c[n:]]) if n < len(c) else new_c
-    return torch.cat(outputs), torch.cat(cells), h, c
+    return torch.cat(outputs), cells, h, c
 
 
 @torch.compiler.disable  # traced, it would be unrolled: seconds of compiling for every step
@@ -119,6 +119,7 @@ class LSTMLayer(GradientCheckpointingLayer):
         run = fused_lstm if self._is_fusable(x.device.type, len(batch_sizes), record) else explicit_lstm
         outputs, cells, h_end, c_end = run(packed, *start, batch_sizes, self.input_gates, self.hidden_gates)
 
+        cells = torch.cat(cells) if record else None
         if segments is None:
             outputs = outputs.unflatten(0, (length, rows)).transpose(0, 1)
             cells = cells.unflatten(0, (length, rows)).transpose(0, 1) if record else None
@@ -260,7 +261,8 @@ class LSTMModel(LSTMPreTrainedModel):
                 The next `T` tokens of each row; earlier ones are remembered by `past_key_values`.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 0 marks padding, on either side or between. A padded token leaves the row's state as it was and repeats
-                its last output (before any of this call, a residual model gives 0). With `past_key_values` the mask may be wider: its last `T` columns count.
+                its last output (before any of this call, a residual model gives 0). With `past_key_values` the mask may
+                be wider: its last `T` columns count.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 A document starts, from a zero state, wherever the position of a real token is 0.
             past_key_values ([`Cache`], *optional*):

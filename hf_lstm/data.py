@@ -85,7 +85,7 @@ class LaneDataset(Dataset):
     `TruncatedBPTTCallback` then carries the state. Made for truncated backpropagation through time (Williams & Peng
     1990).
 
-    Items hold, each of shape `(bptt_length,)`: `input_ids`; `labels`, the same, which whoever uses them shifts;
+    Items hold, each of shape `(chunk length,)`: `input_ids`; `labels`, the same, which whoever uses them shifts;
     `shift_labels`, the next tokens; `position_ids`, counted from 0 where the state is to start anew.
 
     Args:
@@ -94,12 +94,18 @@ class LaneDataset(Dataset):
         bptt_length (`int`): Tokens that gradients run back through.
         reset_at_documents (`bool`, defaults to `False`):
             Whether the state starts anew with every document, not only with the lane; needs a `TokenStream`.
+        length_seed (`int`, *optional*):
+            Draw the length of each chunk with this seed, so that no token is always the last of its chunk (Merity et
+            al. 2018, section 5): from N(`bptt_length`, 5²), or once in 20 from N(`bptt_length` / 2, 5²), and at least 5.
+            The lengths are the same in every epoch and lane; `TruncatedBPTTCallback` scales the learning rate to them.
 
     Raises:
         ValueError: if the stream is too short to give every lane one chunk.
     """
 
-    def __init__(self, tokens, lanes: int, bptt_length: int, reset_at_documents: bool = False):
+    def __init__(
+        self, tokens, lanes: int, bptt_length: int, reset_at_documents: bool = False, length_seed: int | None = None
+    ):
         for name, value in (("lanes", lanes), ("bptt_length", bptt_length)):
             if value < 1:
                 raise ValueError(f"`{name}` ({value}) must be at least 1.")
@@ -107,24 +113,32 @@ class LaneDataset(Dataset):
             raise ValueError("`reset_at_documents=True` needs a `TokenStream`, which knows where documents start.")
         self.stream = as_stream(tokens)
         self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
-        self.chunks = (len(self.stream) - 1) // (lanes * bptt_length)
-        if self.chunks < 1:
+        self.length_seed = length_seed
+        chunks = (len(self.stream) - 1) // (lanes * bptt_length)
+        if chunks < 1:
             raise ValueError(
                 f"The stream holds {len(self.stream):,} tokens, and {lanes} lanes of one chunk of {bptt_length} need "
                 f"{lanes * bptt_length + 1:,}: give more text, or lower the batch size or `bptt_length`."
             )
+        self.lane_length = chunks * bptt_length
+        if length_seed is None:
+            self.chunk_lengths = torch.full((chunks,), bptt_length)
+        else:
+            self.chunk_lengths = _random_lengths(self.lane_length, bptt_length, length_seed)
+        self._chunk_starts = self.chunk_lengths.cumsum(0) - self.chunk_lengths
 
     def __len__(self) -> int:
-        return self.chunks * self.lanes
+        return len(self.chunk_lengths) * self.lanes
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         if not 0 <= index < len(self):
             raise IndexError(f"Item {index} of {len(self)}.")
         chunk, lane = divmod(index, self.lanes)
-        lane_start = lane * self.chunks * self.bptt_length
-        start = lane_start + chunk * self.bptt_length
-        window = self.stream.tokens[start : start + self.bptt_length + 1].long()
-        indices = torch.arange(start, start + self.bptt_length)
+        length = self.chunk_lengths[chunk].item()
+        lane_start = lane * self.lane_length
+        start = lane_start + self._chunk_starts[chunk].item()
+        window = self.stream.tokens[start : start + length + 1].long()
+        indices = torch.arange(start, start + length)
         first = torch.full_like(indices, lane_start)
         if self.reset_at_documents:
             first = torch.maximum(first, self.stream.starts_of(indices))
@@ -134,6 +148,16 @@ class LaneDataset(Dataset):
             "shift_labels": window[1:].clone(),
             "position_ids": indices - first,
         }
+
+
+def _random_lengths(total: int, bptt_length: int, seed: int) -> torch.Tensor:
+    """Lengths of chunks that fill `total` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    enough = total // 5 + 1
+    means = torch.where(torch.rand(enough, generator=generator) < 0.95, bptt_length, bptt_length / 2)
+    ends = torch.normal(means, 5.0, generator=generator).int().clamp(min=5).cumsum(0)
+    ends = torch.cat([ends[ends <= total - 5], torch.tensor([total])])  # the last chunk takes what would be too short
+    return ends.diff(prepend=torch.tensor([0]))
 
 
 def as_stream(tokens) -> TokenStream:

@@ -47,6 +47,19 @@ class ModelArguments:
     embedding_size: int | None = field(default=None, metadata={"help": "Width of the embeddings, if it is another."})
     num_hidden_layers: int = field(default=1, metadata={"help": "LSTM layers, one on top of the other."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Use the embedding as the output layer too."})
+    block_type: str = field(default="stacked", metadata={"help": "`stacked`, or `residual` for a deep model."})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width of the gated MLP after each residual layer; none by default."}
+    )
+    embedding_dropout: float = field(default=0.0, metadata={"help": "Share of the words dropped in a step."})
+    input_dropout: float = field(default=0.0, metadata={"help": "Locked dropout of the embeddings."})
+    hidden_dropout: float = field(default=0.0, metadata={"help": "Locked dropout between layers."})
+    output_dropout: float = field(default=0.0, metadata={"help": "Locked dropout before the output layer."})
+    weight_dropout: float = field(default=0.0, metadata={"help": "Share of the recurrent weights dropped in a step."})
+    activation_regularization: float = field(default=0.0, metadata={"help": "Penalty on large outputs (AR)."})
+    temporal_activation_regularization: float = field(
+        default=0.0, metadata={"help": "Penalty on outputs that change from token to token (TAR)."}
+    )
 
 
 @dataclass

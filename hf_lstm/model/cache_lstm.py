@@ -6,7 +6,7 @@ Shapes: B batch, T tokens of one call, H the width of the layer's cell.
 import copy
 
 import torch
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
+from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
 LAYER_TYPE = "hf_lstm"
@@ -179,6 +179,55 @@ class LSTMStaticCacheLayer(LSTMCacheLayer):
         if self.is_initialized:
             rows = beam_idx.to(self.keys.device)
             self._write(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+
+
+def fitting_layers(cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int]) -> list | None:
+    """
+    The layers of `cache`, made here if it has none yet, once they are known to fit.
+
+    Args:
+        cache (`Cache`, *optional*): What came as `past_key_values`.
+        rows (`int`): B.
+        num_layers (`int`): Layers of the model.
+        cell_sizes (`list[int]`): H of those that are run: fewer in an assistant that exits early.
+
+    Raises:
+        ValueError: if it is no cache of an LSTM, or the state in it is of another model or another number of rows.
+    """
+    if cache is None:
+        return None
+    if not isinstance(cache, Cache):
+        raise ValueError(
+            f"`past_key_values` ({type(cache).__name__}) must be a transformers `Cache`, "
+            "such as `DynamicCache(config=model.config)`."
+        )
+    if not cache.layers:  # `DynamicCache()` does not know the model yet
+        cache.layers.extend(LSTMCacheLayer() for _ in range(num_layers))
+        cache.layer_class_to_replicate = None
+    for layer in cache.layers:
+        if not hasattr(layer, "get_state"):
+            raise ValueError(
+                f"`past_key_values` holds a {type(layer).__name__}, not the state of an LSTM: pass "
+                "`DynamicCache(config=model.config)`. Keys and values of attention, as prefix tuning and other "
+                "models give them, mean nothing here."
+            )
+    if len(cache.layers) != num_layers == len(cell_sizes):
+        raise ValueError(
+            f"`past_key_values` has {len(cache.layers)} layers and the model {num_layers}: it belongs to another model."
+        )
+    for layer, size in zip(cache.layers, cell_sizes, strict=False):
+        if layer.is_initialized and len(layer.keys) != rows:
+            raise ValueError(
+                f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}: they must "
+                "be equal. Give each beam or sequence its own state with "
+                "`past_key_values.batch_repeat_interleave(n)`, or start from a new cache."
+            )
+        if layer.is_initialized and layer.keys.shape[1] != size:
+            raise ValueError(
+                f"`past_key_values` holds a state {layer.keys.shape[1]} wide and the model's is {size}: it belongs to "
+                "another model."
+            )
+    return cache.layers
 
 
 STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = LSTMStaticCacheLayer

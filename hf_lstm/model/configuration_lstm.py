@@ -1,5 +1,6 @@
 """The configuration of an LSTM language model."""
 
+import math
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -37,6 +38,14 @@ class LSTMConfig(PreTrainedConfig):
             1.658 with 0.05 (about AWD-LSTM's U(-0.1, 0.1)), 1.564 with 0.2, 1.576 with 0.4, 1.670 with 0.8.
         forget_gate_bias (`float`, defaults to 1.0):
             Bias of the forget gate in a new model (Gers et al. 2000; Jozefowicz et al. 2015).
+        embedding_dropout, input_dropout, hidden_dropout, output_dropout, weight_dropout (`float`, default to 0.0):
+            What is dropped while training (Merity et al. 2018; regularization_lstm.py): whole words of the vocabulary;
+            features of the embeddings, of what one layer hands to the next (of each branch in a residual model), and of
+            what the output layer takes, the same at all tokens of a row (Gal & Ghahramani 2016); recurrent weights (Wan
+            et al. 2013). AWD-LSTM on WikiText-2: 0.1, 0.65, 0.2, 0.4, 0.5.
+        activation_regularization, temporal_activation_regularization (`float`, default to 0.0):
+            Penalties, while training, on the outputs' squares and on those of their changes from token to token, in nats
+            per token and unit (Merity, McCann & Socher 2017). AWD-LSTM: 2 and 1.
         use_cache (`bool`, defaults to `True`): Return the state unless the model is training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): The ids of hf_lstm's own tokenizers.
 
@@ -59,6 +68,13 @@ class LSTMConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     initializer_range: float | int | None = None
     forget_gate_bias: float | int = 1.0
+    embedding_dropout: float | int = 0.0
+    input_dropout: float | int = 0.0
+    hidden_dropout: float | int = 0.0
+    output_dropout: float | int = 0.0
+    weight_dropout: float | int = 0.0
+    activation_regularization: float | int = 0.0
+    temporal_activation_regularization: float | int = 0.0
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
@@ -108,6 +124,16 @@ class LSTMConfig(PreTrainedConfig):
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` ({self.hidden_act}) must be one of {', '.join(ACT2FN)}.")
 
+    def validate_regularization(self):
+        for name in DROPOUTS:
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"`{name}` ({getattr(self, name)}) is a probability: at least 0 and below 1.")
+        for name in ("activation_regularization", "temporal_activation_regularization"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(
+                    f"`{name}` ({getattr(self, name)}) is the weight of a penalty: at least 0, and finite."
+                )
+
     def validate_tying(self):
         stacked = self.block_type == "stacked"
         if stacked and self.cell_sizes[0] != self.hidden_size:
@@ -123,6 +149,8 @@ class LSTMConfig(PreTrainedConfig):
         """The fields, and the `auto_map` that lets a saved model load where hf_lstm is not installed."""
         return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
 
+
+DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 
 # Saving a model writes only the classes it used into `auto_map`; the whole map lets `AutoModel` load a causal LM too.
 AUTO_MAP = {

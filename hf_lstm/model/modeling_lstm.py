@@ -18,6 +18,7 @@ travels as `past_key_values` (cache_lstm.py); no state lives on a module.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -34,65 +35,19 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_lstm import LSTMCacheLayer
+from .cache_lstm import fitting_layers
 from .configuration_lstm import LSTMConfig
+from .kernels_lstm import FUSED_STEPS, at_least_float32, explicit_lstm, fused_lstm, is_plain
+from .regularization_lstm import locked_dropout, penalty_of_targets, temporal_change, weight_dropout, word_dropout
 from .segments_lstm import Segments, find_segments
-
-# Steps from which torch's fused LSTM beats the explicit one where no gradient is wanted. Two CPU cores, 512 wide,
-# batch 1: one step 0.77 against 0.26 ms, 16 steps 1.6 against 2.1 ms.
-FUSED_STEPS = {"cpu": 16, "cuda": 2}
-
-
-def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
-    """
-    The equations, one step after the other.
-
-    Args:
-        x (`(N, D)`): The first token of every sequence, then the second of every one that has a second, and so on.
-        h, c (`(S, H)`): The states to start from; the longest sequence comes first.
-        batch_sizes (`list[int]`): How many sequences have a first token, a second, ...
-
-    Returns:
-        h after each token, `(N, H)`; c after each step's, a list; h and c at each sequence's end, `(S, H)`.
-    """
-    from_input = input_gates(x)  # (N, 4 H)
-    h, c = h.to(from_input.dtype), c.to(at_least_float32(from_input.dtype))
-    outputs, cells = [h[:0]], [c[:0]]  # should there be nothing to read
-    for read in from_input.split(batch_sizes):  # (n, 4 H), n of the S sequences go on
-        n = len(read)
-        i, f, g, o = (read + hidden_gates(h[:n])).to(c.dtype).chunk(4, dim=-1)
-        new_c = f.sigmoid() * c[:n] + i.sigmoid() * g.tanh()
-        new_h = (o.sigmoid() * new_c.tanh()).to(h.dtype)
-        outputs.append(new_h)
-        cells.append(new_c)
-        h = torch.cat([new_h, h[n:]]) if n < len(h) else new_h
-        c = torch.cat([new_c, c[n:]]) if n < len(c) else new_c
-    return torch.cat(outputs), cells, h, c
-
-
-@torch.compiler.disable  # traced, it would be unrolled: seconds of compiling for every step
-def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates):
-    """The same by torch's own kernel, which does not tell the c in between."""
-    weights = [input_gates.weight, hidden_gates.weight, input_gates.bias, torch.zeros_like(input_gates.bias)]
-    x, h, c = (tensor.to(weights[0].dtype) for tensor in (x, h, c))
-    steps, training = torch.tensor(batch_sizes), torch.is_grad_enabled()
-    # On a CPU autocast asks the kernel for a mixture of types that it does not have: pytorch/pytorch#88136.
-    autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
-    with torch.autocast(x.device.type, enabled=autocast):
-        outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, training, False)
-    return outputs, None, h[0], c[0].to(at_least_float32(c.dtype))
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """The type of c, which adds up over thousands of steps, and of sums of squares."""
-    return torch.promote_types(dtype, torch.float32)
 
 
 class LSTMLayer(GradientCheckpointingLayer):
     """One LSTM layer."""
 
-    def __init__(self, input_size: int, cell_size: int):
+    def __init__(self, input_size: int, cell_size: int, config: LSTMConfig):
         super().__init__()
+        self.config = config
         self.input_gates = nn.Linear(input_size, 4 * cell_size)  # W, b
         self.hidden_gates = nn.Linear(cell_size, 4 * cell_size, bias=False)  # U
 
@@ -116,8 +71,9 @@ class LSTMLayer(GradientCheckpointingLayer):
             batch_sizes = segments.batch_sizes
             packed, start = segments.pack(x), (segments.start(h), segments.start(c))
 
+        gates = (self.input_gates, self.hidden_gates, self._dropped_weight())
         run = fused_lstm if self._is_fusable(x.device.type, len(batch_sizes), record) else explicit_lstm
-        outputs, cells, h_end, c_end = run(packed, *start, batch_sizes, self.input_gates, self.hidden_gates)
+        outputs, cells, h_end, c_end = run(packed, *start, batch_sizes, *gates)
 
         cells = torch.cat(cells) if record else None
         if segments is None:
@@ -128,9 +84,22 @@ class LSTMLayer(GradientCheckpointingLayer):
             cells = segments.unpack(cells, c) if record else None
         return outputs, h_end, c_end, (outputs, cells) if record else None
 
+    def _dropped_weight(self) -> torch.Tensor | None:
+        """What stands for U in this forward, if some of its weights are dropped."""
+        p = self.config.weight_dropout
+        if not self.training or p == 0:
+            return None
+        if not is_plain(self.hidden_gates):
+            raise ValueError(
+                f"`weight_dropout` ({p}) drops weights of a plain `nn.Linear`, and `hidden_gates` is a "
+                f"{type(self.hidden_gates).__name__}, or has hooks: set `model.config.weight_dropout = 0`, or leave "
+                "`hidden_gates` out of the adapter's `target_modules`."
+            )
+        return weight_dropout(self.hidden_gates.weight, p)
+
     def _is_fusable(self, device: str, steps: int, record: bool) -> bool:
         """Whether to take torch's kernel, which reads the weights and would bypass whatever else a module does."""
-        plain = all(_is_plain(gates) for gates in (self.input_gates, self.hidden_gates))
+        plain = all(is_plain(gates) for gates in (self.input_gates, self.hidden_gates))
         if not plain or record or steps == 0 or device not in FUSED_STEPS or torch.compiler.is_exporting():
             return False
         return torch.is_grad_enabled() or steps >= FUSED_STEPS[device]
@@ -140,7 +109,7 @@ class ResidualLSTMLayer(LSTMLayer):
     """An LSTM layer that adds to a stream, and the gated MLP that may follow it."""
 
     def __init__(self, config: LSTMConfig):
-        super().__init__(config.hidden_size, config.hidden_size)
+        super().__init__(config.hidden_size, config.hidden_size, config)
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp = GatedMLP(config) if config.intermediate_size is not None else None
@@ -148,10 +117,13 @@ class ResidualLSTMLayer(LSTMLayer):
     def forward(self, x, h, c, segments: Segments | None = None, record: bool = False):
         """As `LSTMLayer`, of x and with x of shape `(B, T, H)`."""
         outputs, h, c, states = super().forward(self.norm(x), h, c, segments, record)
-        x = x + self.o_proj(outputs)
+        x = x + self._dropout(self.o_proj(outputs))
         if self.mlp is not None:
-            x = x + self.mlp(x)
+            x = x + self._dropout(self.mlp(x))
         return x, h, c, states
+
+    def _dropout(self, branch):
+        return locked_dropout(branch, self.config.hidden_dropout) if self.training else branch
 
 
 class RMSNorm(nn.RMSNorm):
@@ -174,16 +146,6 @@ class GatedMLP(nn.Module):
     def forward(self, x):
         x = self.norm(x)
         return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
-def _is_plain(gates: nn.Module) -> bool:
-    """Whether calling `gates` does what its weights say: no adapter, quantiser, pruning, offloading or hook."""
-    return (
-        type(gates) is nn.Linear
-        and type(gates.weight) in (nn.Parameter, torch.Tensor)
-        and "forward" not in vars(gates)  # accelerate replaces it where weights are offloaded
-        and not (gates._forward_hooks or gates._forward_pre_hooks)
-    )
 
 
 class LSTMPreTrainedModel(PreTrainedModel):
@@ -221,6 +183,18 @@ class LSTMPreTrainedModel(PreTrainedModel):
         init.copy_(module.input_gates.bias, bias)
 
 
+@dataclass
+class LSTMModelOutputWithPast(BaseModelOutputWithPast):
+    """
+    Args:
+        temporal_change (`torch.FloatTensor` of shape `(B, T)`, *optional*):
+            While training with temporal activation regularization: the mean of (x_t - x_{t-1})² over the features of
+            `last_hidden_state`, 0 at the first token of each document.
+    """
+
+    temporal_change: torch.FloatTensor | None = None
+
+
 class LSTMModel(LSTMPreTrainedModel):
     """Embedding and LSTM layers. `last_hidden_state` is as wide as the output layer takes it."""
 
@@ -232,7 +206,7 @@ class LSTMModel(LSTMPreTrainedModel):
             self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
             sizes = itertools.pairwise([config.embedding_size, *config.cell_sizes])
-            self.layers = nn.ModuleList(LSTMLayer(input_size, cell_size) for input_size, cell_size in sizes)
+            self.layers = nn.ModuleList(LSTMLayer(*pair, config) for pair in sizes)
             self.norm = nn.Identity()
         self.in_proj, self.out_proj = nn.Identity(), nn.Identity()
         if config.block_type == "residual" and config.embedding_size != config.hidden_size:
@@ -254,7 +228,7 @@ class LSTMModel(LSTMPreTrainedModel):
         seq_idx: torch.Tensor | None = None,
         cu_seq_lens_q: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPast:
+    ) -> "LSTMModelOutputWithPast":
         r"""
         Args:
             input_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
@@ -275,7 +249,7 @@ class LSTMModel(LSTMPreTrainedModel):
                 Where each document starts among the `B T` tokens, and after the last of them `B T`.
 
         Returns:
-            [`~transformers.modeling_outputs.BaseModelOutputWithPast`]: `last_hidden_state` of shape `(B, T, H)`.
+            [`LSTMModelOutputWithPast`]: `last_hidden_state` of shape `(B, T, H)`.
 
         Raises:
             ValueError: where the tensors or the state do not fit each other.
@@ -289,6 +263,9 @@ class LSTMModel(LSTMPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
+            if self.training:
+                p, words = self.config.embedding_dropout, len(self.embed_tokens.weight)
+                inputs_embeds = word_dropout(inputs_embeds, input_ids, p, words)
         if inputs_embeds.ndim != 3:
             raise ValueError(
                 f"The input, of shape {tuple(inputs_embeds.shape[:-1])}, must be of shape (rows, tokens)."
@@ -305,13 +282,14 @@ class LSTMModel(LSTMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        cache_layers = self._cache_layers(past_key_values, len(inputs_embeds))
+        cache_layers = fitting_layers(past_key_values, len(inputs_embeds), len(self.layers), self.config.cell_sizes)
         carried = cache_layers is not None and cache_layers[0].is_initialized
         segments = None
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         if any(limit is not None for limit in limits):
             segments = find_segments(inputs_embeds.shape[:2], *limits, carried, inputs_embeds.device)
-        x = self.in_proj(inputs_embeds)
+        x = self._dropout(inputs_embeds, self.config.input_dropout)
+        x = self.in_proj(x)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             cache_layer = cache_layers[index] if cache_layers is not None else None
             if carried:
@@ -319,6 +297,8 @@ class LSTMModel(LSTMPreTrainedModel):
             else:
                 h = x.new_zeros(len(x), layer.hidden_gates.in_features)
                 c = h.to(at_least_float32(h.dtype))
+            if index > 0 and self.config.block_type == "stacked":
+                x = self._dropout(x, self.config.hidden_dropout)
             record = cache_layer is not None and cache_layer.record_past
             x, h, c, states = layer(x, h, c, segments, record)
             if cache_layer is not None:
@@ -331,45 +311,25 @@ class LSTMModel(LSTMPreTrainedModel):
         x = self.out_proj(self.norm(x))
         if segments is not None and self.config.block_type == "residual":
             x = segments.hold(x)
-        return BaseModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values)
+        change = None
+        if self.training and self.config.temporal_activation_regularization > 0:
+            change = temporal_change(x, None if segments is None else segments.firsts.view(x.shape[:2]))
+        return LSTMModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, temporal_change=change)
 
-    def _cache_layers(self, cache: Cache | None, rows: int) -> list[LSTMCacheLayer] | None:
-        """The layers of `cache`, made here if it has none yet, once they are known to fit."""
-        if cache is None:
-            return None
-        if not isinstance(cache, Cache):
-            raise ValueError(
-                f"`past_key_values` ({type(cache).__name__}) must be a transformers `Cache`, "
-                "such as `DynamicCache(config=model.config)`."
-            )
-        if not cache.layers:  # `DynamicCache()` does not know the model yet
-            cache.layers.extend(LSTMCacheLayer() for _ in self.layers)
-            cache.layer_class_to_replicate = None
-        for layer in cache.layers:
-            if not hasattr(layer, "get_state"):
-                raise ValueError(
-                    f"`past_key_values` holds a {type(layer).__name__}, not the state of an LSTM: pass "
-                    "`DynamicCache(config=model.config)`. Keys and values of attention, as prefix tuning and other "
-                    "models give them, mean nothing here."
-                )
-        if len(cache.layers) != len(self.layers) and self.config.num_hidden_layers == len(self.layers):
-            raise ValueError(
-                f"`past_key_values` has {len(cache.layers)} layers and the model {len(self.layers)}: it belongs to "
-                "another model."
-            )
-        for layer, size in zip(cache.layers, self.config.cell_sizes, strict=False):
-            if layer.is_initialized and len(layer.keys) != rows:
-                raise ValueError(
-                    f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}: they must "
-                    "be equal. Give each beam or sequence its own state with "
-                    "`past_key_values.batch_repeat_interleave(n)`, or start from a new cache."
-                )
-            if layer.is_initialized and layer.keys.shape[1] != size:
-                raise ValueError(
-                    f"`past_key_values` holds a state {layer.keys.shape[1]} wide and the model's is {size}: it belongs to "
-                    "another model."
-                )
-        return cache.layers
+    def _dropout(self, x, p):
+        return locked_dropout(x, p) if self.training else x
+
+
+@dataclass
+class LSTMCausalLMOutputWithPast(CausalLMOutputWithPast):
+    """
+    Args:
+        regularization_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
+            While training with activation regularization: the penalty, averaged like `loss`, whose gradient holds the
+            penalty's and whose value does not.
+    """
+
+    regularization_loss: torch.FloatTensor | None = None
 
 
 class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
@@ -404,7 +364,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithPast:
+    ) -> LSTMCausalLMOutputWithPast:
         r"""
         Args:
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q:
@@ -418,8 +378,9 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
                 no named parameter because Trainer, taking it for a label, would evaluate no batch without it.
 
         Returns:
-            [`~transformers.modeling_outputs.CausalLMOutputWithPast`]: `logits` of shape `(B, T, V)`; `loss` in nats,
-            the mean over all targets, or their sum over `num_items_in_batch` where Trainer gives it.
+            [`LSTMCausalLMOutputWithPast`]: `logits` of shape `(B, T, V)`; `loss` in nats, the mean over all targets, or
+            their sum over `num_items_in_batch` where Trainer gives it. While training, activation regularization adds
+            its gradient to that of `loss`, and its value is `regularization_loss`: a training perplexity stays true.
         """
         outputs = self.model(
             input_ids=input_ids,
@@ -431,16 +392,35 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
+        hidden = outputs.last_hidden_state[:, kept]
+        if self.training:
+            hidden = locked_dropout(hidden, self.config.output_dropout)
+        logits = self.lm_head(hidden)
+        loss = regularization_loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(
+            regularization_loss = self._regularization_loss(hidden, outputs.temporal_change, kept, labels, **kwargs)
+        if regularization_loss is not None:
+            loss = loss + (regularization_loss - regularization_loss.detach())  # its gradient, and not its value
+        return LSTMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            regularization_loss=regularization_loss.detach() if regularization_loss is not None else None,
         )
+
+    def _regularization_loss(self, hidden, change, kept, labels, shift_labels=None, num_items_in_batch=None, **kwargs):
+        """α h² of the outputs as the output layer takes them, and β (h_t - h_{t-1})²: Merity, McCann & Socher 2017."""
+        alpha, beta = self.config.activation_regularization, self.config.temporal_activation_regularization
+        if not self.training or alpha == beta == 0:
+            return None
+        penalty = 0
+        if alpha > 0:
+            penalty = alpha * hidden.to(at_least_float32(hidden.dtype)).square().mean(dim=-1)
+        if beta > 0:
+            penalty = penalty + beta * change[:, kept]
+        return penalty_of_targets(penalty, labels, shift_labels, num_items_in_batch)
 
     def prepare_inputs_for_generation(
         self,

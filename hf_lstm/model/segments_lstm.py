@@ -21,6 +21,7 @@ class Segments:
         outputs (`(B T,)`): Which of the `N` outputs each token of the batch gets: its own, or for padding the last
             before it; `N + b` stands for the carried h of row `b`.
         holds (`(B T,)`): Where the last real token up to each token of the batch stands; `B T` if there is none.
+        firsts (`(B T,)`): Whether each token of the batch is the first of its segment.
         ends (`(B,)`): The segment that ends each row; `S + b` stands for the carried state of row `b`, unchanged.
         batch_sizes (`list[int]`): How many segments are read at each step.
     """
@@ -29,6 +30,7 @@ class Segments:
     starts: torch.Tensor
     outputs: torch.Tensor
     holds: torch.Tensor
+    firsts: torch.Tensor
     ends: torch.Tensor
     batch_sizes: list[int]
 
@@ -101,7 +103,9 @@ def find_segments(shape, attention_mask, position_ids, seq_idx, cu_seq_lens, car
         last, known = last.view(shape)[:, -1], known.view(shape)[:, -1]
         ends = torch.where(known, rank[segment[last]], len(lengths) + every_row)
     starts = torch.where(restart, rows, row)[first][longest]
-    return Segments(tokens[order], starts, outputs, holds, ends, step.bincount().tolist()).to(device)
+    firsts = torch.zeros(rows * length, dtype=torch.bool)
+    firsts[tokens[first]] = True
+    return Segments(tokens[order], starts, outputs, holds, firsts, ends, step.bincount().tolist()).to(device)
 
 
 def _real(attention_mask, shape, carried, device):

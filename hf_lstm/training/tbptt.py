@@ -10,6 +10,7 @@ import os
 import re
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, TrainerCallback
@@ -33,26 +34,45 @@ class TruncatedBPTTCallback(TrainerCallback):
     and documents need no care. Each process writes its state into every checkpoint as
     `lstm_state_rank{r}.safetensors`, after all else: a checkpoint without it is not complete.
 
+    Where the chunks' lengths are drawn (`LaneDataset(length_seed=...)`), each step's learning rate is scaled by the length
+    of its chunks over `bptt_length` (Merity et al. 2018, section 5).
+
+    Args:
+        state_drop_probability (`float`, defaults to 0.0):
+            How often a lane starts a chunk from a zero state while training, so that the model learns to start (Melis et
+            al. 2020 use 0.01).
+
     Raises:
         ValueError: when training begins, if the batches would not run on from step to step or the checkpoint to resume
             from holds no state that fits; at the first batch of an evaluation, if its lanes do not fit.
     """
 
-    def __init__(self):
+    def __init__(self, state_drop_probability: float = 0.0):
+        if not 0 <= state_drop_probability < 1:
+            raise ValueError(
+                f"`state_drop_probability` ({state_drop_probability}) is a probability: at least 0 and below 1."
+            )
+        self.state_drop_probability = state_drop_probability
         self._caches = {}  # the state, by whether the model is training
+        self._lengths = []  # of the chunks since the last step of the optimizer
+        self._learning_rates = []
         self._hooks = []
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
         check_arguments(args)
+        _check_penalties(args, model.config)
         dataset = train_dataloader.dataset
         _check_lanes(dataset, "training", args.per_device_train_batch_size, args.world_size)
         self._caches = {training: DynamicCache(config=model.config) for training in (True, False)}
-        self._train_shape = (args.per_device_train_batch_size, dataset.bptt_length)
+        self._train_rows, self._bptt_length = args.per_device_train_batch_size, dataset.bptt_length
+        self._train_lengths = set(dataset.chunk_lengths.tolist())
+        self._lengths = []
         self._eval_rows = args.per_device_eval_batch_size
         self._metadata = {
             "world_size": args.world_size,
             "lanes": dataset.lanes,
             "bptt_length": dataset.bptt_length,
+            "length_seed": dataset.length_seed,
             "tokens": len(dataset.stream),
         }
         if state.global_step > 0:
@@ -63,12 +83,23 @@ class TruncatedBPTTCallback(TrainerCallback):
             model.register_forward_hook(self._cut, with_kwargs=True),
         ]
 
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        scale = sum(self._lengths) / (len(self._lengths) or 1) / self._bptt_length
+        self._learning_rates = [group["lr"] for group in optimizer.param_groups]
+        if self._lengths and scale != 1:
+            for group in optimizer.param_groups:
+                group["lr"] = group["lr"] * scale
+        self._lengths = []
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        for group, learning_rate in zip(optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = learning_rate  # the scheduler's
+
     def on_step_end(self, args, state, control, **kwargs):
         if not all(layer.is_initialized for layer in self._caches[True].layers):
-            rows, length = self._train_shape
             raise ValueError(
-                f"No state was carried: the model saw no batch with `position_ids` and `shift_labels` of ({rows}, "
-                f"{length}). Use `default_data_collator`, and leave `auto_find_batch_size` off."
+                "No state was carried: the model saw no batch with `position_ids` and `shift_labels` of "
+                f"({self._train_rows}, {self._bptt_length}). Use `default_data_collator`, and leave `auto_find_batch_size` off."
             )
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
@@ -105,8 +136,21 @@ class TruncatedBPTTCallback(TrainerCallback):
     def _carry(self, module, args, kwargs):
         """Before a forward: give a batch of lanes the state that the batch before it left."""
         if self._is_lane_batch(module, args, kwargs):
-            kwargs = kwargs | {"past_key_values": self._caches[module.training]}
+            cache = self._caches[module.training]
+            if module.training:
+                self._lengths.append(kwargs["position_ids"].shape[1])
+                self._drop_states(cache)
+            kwargs = kwargs | {"past_key_values": cache}
         return args, kwargs
+
+    def _drop_states(self, cache):
+        """Zero the state of some lanes, in all layers."""
+        layers = [layer for layer in cache.layers if layer.is_initialized]
+        if self.state_drop_probability == 0 or not layers:
+            return
+        kept = torch.rand(self._train_rows, 1, device=layers[0].device) >= self.state_drop_probability
+        for layer in layers:
+            layer.update(*(state * kept.to(state.device) for state in layer.get_state()), num_tokens=0)
 
     def _cut(self, module, args, kwargs, output):
         """After it: no gradient runs back into this step from the next one."""
@@ -119,7 +163,8 @@ class TruncatedBPTTCallback(TrainerCallback):
         if args or positions is None or targets is None or kwargs.get("past_key_values") is not None:
             return False
         if module.training:
-            return positions.shape == targets.shape == self._train_shape
+            rows, length = positions.shape
+            return positions.shape == targets.shape and rows == self._train_rows and length in self._train_lengths
         return positions.shape == targets.shape and len(positions) == self._eval_rows
 
     def _metadata_of(self, state):
@@ -236,6 +281,15 @@ def check_arguments(args) -> None:
         raise ValueError(
             "`save_total_limit` (1) must be at least 2: the last complete checkpoint is deleted before the next one "
             "is, and a run killed between the two could not be resumed."
+        )
+
+
+def _check_penalties(args, config):
+    penalties = (config.activation_regularization, config.temporal_activation_regularization)
+    if args.label_smoothing_factor > 0 and any(penalties):
+        raise ValueError(
+            f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with activation regularization "
+            f"{penalties}: Trainer computes the smoothed loss itself, and the penalties would be lost."
         )
 
 

@@ -1,6 +1,17 @@
-"""Truncated backpropagation through time inside the stock Trainer."""
+"""Training inside the stock Trainer: truncated backpropagation through time, optimisers, what the logs say."""
 
 from .arguments import LSTMTrainingArguments
+from .metrics import MetricsCallback
+from .optimization import NTASGD, EMAAdamW, NonMonotonicTrigger, parameter_groups
 from .tbptt import TruncatedBPTTCallback, last_complete_checkpoint
 
-__all__ = ["LSTMTrainingArguments", "TruncatedBPTTCallback", "last_complete_checkpoint"]
+__all__ = [
+    "NTASGD",
+    "EMAAdamW",
+    "LSTMTrainingArguments",
+    "MetricsCallback",
+    "NonMonotonicTrigger",
+    "TruncatedBPTTCallback",
+    "last_complete_checkpoint",
+    "parameter_groups",
+]

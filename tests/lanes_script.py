@@ -1,0 +1,44 @@
+"""Trains on lanes, in as many processes as it is launched in."""
+
+import json
+import sys
+
+import torch
+from conftest import make_ids, make_model
+from test_tbptt import make_trainer
+
+from hf_lstm import LaneDataset
+from hf_lstm.training import last_complete_checkpoint
+
+LANES, BPTT = 4, 6
+
+
+def train(folder, processes=1, resume=False, length_seed=None, **options):
+    """Losses of training and of evaluations, by step."""
+    tokens, other = (make_ids(1, LANES * BPTT * 5 + 1, seed)[0] for seed in (1, 2))
+    trainer, losses = make_trainer(
+        folder,
+        make_model(torch.float32),
+        LaneDataset(tokens, LANES, BPTT, length_seed=length_seed),
+        eval_dataset=LaneDataset(other, LANES, BPTT),
+        per_device_train_batch_size=LANES // processes,
+        per_device_eval_batch_size=LANES // processes,
+        optim="adamw_torch",
+        learning_rate=0.01,
+        num_train_epochs=2,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=4,
+        **options,
+    )
+    if trainer.args.world_size != processes:
+        raise RuntimeError(f"{trainer.args.world_size} processes were started, not {processes}")
+    trainer.train(resume_from_checkpoint=str(last_complete_checkpoint(folder)) if resume else None)
+    if trainer.is_world_process_zero():
+        print(json.dumps({"train": losses.train, "eval": losses.eval}))
+    return {"train": losses.train, "eval": losses.eval}
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], **json.loads(sys.argv[2]))

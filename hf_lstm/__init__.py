@@ -6,7 +6,7 @@ from .data import LaneDataset, TokenStream, load_corpus
 from .evaluation import evaluate_stream
 from .model.configuration_lstm import LSTMConfig
 from .model.modeling_lstm import LSTMForCausalLM, LSTMModel, LSTMPreTrainedModel
-from .tokenizers import byte_tokenizer, char_tokenizer
+from .tokenizers import byte_tokenizer, char_tokenizer, word_tokenizer
 
 __version__ = "0.1.0"
 
@@ -30,4 +30,5 @@ __all__ = [
     "char_tokenizer",
     "evaluate_stream",
     "load_corpus",
+    "word_tokenizer",
 ]

@@ -1,24 +1,27 @@
 """Train an LSTM language model, watch it learn, and keep everything it takes to use it.
 
 python scripts/train.py --output_dir runs/first
-python scripts/train.py --train_file tinyshakespeare.txt --output_dir runs/shakespeare
+python scripts/train.py --recipe scripts/recipes/shakespeare_cpu.args --output_dir runs/shakespeare
 
-Without a corpus it learns Python, from the source of the standard library. `--output_dir` receives the best model, its
+Without a corpus it learns Python, from the source of the standard library. A recipe is a file of flags; those on the
+command line have the last word. `--output_dir` receives the best model, its
 tokenizer, metrics.json, learning_curve.png, a model card (README.md) and the checkpoints to resume from.
 """
 
 import itertools
 import json
+import math
 import platform
 import shlex
 import sys
-from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+from arguments import DataArguments, ModelArguments, OptimizationArguments, TrainArguments, parse
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, HfArgumentParser, Trainer, TrainerCallback, default_data_collator, set_seed
+from transformers import AutoTokenizer, Trainer, TrainerCallback, default_data_collator, set_seed
+from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_lstm import (
     LaneDataset,
@@ -29,138 +32,29 @@ from hf_lstm import (
     char_tokenizer,
     evaluate_stream,
     load_corpus,
+    word_tokenizer,
 )
 from hf_lstm.model_card import write_model_card
-from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback, last_complete_checkpoint
-from hf_lstm.training.tbptt import check_arguments, is_complete
+from hf_lstm.training import (
+    NTASGD,
+    EMAAdamW,
+    MetricsCallback,
+    NonMonotonicTrigger,
+    TruncatedBPTTCallback,
+    parameter_groups,
+)
+from hf_lstm.training.tbptt import check_arguments
 
 RESET_EVERY = 256  # the second figure that is reported: what the model knows from so short a past
 SAMPLE_LENGTH = 300
 STANDARD_LIBRARY = f"the source of Python {platform.python_version()}'s standard library"
 
 
-@dataclass
-class ModelArguments:
-    """The model to train."""
-
-    hidden_size: int = field(default=384, metadata={"help": "Width of each LSTM cell."})
-    embedding_size: int | None = field(default=None, metadata={"help": "Width of the embeddings, if it is another."})
-    num_hidden_layers: int = field(default=1, metadata={"help": "LSTM layers, one on top of the other."})
-    tie_word_embeddings: bool = field(default=True, metadata={"help": "Use the embedding as the output layer too."})
-    block_type: str = field(default="stacked", metadata={"help": "`stacked`, or `residual` for a deep model."})
-    intermediate_size: int | None = field(
-        default=None, metadata={"help": "Width of the gated MLP after each residual layer; none by default."}
-    )
-    embedding_dropout: float = field(default=0.0, metadata={"help": "Share of the words dropped in a step."})
-    input_dropout: float = field(default=0.0, metadata={"help": "Locked dropout of the embeddings."})
-    hidden_dropout: float = field(default=0.0, metadata={"help": "Locked dropout between layers."})
-    output_dropout: float = field(default=0.0, metadata={"help": "Locked dropout before the output layer."})
-    weight_dropout: float = field(default=0.0, metadata={"help": "Share of the recurrent weights dropped in a step."})
-    activation_regularization: float = field(default=0.0, metadata={"help": "Penalty on large outputs (AR)."})
-    temporal_activation_regularization: float = field(
-        default=0.0, metadata={"help": "Penalty on outputs that change from token to token (TAR)."}
-    )
-
-
-@dataclass
-class DataArguments:
-    """What to train it on."""
-
-    train_file: str | None = field(
-        default=None, metadata={"help": "Text, .jsonl, .csv or .parquet file, or a folder `save_to_disk` made."}
-    )
-    validation_file: str | None = field(
-        default=None, metadata={"help": "File for validation; without it a tenth of the training data is kept for it."}
-    )
-    test_file: str | None = field(default=None, metadata={"help": "File that is evaluated once, at the end."})
-    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of files."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
-    text_column: str = field(default="text", metadata={"help": "The column of the records that holds the text."})
-    tokenizer: str = field(default="char", metadata={"help": "`char`, `byte`, or a tokenizer's folder or Hub name."})
-    bptt_length: int = field(
-        default=64, metadata={"help": "Tokens that gradients run back through; the state itself runs on."}
-    )
-    reset_at_documents: bool = field(
-        default=False, metadata={"help": "Start every document from a zero state: one poem knows nothing of the last."}
-    )
-
-    prompt: str | None = field(
-        default=None,
-        metadata={"help": "What the samples continue: a line break by default, the beginning of a document if empty."},
-    )
-
-    def __post_init__(self):
-        if self.train_file is not None and self.dataset_name is not None:
-            raise ValueError("`--train_file` and `--dataset_name` exclude each other: name one corpus.")
-        if self.prompt is None:
-            self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
-
-
-@dataclass
-class TrainArguments(LSTMTrainingArguments):
-    """How to train it: Trainer's own arguments, with defaults for a small model on one machine."""
-
-    output_dir: str | None = field(
-        default=None, metadata={"help": "Where everything goes; must not hold other things."}
-    )
-    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Lanes on each device."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Lanes on each device in evaluation."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate of AdamW."})
-    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "How the learning rate falls."})
-    lr_scheduler_kwargs: dict | str | None = field(
-        default_factory=lambda: {"min_lr_rate": 0.05}, metadata={"help": "Its parameters, as JSON."}
-    )
-    warmup_steps: float = field(default=50, metadata={"help": "Steps in which the learning rate rises."})
-    adam_beta2: float = field(default=0.99, metadata={"help": "Decay of AdamW's second moment."})
-    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs of the training loss."})
-    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
-    eval_steps: float | None = field(default=500, metadata={"help": "Steps between two evaluations and samples."})
-    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
-    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, at least 2."})
-    load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether the best model is the result."})
-    dataloader_pin_memory: bool = field(
-        default_factory=torch.cuda.is_available,
-        metadata={"help": "Whether batches are copied to a GPU from pinned memory."},
-    )
-    report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
-
-    def __post_init__(self):
-        if self.output_dir is None:
-            raise ValueError("`--output_dir` is missing: name a folder for the model.")
-        super().__post_init__()
-        in_steps = (
-            self.save_strategy == self.logging_strategy == "steps" and min(self.save_steps, self.logging_steps) >= 1
-        )
-        if in_steps and self.save_steps % self.logging_steps:
-            raise ValueError(
-                f"`--save_steps` ({self.save_steps:g}) must be a multiple of `--logging_steps` "
-                f"({self.logging_steps:g}), or a resumed run would log other losses than one that ran through."
-            )
-        folder = Path(self.output_dir)
-        if self.resume_from_checkpoint is None:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ValueError(
-                    f"`--output_dir` {folder} already holds something: name another folder, or go on with the run it "
-                    "holds by `--resume_from_checkpoint true`."
-                )
-        elif self.resume_from_checkpoint.lower() == "true":
-            checkpoint = last_complete_checkpoint(folder)
-            if checkpoint is None:
-                raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
-            self.resume_from_checkpoint = str(checkpoint)
-        elif not is_complete(Path(self.resume_from_checkpoint)):
-            raise ValueError(
-                f"`--resume_from_checkpoint` {self.resume_from_checkpoint} is no complete checkpoint: `true` finds the "
-                "last one in `--output_dir`."
-            )
-
-
 class ShowProgress(TrainerCallback):
     """Evaluates once more at the last step, and after each evaluation says in words what the model can do."""
 
-    def __init__(self, tokenizer, start):
-        self.tokenizer, self.start = tokenizer, start
+    def __init__(self, tokenizer, start, bytes_per_token):
+        self.tokenizer, self.start, self.bytes_per_token = tokenizer, start, bytes_per_token
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps:
@@ -169,7 +63,11 @@ class ShowProgress(TrainerCallback):
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
             loss = torch.tensor(metrics["eval_loss"])
-            print(f"\nstep {state.global_step}: validation {loss:.4f} nats per token, perplexity {loss.exp():.2f}")
+            bits = loss / math.log(2)
+            print(
+                f"\nstep {state.global_step:,}: validation, in lanes, {loss:.4f} nats per token, perplexity "
+                f"{loss.exp():.2f}, {bits:.3f} bits per token, {bits / self.bytes_per_token:.3f} per byte"
+            )
             print(sample(model, self.tokenizer, self.start), end="\n\n", flush=True)
 
 
@@ -195,7 +93,9 @@ def encode_prompt(prompt: str, tokenizer) -> list[int]:
     return tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [tokenizer.eos_token_id]
 
 
-def load_tokenizer(name: str, texts):
+def load_tokenizer(name: str, texts, min_frequency: int):
+    if name == "word":
+        return word_tokenizer(texts, min_frequency=min_frequency)
     if name == "char":
         return char_tokenizer(texts)
     if name == "byte":
@@ -204,7 +104,7 @@ def load_tokenizer(name: str, texts):
         return AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"`--tokenizer` {name} is neither `char` nor `byte`, and cannot be loaded: {error}"
+            f"`--tokenizer` {name} is none of `char`, `byte` and `word`, and cannot be loaded: {error}"
         ) from error
 
 
@@ -221,8 +121,11 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         test_file=data_args.test_file,
         text_column=data_args.text_column,
     )
-    tokenizer = load_tokenizer(data_args.tokenizer, corpus["train"]["text"])
-    streams = {split: TokenStream.from_documents(documents["text"], tokenizer) for split, documents in corpus.items()}
+    texts = {split: documents["text"] for split, documents in corpus.items()}
+    if data_args.join_records:
+        texts = {split: ["".join(text or "" for text in records)] for split, records in texts.items()}
+    tokenizer = load_tokenizer(data_args.tokenizer, texts["train"], data_args.min_frequency)
+    streams = {split: TokenStream.from_documents(documents, tokenizer) for split, documents in texts.items()}
     for split, stream in streams.items():
         if len(stream) < 2:
             raise ValueError(f"The {split} split holds a single token: there is nothing to predict.")
@@ -241,6 +144,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
             lanes=batch_size * training_args.world_size,
             bptt_length=data_args.bptt_length,
             reset_at_documents=data_args.reset_at_documents,
+            length_seed=training_args.seed if data_args.random_bptt and split == "train" else None,
         )
         for split, batch_size in batch_sizes.items()
     }
@@ -262,7 +166,29 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     return streams, lanes, tokenizer, LSTMForCausalLM(config)
 
 
-def train(streams, lanes, tokenizer, model, data_args: DataArguments, training_args: TrainArguments) -> None:
+def optimizer_of(model, optimization_args: OptimizationArguments, training_args: TrainArguments) -> tuple[type, dict]:
+    """The optimizer's class and arguments, as Trainer takes them."""
+    groups = parameter_groups(model, training_args.weight_decay, optimization_args.no_decay)
+    if optimization_args.averaging == "nt_asgd":
+        if training_args.eval_strategy == "no":
+            raise ValueError("`--averaging nt_asgd` looks at validation losses: `--eval_strategy` must not be `no`.")
+        return NTASGD, {"params": groups, "lr": training_args.learning_rate, "patience": optimization_args.patience}
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
+    if optimization_args.averaging == "ema":
+        if optimizer_class is not torch.optim.AdamW:
+            raise ValueError(f"`--averaging ema` averages AdamW: leave `--optim` {training_args.optim} out.")
+        optimizer_class, options = EMAAdamW, options | {"decay": optimization_args.ema_decay}
+    return optimizer_class, {"params": groups} | options
+
+
+def make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args, training_args) -> Trainer:
+    callbacks = [
+        TruncatedBPTTCallback(data_args.state_drop_probability),
+        MetricsCallback(),
+        ShowProgress(tokenizer, data_args.prompt, streams["validation"].num_bytes / len(streams["validation"])),
+    ]
+    if optimization_args.averaging == "nt_asgd":
+        callbacks.append(NonMonotonicTrigger())
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -270,13 +196,22 @@ def train(streams, lanes, tokenizer, model, data_args: DataArguments, training_a
         eval_dataset=lanes["validation"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        callbacks=[TruncatedBPTTCallback(), ShowProgress(tokenizer, data_args.prompt)],
+        optimizer_cls_and_kwargs=optimizer_of(model, optimization_args, training_args),
+        callbacks=callbacks,
     )
+    for reporter in get_reporting_integration_callbacks(training_args.report_to):
+        trainer.remove_callback(reporter)  # and last again, to see what the callbacks above add to the logs
+        trainer.add_callback(reporter)
+    return trainer
+
+
+def train(trainer: Trainer, streams, tokenizer, data_args: DataArguments) -> None:
+    model = trainer.model
     if trainer.is_world_process_zero():
         for split, stream in streams.items():
             print(f"{split}: {len(stream.document_starts):,} documents, {len(stream):,} tokens")
         print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")
-    outcome = trainer.train(resume_from_checkpoint=training_args.resume_from_checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
 
     if len(streams["train"].document_starts) > 1:
         model.generation_config.bos_token_id = tokenizer.eos_token_id  # `generate()` alone begins a document
@@ -307,7 +242,7 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
     duration = ""
     if args.resume_from_checkpoint is None:  # what Trainer measured is all there was
         metrics["train_runtime"] = seconds
-        duration = f" in {seconds:.0f} s"
+        duration = f" in {seconds:.0f} s on {machine()}"
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
     text = sample(model, tokenizer, data_args.prompt)
@@ -335,6 +270,13 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         )
     print(f"validation with the state reset every {RESET_EVERY} tokens: {short['loss']:.4f} nats per token")
     print(f"The model, its card, metrics.json and learning_curve.png are in {folder}")
+
+
+def machine() -> str:
+    """What it ran on, in words."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.get_num_threads()} CPU cores"
 
 
 def command_of(arguments: list[str]) -> str:
@@ -369,8 +311,9 @@ def draw_learning_curve(history: list[dict], path: Path) -> None:
 
 if __name__ == "__main__":
     try:
-        arguments = HfArgumentParser((ModelArguments, DataArguments, TrainArguments)).parse_args_into_dataclasses()
-        prepared = prepare(*arguments)
+        model_args, data_args, optimization_args, training_args = parse(sys.argv[1:])
+        streams, lanes, tokenizer, model = prepare(model_args, data_args, training_args)
+        trainer = make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args, training_args)
     except (ValueError, StrictDataclassError) as error:  # a config wraps what it refuses in the second
         sys.exit(f"train.py: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
-    train(*prepared, *arguments[1:])
+    train(trainer, streams, tokenizer, data_args)

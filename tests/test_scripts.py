@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hf_lstm import TokenStream, evaluate_stream, load_corpus
+from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream, load_corpus
 from hf_lstm.training import last_complete_checkpoint
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
@@ -25,6 +25,7 @@ def run(monkeypatch, capsys):
     """Runs a script in this process, which spares the import of torch; gives what it printed."""
 
     def run(name, *arguments):
+        monkeypatch.syspath_prepend(SCRIPTS)  # where the script itself would look
         monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
         capsys.readouterr()
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
@@ -133,6 +134,94 @@ def test_poems_are_documents(run, tmp_path, tokenizer):
     assert metrics["test_bits_per_byte"] > 0
 
 
+def test_everything_at_once(run, tmp_path, text_file):
+    """Words, random lengths, every kind of regularisation, NT-ASGD and TensorBoard: one run, resumed to the same bits."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    recipe = tmp_path / "all.args"
+    recipe.write_text(
+        "--tokenizer word --num_hidden_layers 2 --embedding_size 12 --hidden_size 8\n--random_bptt true\n"
+        "--averaging nt_asgd --patience 1 --learning_rate 30 --lr_scheduler_type constant --max_grad_norm 0.25\n"
+        "--embedding_dropout 0.1 --input_dropout 0.3 --hidden_dropout 0.2 --output_dropout 0.4 --weight_dropout 0.5\n"
+        "--activation_regularization 2 --temporal_activation_regularization 1 --state_drop_probability 0.1\n"
+        "--weight_decay 1e-6 --no_decay none --report_to tensorboard --save_total_limit 5"
+    )
+    common = ["--recipe", recipe, "--train_file", text_file, "--max_steps", 12, *SMALL]
+    common[common.index("--eval_steps") + 1] = 2
+    runs = [tmp_path / "whole", tmp_path / "broken"]
+    for folder in runs:
+        printed = run("train.py", "--output_dir", folder, *common)
+    for name in ("checkpoint-12", "checkpoint-8"):
+        (runs[1] / name / "lstm_state_rank0.safetensors").unlink()
+    run("train.py", "--output_dir", runs[1], "--resume_from_checkpoint", "true", *common)
+
+    assert "bits per token" in printed
+    config = AutoModelForCausalLM.from_pretrained(runs[0]).config
+    assert config.cell_sizes == [16, 12]  # the command line has the last word
+    for name, tensor in load_file(runs[0] / "model.safetensors").items():
+        assert (load_file(runs[1] / "model.safetensors")[name] == tensor).all()
+    (events,) = runs[0].rglob("events.out.tfevents.*")
+    accumulator = EventAccumulator(str(events)).Reload()
+    wanted = {"loss", "perplexity", "bits_per_token", "regularization_loss", "train_tokens_per_second"}
+    assert {f"train/{name}" for name in wanted} <= set(accumulator.Tags()["scalars"])
+    assert {"eval/loss", "eval/perplexity", "eval/bits_per_token"} <= set(accumulator.Tags()["scalars"])
+
+
+def test_records_can_be_lines_of_one_text(run, tmp_path):
+    file = tmp_path / "lines.jsonl"
+    lines = [" \n" if number % 5 == 0 else f" line {number % 7} of it \n" for number in range(300)]
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+
+    printed = run(
+        *(
+            "train.py",
+            "--train_file",
+            file,
+            "--validation_file",
+            file,
+            "--join_records",
+            "true",
+            "--tokenizer",
+            "word",
+        ),
+        *("--output_dir", tmp_path / "run", "--max_steps", 2, *SMALL),
+    )
+
+    assert f"train: 1 documents, {300 + 4 * 240:,} tokens" in printed
+
+
+RECIPES = sorted((SCRIPTS / "recipes").glob("*.args"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
+def test_recipes_are_understood(recipe, monkeypatch, tmp_path):
+    """Every flag exists, and the model and the optimizer can be made of them."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from arguments import parse
+
+    flags = ["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), "--bf16", "false", "--use_cpu", "true"]
+    model_args, data_args, optimization_args, training_args = parse(flags)
+
+    config = LSTMConfig(vocab_size=70, **vars(model_args))
+    assert LSTMForCausalLM(config).num_parameters() < 21_000_000
+    assert data_args.recipe is None
+    if recipe.stem == "awd_wikitext2":
+        assert config.cell_sizes == [1150, 1150, 400]
+        assert config.embedding_size == 400
+        assert (optimization_args.averaging, optimization_args.no_decay) == ("nt_asgd", [])
+        assert training_args.lr_scheduler_kwargs is None
+
+
+def test_help_names_every_argument(run, capsys):
+    with pytest.raises(SystemExit):
+        run("train.py", "--help")
+
+    printed = capsys.readouterr().out
+    for flag in ("--recipe", "--weight_dropout", "--random_bptt", "--averaging", "--learning_rate"):
+        assert flag in printed
+
+
+UNSAVED = ["--save_strategy", "no", "--load_best_model_at_end", "false"]
 BAD_ARGUMENTS = {
     "no folder": ([], "`--output_dir` is missing"),
     "a typo": (["--hiden_size", "8"], "hiden_size"),
@@ -156,6 +245,26 @@ BAD_ARGUMENTS = {
     "no such checkpoint": (
         ["--resume_from_checkpoint", "gone"],
         "`--resume_from_checkpoint` gone is no complete checkpoint",
+    ),
+    "no such recipe": (["--recipe", "nowhere.args"], "`--recipe` nowhere.args does not exist"),
+    "an unknown average": (["--averaging", "swa"], "`--averaging` swa must be `ema` or `nt_asgd`"),
+    "an unknown kind": (["--no_decay", "gates"], "`--no_decay` gates must be among recurrent"),
+    "an average of another optimizer": (
+        ["--train_file", "beer.txt", "--averaging", "ema", "--optim", "adafactor"],
+        "`--averaging ema` averages AdamW",
+    ),
+    "no evaluations to look at": (
+        ["--train_file", "beer.txt", "--averaging", "nt_asgd", "--eval_strategy", "no", *UNSAVED],
+        "`--averaging nt_asgd` looks at validation losses",
+    ),
+    "a rate out of range": (["--train_file", "beer.txt", "--hidden_dropout", "1"], "`hidden_dropout` (1.0) is a prob"),
+    "a state that is always dropped": (
+        ["--train_file", "beer.txt", "--state_drop_probability", "1"],
+        "`state_drop_probability` (1.0) is a probability",
+    ),
+    "a rare word": (
+        ["--train_file", "beer.txt", "--tokenizer", "word", "--min_frequency", "10000"],
+        "no word that occurs 10,000 times",
     ),
     "a single layer": (["--train_file", "beer.txt", "--embedding_size", "8"], "`embedding_size` (8) must equal"),
 }

@@ -6,7 +6,7 @@ import sys
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_lstm import byte_tokenizer, char_tokenizer
+from hf_lstm import byte_tokenizer, char_tokenizer, word_tokenizer
 
 TEXTS = [
     "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。",
@@ -94,5 +94,34 @@ def test_saved_tokenizers_need_no_code_of_ours(tokenizer, tmp_path):
 def test_a_vocabulary_needs_texts():
     with pytest.raises(ValueError, match="`texts` hold no character"):
         char_tokenizer([""])
-    with pytest.raises(ValueError, match=r"`texts` is one str.*char_tokenizer\(\[text\]\)"):
+    with pytest.raises(ValueError, match=r"`texts` is one str.*`\[text\]`"):
         char_tokenizer("abc")
+    with pytest.raises(ValueError, match=r"`texts` is one str.*`\[text\]`"):
+        word_tokenizer("abc")
+    with pytest.raises(ValueError, match="`texts` hold no word that occurs 3 times"):
+        word_tokenizer(["a a b", "<eos> <unk> <unk> <unk>"], min_frequency=3)
+    with pytest.raises(ValueError, match=r"`vocab_size` \(4\) must leave room for words"):
+        word_tokenizer(["a"], vocab_size=4)
+
+
+def test_words_and_line_ends():
+    tokenizer = word_tokenizer([" the cat <unk>\n\n the dog , the end\n", "cat"])
+
+    assert tokenizer.convert_ids_to_tokens(range(10)) == [
+        *("<pad>", "<unk>", "<bos>", "<eos>", "the", "cat", ",", "dog", "end"),
+        None,
+    ]
+    encoded = tokenizer(" the  <unk> cow \n\ndog\n", return_offsets_mapping=True)
+    assert encoded["input_ids"] == [4, 1, 1, 3, 3, 7, 3]
+    assert encoded["offset_mapping"] == [(1, 4), (6, 11), (12, 15), (16, 17), (17, 18), (18, 21), (21, 22)]
+    assert len(word_tokenizer(["a a b b c"], vocab_size=6)) == 6
+    assert set(word_tokenizer(["a a b b c"], min_frequency=2).get_vocab()) >= {"a", "b"}
+    assert "c" not in word_tokenizer(["a a b b c"], min_frequency=2).get_vocab()
+
+
+@pytest.mark.parametrize("text", ["the cat\nthe dog\n", "\nthe end", "a\n\n", "a 床 b", "cat"])
+def test_words_come_back(text, tmp_path):
+    word_tokenizer([text]).save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text

@@ -1,0 +1,192 @@
+"""The arguments of train.py: the model, the data, the optimizer, and Trainer's own with other defaults."""
+
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import HfArgumentParser
+
+from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
+from hf_lstm.training.optimization import KINDS
+from hf_lstm.training.tbptt import is_complete
+
+
+@dataclass
+class ModelArguments:
+    """The model to train."""
+
+    hidden_size: int = field(default=384, metadata={"help": "Width of each LSTM cell."})
+    embedding_size: int | None = field(default=None, metadata={"help": "Width of the embeddings, if it is another."})
+    num_hidden_layers: int = field(default=1, metadata={"help": "LSTM layers, one on top of the other."})
+    tie_word_embeddings: bool = field(default=True, metadata={"help": "Use the embedding as the output layer too."})
+    initializer_range: float | None = field(default=None, metadata={"help": "Standard deviation of new embeddings."})
+    block_type: str = field(default="stacked", metadata={"help": "`stacked`, or `residual` for a deep model."})
+    intermediate_size: int | None = field(
+        default=None, metadata={"help": "Width of the gated MLP after each residual layer; none by default."}
+    )
+    embedding_dropout: float = field(default=0.0, metadata={"help": "Share of the words dropped in a step."})
+    input_dropout: float = field(default=0.0, metadata={"help": "Locked dropout of the embeddings."})
+    hidden_dropout: float = field(default=0.0, metadata={"help": "Locked dropout between layers."})
+    output_dropout: float = field(default=0.0, metadata={"help": "Locked dropout before the output layer."})
+    weight_dropout: float = field(default=0.0, metadata={"help": "Share of the recurrent weights dropped in a step."})
+    activation_regularization: float = field(default=0.0, metadata={"help": "Penalty on large outputs (AR)."})
+    temporal_activation_regularization: float = field(
+        default=0.0, metadata={"help": "Penalty on outputs that change from token to token (TAR)."}
+    )
+
+
+@dataclass
+class DataArguments:
+    """What to train it on."""
+
+    recipe: str | None = field(
+        default=None, metadata={"help": "A file of flags, such as those in scripts/recipes; later ones win."}
+    )
+    train_file: str | None = field(
+        default=None, metadata={"help": "Text, .jsonl, .csv or .parquet file, or a folder `save_to_disk` made."}
+    )
+    validation_file: str | None = field(
+        default=None, metadata={"help": "File for validation; without it a tenth of the training data is kept for it."}
+    )
+    test_file: str | None = field(default=None, metadata={"help": "File that is evaluated once, at the end."})
+    dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of files."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
+    text_column: str = field(default="text", metadata={"help": "The column of the records that holds the text."})
+    join_records: bool = field(
+        default=False, metadata={"help": "Whether the records are pieces of one text, as the lines of WikiText are."}
+    )
+    tokenizer: str = field(
+        default="char", metadata={"help": "`char`, `byte`, `word`, or a tokenizer's folder or Hub name."}
+    )
+    min_frequency: int = field(default=1, metadata={"help": "Times a word must occur to be one of `word`'s."})
+    bptt_length: int = field(
+        default=64, metadata={"help": "Tokens that gradients run back through; the state itself runs on."}
+    )
+    random_bptt: bool = field(
+        default=False, metadata={"help": "Draw the length of each chunk around `bptt_length`, as AWD-LSTM does."}
+    )
+    state_drop_probability: float = field(
+        default=0.0, metadata={"help": "How often a lane starts a chunk from a zero state."}
+    )
+    reset_at_documents: bool = field(
+        default=False, metadata={"help": "Start every document from a zero state: one poem knows nothing of the last."}
+    )
+
+    prompt: str | None = field(
+        default=None,
+        metadata={"help": "What the samples continue: a line break by default, the beginning of a document if empty."},
+    )
+
+    def __post_init__(self):
+        if self.train_file is not None and self.dataset_name is not None:
+            raise ValueError("`--train_file` and `--dataset_name` exclude each other: name one corpus.")
+        if self.prompt is None:
+            self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
+
+
+@dataclass
+class OptimizationArguments:
+    """What Trainer's own arguments do not say of the optimizer."""
+
+    averaging: str | None = field(
+        default=None,
+        metadata={
+            "help": "`ema`: AdamW whose weights are averaged; `nt_asgd`: SGD, averaged once it stops improving."
+        },
+    )
+    ema_decay: float = field(default=0.999, metadata={"help": "Decay of the average of `ema` at each step."})
+    patience: int = field(default=5, metadata={"help": "Evaluations without progress after which `nt_asgd` averages."})
+    no_decay: list[str] = field(
+        default_factory=lambda: list(KINDS),
+        metadata={"help": "What `--weight_decay` spares: any of recurrent, bias, norm, embedding; or `none`."},
+    )
+
+    def __post_init__(self):
+        if self.averaging not in (None, "ema", "nt_asgd"):
+            raise ValueError(f"`--averaging` {self.averaging} must be `ema` or `nt_asgd`, or left out.")
+        if self.no_decay == ["none"]:
+            self.no_decay = []
+        if unknown := set(self.no_decay) - set(KINDS):
+            raise ValueError(f"`--no_decay` {' '.join(sorted(unknown))} must be among {', '.join(KINDS)}, or `none`.")
+
+
+@dataclass
+class TrainArguments(LSTMTrainingArguments):
+    """How to train it: Trainer's own arguments, with defaults for a small model on one machine."""
+
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Where everything goes; must not hold other things."}
+    )
+    num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Lanes on each device."})
+    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Lanes on each device in evaluation."})
+    learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate of AdamW."})
+    lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "How the learning rate falls."})
+    lr_scheduler_kwargs: dict | str | None = field(
+        default=None, metadata={"help": "Its parameters, as JSON; by default the rate falls to a twentieth."}
+    )
+    warmup_steps: float = field(default=50, metadata={"help": "Steps in which the learning rate rises."})
+    adam_beta2: float = field(default=0.99, metadata={"help": "Decay of AdamW's second moment."})
+    logging_steps: float = field(default=50, metadata={"help": "Steps between two logs of the training loss."})
+    eval_strategy: str = field(default="steps", metadata={"help": "When to evaluate."})
+    eval_steps: float | None = field(default=500, metadata={"help": "Steps between two evaluations and samples."})
+    save_steps: float = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(default=2, metadata={"help": "Checkpoints to keep, at least 2."})
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Whether the best model is the result."})
+    dataloader_pin_memory: bool = field(
+        default_factory=torch.cuda.is_available,
+        metadata={"help": "Whether batches are copied to a GPU from pinned memory."},
+    )
+    include_num_input_tokens_seen: str = field(
+        default="all", metadata={"help": "Whether to log tokens, and tokens per second."}
+    )
+    report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
+
+    def __post_init__(self):
+        if self.output_dir is None:
+            raise ValueError("`--output_dir` is missing: name a folder for the model.")
+        if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
+            self.lr_scheduler_kwargs = {"min_lr_rate": 0.05}
+        super().__post_init__()
+        in_steps = (
+            self.save_strategy == self.logging_strategy == "steps" and min(self.save_steps, self.logging_steps) >= 1
+        )
+        if in_steps and self.save_steps % self.logging_steps:
+            raise ValueError(
+                f"`--save_steps` ({self.save_steps:g}) must be a multiple of `--logging_steps` "
+                f"({self.logging_steps:g}), or a resumed run would log other losses than one that ran through."
+            )
+        folder = Path(self.output_dir)
+        if self.resume_from_checkpoint is None:
+            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+                raise ValueError(
+                    f"`--output_dir` {folder} already holds something: name another folder, or go on with the run it "
+                    "holds by `--resume_from_checkpoint true`."
+                )
+        elif self.resume_from_checkpoint.lower() == "true":
+            checkpoint = last_complete_checkpoint(folder)
+            if checkpoint is None:
+                raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
+            self.resume_from_checkpoint = str(checkpoint)
+        elif not is_complete(Path(self.resume_from_checkpoint)):
+            raise ValueError(
+                f"`--resume_from_checkpoint` {self.resume_from_checkpoint} is no complete checkpoint: `true` finds the "
+                "last one in `--output_dir`."
+            )
+
+
+def parse(arguments: list[str]):
+    """The four groups of arguments; flags override a recipe's."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, OptimizationArguments, TrainArguments))
+    finder = ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--recipe", action="append", default=[])
+    recipes = finder.parse_known_args(arguments)[0].recipe
+    for recipe in recipes:
+        if not Path(recipe).is_file():
+            raise ValueError(
+                f"`--recipe` {recipe} does not exist: scripts/recipes holds those that come with hf-lstm."
+            )
+    # given the flag without need, transformers would answer `--help` with that flag alone
+    flag = "--recipe" if recipes else None
+    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, args_file_flag=flag)

@@ -73,7 +73,9 @@ def main() -> None:
                 f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in rows[-1].items()
             )
         )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     result = {"machine": machine, "commit": commit.stdout.strip(), "model": "2 x 256, float32", "rows": rows}
     RESULTS.write_text(json.dumps(result, indent=2) + "\n")

@@ -1,0 +1,78 @@
+"""What regularisation adds to a training step: weight-drop, locked dropout and the activation penalties together.
+
+python scripts/benchmarks/regularization_cost.py
+"""
+
+import json
+import platform
+import statistics
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+from hf_lstm import LSTMConfig, LSTMForCausalLM
+
+RESULTS = Path(__file__).parent / "results"
+ROUNDS = 25
+SHAPES = {  # model, rows, tokens: the recipes shakespeare_cpu and, for a GPU, awd_wikitext2
+    "cpu": ({"vocab_size": 69, "hidden_size": 512, "num_hidden_layers": 1}, 16, 64),
+    "cuda": ({"vocab_size": 33_278, "hidden_size": 1150, "embedding_size": 400, "num_hidden_layers": 3}, 80, 70),
+}
+REGULARIZATION = {
+    "weight_dropout": 0.5,
+    "input_dropout": 0.4,
+    "hidden_dropout": 0.2,
+    "output_dropout": 0.4,
+    "activation_regularization": 2.0,
+    "temporal_activation_regularization": 1.0,
+}
+
+
+def seconds(model, optimizer, ids) -> float:
+    """Of a whole step, the optimizer's included."""
+    start = time.perf_counter()
+    model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    if ids.is_cuda:
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config, rows, tokens = SHAPES[device]
+    torch.manual_seed(0)
+    runs, times = {}, {"plain": [], "regularized": []}
+    for name, settings in (("plain", {}), ("regularized", REGULARIZATION)):
+        model = LSTMForCausalLM(LSTMConfig(**config, **settings)).to(device).train()
+        runs[name] = (model, torch.optim.AdamW(model.parameters(), lr=1e-3))
+    for _ in range(ROUNDS + 3):
+        ids = torch.randint(4, config["vocab_size"], (rows, tokens + 1), device=device)
+        for name, run in runs.items():
+            times[name].append(seconds(*run, ids))
+    medians = {name: statistics.median(values[3:]) for name, values in times.items()}
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    result = {
+        "machine": f"{platform.machine()}, {where}, torch {torch.__version__}",
+        "commit": commit.stdout.strip(),
+        "model": config,
+        "batch": [rows, tokens],
+        "regularization": REGULARIZATION,
+        "seconds": medians,
+        "regularized_over_plain": medians["regularized"] / medians["plain"],
+    }
+    path = RESULTS / f"regularization_cost_{device}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(
+        f"{result['regularized_over_plain']:.3f} of the plain step's {medians['plain'] * 1000:.1f} ms; see {path.name}"
+    )
+
+
+if __name__ == "__main__":
+    main()

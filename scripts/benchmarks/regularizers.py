@@ -1,0 +1,143 @@
+"""What each regulariser of AWD-LSTM is worth on little text: test perplexity with all of them, without each, and without any.
+
+python scripts/benchmarks/regularizers.py --train_file wikitext-2/valid.txt --test_file wikitext-2/test.txt
+
+Trained on the validation file of WikiText-2, whose last tenth is kept to choose the best epoch, and tested on its test
+file: "WT2-small", which says nothing about WikiText-2 itself.
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from transformers import Trainer, default_data_collator, set_seed
+
+from hf_lstm import (
+    LaneDataset,
+    LSTMConfig,
+    LSTMForCausalLM,
+    TokenStream,
+    evaluate_stream,
+    load_corpus,
+    word_tokenizer,
+)
+from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback
+
+RESULTS = Path(__file__).parent / "results" / "regularizers.json"
+MODEL = {"hidden_size": 200, "embedding_size": 100, "num_hidden_layers": 2}
+REGULARIZERS = {
+    "word dropout": {"embedding_dropout": 0.1},
+    "input dropout": {"input_dropout": 0.3},
+    "hidden dropout": {"hidden_dropout": 0.2},
+    "output dropout": {"output_dropout": 0.4},
+    "weight dropout": {"weight_dropout": 0.3},
+    "activation penalties": {"activation_regularization": 2.0, "temporal_activation_regularization": 1.0},
+}
+LANES, BPTT = 20, 35
+
+
+def variants() -> dict[str, dict]:
+    """The settings of each run, by its name in the table."""
+    every = {name: value for settings in REGULARIZERS.values() for name, value in settings.items()}
+    without = {
+        f"without {left_out}": {name: value for name, value in every.items() if name not in settings}
+        for left_out, settings in REGULARIZERS.items()
+    }
+    return {"all of them": every} | without | {"none": {}}
+
+
+def train_and_test(settings: dict, streams: dict, vocab_size: int, epochs: int) -> dict:
+    set_seed(0)
+    model = LSTMForCausalLM(LSTMConfig(vocab_size=vocab_size, **MODEL, **settings))
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = LSTMTrainingArguments(
+            folder,
+            num_train_epochs=epochs,
+            per_device_train_batch_size=LANES,
+            per_device_eval_batch_size=LANES,
+            learning_rate=4e-3,
+            lr_scheduler_type="cosine_with_min_lr",
+            lr_scheduler_kwargs={"min_lr_rate": 0.05},
+            warmup_steps=50,
+            adam_beta2=0.99,
+            logging_strategy="epoch",
+            eval_strategy="epoch",
+            save_strategy="epoch",
+            save_total_limit=2,
+            load_best_model_at_end=True,
+            report_to="none",
+            dataloader_pin_memory=torch.cuda.is_available(),
+        )
+        trainer = Trainer(
+            model=model,
+            args=arguments,
+            train_dataset=LaneDataset(streams["train"], LANES, BPTT, length_seed=0),
+            eval_dataset=LaneDataset(streams["validation"], LANES, BPTT),
+            data_collator=default_data_collator,
+            callbacks=[TruncatedBPTTCallback()],
+        )
+        trainer.train()
+    per_epoch = trainer.state.best_global_step / (trainer.state.global_step / epochs)
+    return {
+        "validation_perplexity": evaluate_stream(model, streams["validation"])["perplexity"],
+        "test_perplexity": evaluate_stream(model, streams["test"])["perplexity"],
+        "best_epoch": round(per_epoch),
+        "seconds": time.perf_counter() - start,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_file", required=True)
+    parser.add_argument("--test_file", required=True)
+    parser.add_argument("--min_frequency", type=int, default=2, help="times a word must occur to be in the vocabulary")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--only", nargs="+", choices=variants(), help="rows of the table; all by default")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+
+    corpus = load_corpus(options.train_file, test_file=options.test_file)
+    tokenizer = word_tokenizer(corpus["train"]["text"], min_frequency=options.min_frequency)
+    streams = {split: TokenStream.from_documents(documents["text"], tokenizer) for split, documents in corpus.items()}
+    unknown = (streams["test"].tokens == tokenizer.unk_token_id).float().mean().item()
+    print(
+        f"{len(streams['train']):,} words to train on, vocabulary of {len(tokenizer):,}, {unknown:.1%} of test unknown"
+    )
+    rows = []
+    for name in options.only or variants():
+        rows.append({"regularizers": name} | train_and_test(variants()[name], streams, len(tokenizer), options.epochs))
+        print(rows[-1], flush=True)
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    result = {
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "commit": commit.stdout.strip(),
+        "model": MODEL
+        | {"parameters": LSTMForCausalLM(LSTMConfig(vocab_size=len(tokenizer), **MODEL)).num_parameters()},
+        "regularizers": REGULARIZERS,
+        "epochs": options.epochs,
+        "train_words": len(streams["train"]),
+        "vocabulary": len(tokenizer),
+        "unknown_in_test": unknown,
+        "rows": rows,
+    }
+    options.results.write_text(json.dumps(result, indent=2) + "\n")
+    print("\n| regularizers | validation perplexity | test perplexity | best epoch | seconds |\n|---|---|---|---|---|")
+    for row in rows:
+        print(
+            "| {regularizers} | {validation_perplexity:.1f} | {test_perplexity:.1f} | {best_epoch} | {seconds:.0f} |".format(
+                **row
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

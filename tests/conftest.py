@@ -30,6 +30,7 @@ EXPECTED_LOGS = (
     "Passing `generation_config` together with",  # assisted generation does so itself
     "arguments do not match the ones in the `trainer_state.json`",  # resumed otherwise on purpose
     "mtime may not be reliable",  # checkpoints written within a second
+    "The speedups for torchdynamo",  # on a CPU
     "LOAD REPORT",  # an LSTMModel leaves the output layer of a language model out
 )
 

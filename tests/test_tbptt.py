@@ -80,8 +80,16 @@ def train_by_hand(model, tokens, epochs=1, accumulate=1):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"gradient_accumulation_steps": 2}, {"activation_checkpointing": True}], ids=str
+    "options",
+    [
+        {},
+        {"gradient_accumulation_steps": 2},
+        {"activation_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+    ],
+    ids=str,
 )
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
 def test_training_equals_a_loop_by_hand(tmp_path, options):
     expected_model, model = make_model(), make_model()
     accumulate = options.get("gradient_accumulation_steps", 1)

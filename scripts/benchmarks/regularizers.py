@@ -29,13 +29,13 @@ from hf_lstm import (
 from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback
 
 RESULTS = Path(__file__).parent / "results" / "regularizers.json"
-MODEL = {"hidden_size": 200, "embedding_size": 100, "num_hidden_layers": 2}
+MODEL = {"hidden_size": 160, "embedding_size": 96, "num_hidden_layers": 2}
 REGULARIZERS = {
     "word dropout": {"embedding_dropout": 0.1},
-    "input dropout": {"input_dropout": 0.3},
-    "hidden dropout": {"hidden_dropout": 0.2},
-    "output dropout": {"output_dropout": 0.4},
-    "weight dropout": {"weight_dropout": 0.3},
+    "input dropout": {"input_dropout": 0.2},
+    "hidden dropout": {"hidden_dropout": 0.1},
+    "output dropout": {"output_dropout": 0.3},
+    "weight dropout": {"weight_dropout": 0.2},
     "activation penalties": {"activation_regularization": 2.0, "temporal_activation_regularization": 1.0},
 }
 LANES, BPTT = 20, 35
@@ -61,7 +61,7 @@ def train_and_test(settings: dict, streams: dict, vocab_size: int, epochs: int) 
             num_train_epochs=epochs,
             per_device_train_batch_size=LANES,
             per_device_eval_batch_size=LANES,
-            learning_rate=4e-3,
+            learning_rate=6e-3,
             lr_scheduler_type="cosine_with_min_lr",
             lr_scheduler_kwargs={"min_lr_rate": 0.05},
             warmup_steps=50,
@@ -96,8 +96,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--test_file", required=True)
-    parser.add_argument("--min_frequency", type=int, default=2, help="times a word must occur to be in the vocabulary")
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--min_frequency", type=int, default=5, help="times a word must occur to be in the vocabulary")
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--only", nargs="+", choices=variants(), help="rows of the table; all by default")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()

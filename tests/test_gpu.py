@@ -1,0 +1,56 @@
+"""On a GPU: the same numbers as on a CPU, and every precision learns. `pytest -m gpu`; skipped without one."""
+
+import pytest
+import torch
+from conftest import CONFIGS, make_ids, make_model
+from test_tbptt import BPTT, LANES, make_trainer
+
+from hf_lstm import LaneDataset
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+IDS = make_ids(3, 40)
+SONG = make_ids(1, 30)[0].repeat(40)
+REGULARIZATION = {
+    "embedding_dropout": 0.05,
+    "input_dropout": 0.1,
+    "hidden_dropout": 0.1,
+    "output_dropout": 0.1,
+    "weight_dropout": 0.1,
+    "activation_regularization": 0.1,
+    "temporal_activation_regularization": 0.1,
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_numbers_are_those_of_a_cpu(name):
+    gradients = []
+    for device in ("cpu", "cuda"):
+        model = make_model(**CONFIGS[name]).to(device)
+        output = model(IDS.to(device), labels=IDS.to(device))
+        output.loss.backward()
+        gradients.append([output.loss.cpu(), *(parameter.grad.cpu() for parameter in model.parameters())])
+
+    for actual, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("options", [{}, {"bf16": True}, {"fp16": True}, {"torch_compile": True}], ids=str)
+def test_every_precision_learns_with_regularisation(tmp_path, options):
+    model = make_model(torch.float32, hidden_size=64, **REGULARIZATION)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.div_(4)
+    trainer, losses = make_trainer(
+        tmp_path,
+        model,
+        LaneDataset(SONG, LANES, BPTT),
+        optim="adamw_torch",
+        learning_rate=0.01,
+        num_train_epochs=8,
+        use_cpu=False,
+        **options,
+    )
+    trainer.train()
+
+    assert sum(losses.train[-20:]) < 0.5 * sum(losses.train[:20])

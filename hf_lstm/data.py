@@ -95,9 +95,10 @@ class LaneDataset(Dataset):
         reset_at_documents (`bool`, defaults to `False`):
             Whether the state starts anew with every document, not only with the lane; needs a `TokenStream`.
         length_seed (`int`, *optional*):
-            Draw the length of each chunk with this seed, so that no token is always the last of its chunk (Merity et
-            al. 2018, section 5): from N(`bptt_length`, 5²), or once in 20 from N(`bptt_length` / 2, 5²), and at least 5.
-            The lengths are the same in every epoch and lane; `TruncatedBPTTCallback` scales the learning rate to them.
+            Draw the length of each chunk with this seed, so that gradients run back through various numbers of tokens
+            (Merity et al. 2018, section 5): from N(`bptt_length`, 5²), or once in 20 from N(`bptt_length` / 2, 5²), and
+            at least 5. The lengths are the same in every epoch and lane, so that a run can be resumed at any step;
+            `TruncatedBPTTCallback` scales the learning rate to them.
 
     Raises:
         ValueError: if the stream is too short to give every lane one chunk.
@@ -109,6 +110,12 @@ class LaneDataset(Dataset):
         for name, value in (("lanes", lanes), ("bptt_length", bptt_length)):
             if value < 1:
                 raise ValueError(f"`{name}` ({value}) must be at least 1.")
+        if length_seed is not None and not isinstance(length_seed, int):
+            raise ValueError(f"`length_seed` ({length_seed!r}) must be an integer, or None for chunks of one length.")
+        if length_seed is not None and bptt_length < 10:
+            raise ValueError(
+                f"`bptt_length` ({bptt_length}) must be at least 10 where lengths are drawn, since no chunk gets fewer than 5."
+            )
         if reset_at_documents and not isinstance(tokens, TokenStream):
             raise ValueError("`reset_at_documents=True` needs a `TokenStream`, which knows where documents start.")
         self.stream = as_stream(tokens)
@@ -335,12 +342,12 @@ def _hold_out(dataset, fraction) -> dict:
 
 
 def _pieces(text):
-    """Pieces of at most `PIECE_LENGTH` characters, cut after a line where there is one."""
+    """Pieces of at most `PIECE_LENGTH` characters, cut after a line or a word where there is one."""
     start = 0
     while start < len(text):
         end = start + PIECE_LENGTH
         if end < len(text):
-            end = text.rfind("\n", start, end) + 1 or end
+            end = text.rfind("\n", start, end) + 1 or text.rfind(" ", start, end) + 1 or end
         yield text[start:end]
         start = end
 

@@ -92,6 +92,11 @@ def word_tokenizer(
     return tokenizer
 
 
+def ends_lines(tokenizer) -> bool:
+    """Whether `<eos>` is what a tokenizer makes of a line end, as `word_tokenizer` does, and not a document's end."""
+    return tokenizer("\n", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+
+
 def _check_texts(texts):
     if isinstance(texts, str):
         raise ValueError("`texts` is one str: it must be an iterable of texts. Put it into a list: `[text]`.")

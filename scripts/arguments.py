@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import HfArgumentParser
 
+from hf_lstm.data import read_text
 from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
 from hf_lstm.training.optimization import KINDS
 from hf_lstm.training.tbptt import is_complete
@@ -183,10 +184,8 @@ def parse(arguments: list[str]):
     finder.add_argument("--recipe", action="append", default=[])
     recipes = finder.parse_known_args(arguments)[0].recipe
     for recipe in recipes:
-        if not Path(recipe).is_file():
-            raise ValueError(
-                f"`--recipe` {recipe} does not exist: scripts/recipes holds those that come with hf-lstm."
-            )
+        if "--recipe" in read_text(recipe):
+            raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
     # given the flag without need, transformers would answer `--help` with that flag alone
     flag = "--recipe" if recipes else None
     return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, args_file_flag=flag)

@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
 
 import hf_lstm  # noqa: F401  registers the model
+from hf_lstm.tokenizers import ends_lines
 
 
 @dataclass
@@ -64,13 +65,13 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
         if tokenizer.unk_token_id in inputs["input_ids"][0].tolist():
             print("The model does not know some characters of the prompt.", file=sys.stderr)
     if sampling.num_beams in (None, 1):
-        options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=True)
+        options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=not ends_lines(tokenizer))
 
     set_seed(arguments.seed)
     with torch.inference_mode():
         written = model.generate(**options)
     if "streamer" not in options:
-        print(tokenizer.decode(written[0], skip_special_tokens=True))
+        print(tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer)))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from hf_lstm import (
     word_tokenizer,
 )
 from hf_lstm.model_card import write_model_card
+from hf_lstm.tokenizers import ends_lines
 from hf_lstm.training import (
     NTASGD,
     EMAAdamW,
@@ -43,7 +44,7 @@ from hf_lstm.training import (
     TruncatedBPTTCallback,
     parameter_groups,
 )
-from hf_lstm.training.tbptt import check_arguments
+from hf_lstm.training.tbptt import check_arguments, check_penalties
 
 RESET_EVERY = 256  # the second figure that is reported: what the model knows from so short a past
 SAMPLE_LENGTH = 300
@@ -57,8 +58,8 @@ class ShowProgress(TrainerCallback):
         self.tokenizer, self.start, self.bytes_per_token = tokenizer, start, bytes_per_token
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = args.eval_strategy != "no"
+        if state.global_step >= state.max_steps and args.eval_strategy == "steps":
+            control.should_evaluate = True
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
@@ -84,8 +85,9 @@ def sample(model, tokenizer, start: str) -> str:
             do_sample=True,
             temperature=0.7,
             pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=None if ends_lines(tokenizer) else tokenizer.eos_token_id,
         )
-    return tokenizer.decode(written[0], skip_special_tokens=True)
+    return tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer))
 
 
 def encode_prompt(prompt: str, tokenizer) -> list[int]:
@@ -163,6 +165,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
                     f"`{name}` is {getattr(saved, name)} in {training_args.resume_from_checkpoint} and would be "
                     f"{getattr(config, name)}: resume with the corpus and the flags that the run was started with."
                 )
+    check_penalties(training_args, config)
     return streams, lanes, tokenizer, LSTMForCausalLM(config)
 
 
@@ -172,6 +175,8 @@ def optimizer_of(model, optimization_args: OptimizationArguments, training_args:
     if optimization_args.averaging == "nt_asgd":
         if training_args.eval_strategy == "no":
             raise ValueError("`--averaging nt_asgd` looks at validation losses: `--eval_strategy` must not be `no`.")
+        if Trainer.get_optimizer_cls_and_kwargs(training_args, model)[0] not in (torch.optim.AdamW, torch.optim.SGD):
+            raise ValueError(f"`--averaging nt_asgd` averages SGD: leave `--optim` {training_args.optim} out.")
         return NTASGD, {"params": groups, "lr": training_args.learning_rate, "patience": optimization_args.patience}
     optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if optimization_args.averaging == "ema":
@@ -189,6 +194,9 @@ def make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args,
     ]
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
+    optimizer_class, options = optimizer_of(model, optimization_args, training_args)
+    if optimization_args.averaging is not None:
+        optimizer_class(**options)  # refuses what it cannot take
     trainer = Trainer(
         model=model,
         args=training_args,
@@ -196,7 +204,7 @@ def make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args,
         eval_dataset=lanes["validation"],
         processing_class=tokenizer,
         data_collator=default_data_collator,
-        optimizer_cls_and_kwargs=optimizer_of(model, optimization_args, training_args),
+        optimizer_cls_and_kwargs=(optimizer_class, options),
         callbacks=callbacks,
     )
     for reporter in get_reporting_integration_callbacks(training_args.report_to):
@@ -215,6 +223,8 @@ def train(trainer: Trainer, streams, tokenizer, data_args: DataArguments) -> Non
 
     if len(streams["train"].document_starts) > 1:
         model.generation_config.bos_token_id = tokenizer.eos_token_id  # `generate()` alone begins a document
+    if ends_lines(tokenizer):
+        model.generation_config.eos_token_id = None  # a text goes on after a line
     trainer.save_model()
     if trainer.is_world_process_zero():
         report(trainer, streams, tokenizer, outcome.metrics["train_runtime"], data_args)
@@ -255,7 +265,8 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         data=Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or STANDARD_LIBRARY,
         results=results,
         procedure=f"{trainer.state.global_step:,} steps of {tokens_per_step:,} tokens{duration}; truncated "
-        f"backpropagation through {data_args.bptt_length} tokens with the state carried on; seed {args.seed}. "
+        f"backpropagation through {data_args.bptt_length} tokens with the state carried on"
+        f"{' within each document' if data_args.reset_at_documents else ''}; seed {args.seed}. "
         f"The weights are those of step {trainer.state.best_global_step or trainer.state.global_step:,}.",
         command=command_of(sys.argv[1:]),
         reset_at_documents=data_args.reset_at_documents,

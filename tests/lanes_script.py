@@ -10,7 +10,7 @@ from test_tbptt import make_trainer
 from hf_lstm import LaneDataset
 from hf_lstm.training import last_complete_checkpoint
 
-LANES, BPTT = 4, 6
+LANES, BPTT = 4, 10
 
 
 def train(folder, processes=1, resume=False, length_seed=None, **options):

@@ -40,12 +40,21 @@ def test_lengths_are_a_function_of_the_seed():
     assert sum(lengths[0]) == sum(lengths[2]) == 9 * BPTT
 
 
-@pytest.mark.parametrize("bptt_length", [1, 2, 5])
-def test_short_chunks_have_lengths_too(bptt_length):
-    lanes = LaneDataset(TOKENS, LANES, bptt_length, length_seed=0)
+def test_a_seed_is_an_integer():
+    with pytest.raises(ValueError, match=r"`length_seed` \('3'\) must be an integer"):
+        LaneDataset(TOKENS, LANES, BPTT, length_seed="3")
 
-    assert lanes.chunk_lengths.sum() == lanes.lane_length
-    assert lanes.chunk_lengths.min() >= 5
+
+def test_short_chunks_have_no_random_lengths(tmp_path):
+    with pytest.raises(ValueError, match=r"`bptt_length` \(9\) must be at least 10 where lengths are drawn"):
+        LaneDataset(TOKENS, LANES, 9, length_seed=0)
+
+
+def test_evaluations_have_chunks_of_one_length(tmp_path):
+    trainer, _ = make_trainer(tmp_path, make_model(), RANDOM, eval_dataset=RANDOM, eval_strategy="steps", eval_steps=1)
+
+    with pytest.raises(ValueError, match=r"random lengths \(`length_seed` 4\), which Trainer would weigh alike"):
+        trainer.train()
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

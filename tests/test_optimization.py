@@ -52,6 +52,8 @@ def test_frozen_parameters_are_left_out_and_unknown_kinds_refused():
     )
     with pytest.raises(ValueError, match=r"`exclude` \(gates\) must be among recurrent, bias, norm, embedding"):
         parameter_groups(model, 0.1, exclude=["gates"])
+    with pytest.raises(ValueError, match=r"`weight_decay` \(-1\) must be at least 0"):
+        parameter_groups(model, -1)
 
 
 def train_one(optimizer, parameter, gradients, observed=()):
@@ -202,6 +204,28 @@ def test_an_averaged_run_resumes_bit_equal(tmp_path, name):
     whole.optimizer.train()
     for actual, wanted in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(actual, wanted)
+
+
+@pytest.mark.parametrize(("saved", "resumed"), [("ema", None), (None, "ema")])
+def test_another_optimizer_does_not_resume(tmp_path, saved, resumed):
+    made = {None: (torch.optim.AdamW, {"lr": 0.01}), "ema": (EMAAdamW, {"lr": 0.01})}
+    run(tmp_path, made[saved])
+
+    with pytest.raises(ValueError, match=r"`optimizer` was .*AdamW in .* and is .*AdamW now"):
+        run(tmp_path, made[resumed], resume=str(tmp_path / "checkpoint-8"))
+
+
+def test_evaluations_outside_training_trigger_nothing(tmp_path):
+    trigger = NonMonotonicTrigger()
+    optimizer = NTASGD([torch.nn.Parameter(torch.ones(3))])
+    trigger.on_evaluate(None, None, None, metrics={"test_loss": 3.0}, optimizer=optimizer)
+    trainer, _ = run(tmp_path, AVERAGED["nt_asgd"](), callbacks=[trigger], eval_strategy="steps", eval_steps=2)
+    seen = list(trainer.optimizer.param_groups[0]["validation_losses"])
+    trigger.on_evaluate(None, None, None, metrics={"test_loss": 3.0}, optimizer=trainer.optimizer)
+    trigger.on_evaluate(None, None, None, metrics={"eval_loss": 3.0}, optimizer=trainer.optimizer)
+
+    assert len(seen) == 9
+    assert trainer.optimizer.param_groups[0]["validation_losses"] == seen
 
 
 @pytest.mark.parametrize(

@@ -188,6 +188,10 @@ def test_records_can_be_lines_of_one_text(run, tmp_path):
     )
 
     assert f"train: 1 documents, {300 + 4 * 240:,} tokens" in printed
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").generation_config.eos_token_id is None
+    written = run("generate.py", "--model", tmp_path / "run", "--prompt", "line\n", "--max_new_tokens", 40)
+    assert written.startswith("line\n")
+    assert len(written.split()) > 10  # it did not stop at a line end
 
 
 RECIPES = sorted((SCRIPTS / "recipes").glob("*.args"))
@@ -246,7 +250,8 @@ BAD_ARGUMENTS = {
         ["--resume_from_checkpoint", "gone"],
         "`--resume_from_checkpoint` gone is no complete checkpoint",
     ),
-    "no such recipe": (["--recipe", "nowhere.args"], "`--recipe` nowhere.args does not exist"),
+    "no such recipe": (["--recipe", "nowhere.args"], "The file nowhere.args does not exist"),
+    "a recipe in a recipe": (["--recipe", "nested.args"], "`--recipe` nested.args names another recipe"),
     "an unknown average": (["--averaging", "swa"], "`--averaging` swa must be `ema` or `nt_asgd`"),
     "an unknown kind": (["--no_decay", "gates"], "`--no_decay` gates must be among recurrent"),
     "an average of another optimizer": (
@@ -256,6 +261,22 @@ BAD_ARGUMENTS = {
     "no evaluations to look at": (
         ["--train_file", "beer.txt", "--averaging", "nt_asgd", "--eval_strategy", "no", *UNSAVED],
         "`--averaging nt_asgd` looks at validation losses",
+    ),
+    "SGD of another kind": (
+        ["--train_file", "beer.txt", "--averaging", "nt_asgd", "--optim", "adafactor"],
+        "`--averaging nt_asgd` averages SGD",
+    ),
+    "no patience": (
+        ["--train_file", "beer.txt", "--averaging", "nt_asgd", "--patience", "0"],
+        "`patience` (0) must be at least 1",
+    ),
+    "an average of nothing": (
+        ["--train_file", "beer.txt", "--averaging", "ema", "--ema_decay", "1"],
+        "`decay` (1.0) must be at least 0 and below 1",
+    ),
+    "smoothing with penalties": (
+        ["--train_file", "beer.txt", "--label_smoothing_factor", "0.1", "--activation_regularization", "1"],
+        "`label_smoothing_factor` (0.1) must be 0",
     ),
     "a rate out of range": (["--train_file", "beer.txt", "--hidden_dropout", "1"], "`hidden_dropout` (1.0) is a prob"),
     "a state that is always dropped": (
@@ -276,6 +297,7 @@ def test_training_refuses_before_it_starts(run, tmp_path, text_file, monkeypatch
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("x" * 50)
     Path("poems.jsonl").write_text('{"poem": "a"}\n{"poem": "b"}\n')
+    Path("nested.args").write_text("--recipe other.args")
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("mine")
     if case != "no folder" and "--output_dir" not in arguments:

@@ -7,6 +7,7 @@ import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_lstm import byte_tokenizer, char_tokenizer, word_tokenizer
+from hf_lstm.tokenizers import ends_lines
 
 TEXTS = [
     "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。",
@@ -117,6 +118,14 @@ def test_words_and_line_ends():
     assert len(word_tokenizer(["a a b b c"], vocab_size=6)) == 6
     assert set(word_tokenizer(["a a b b c"], min_frequency=2).get_vocab()) >= {"a", "b"}
     assert "c" not in word_tokenizer(["a a b b c"], min_frequency=2).get_vocab()
+
+
+def test_a_line_end_may_be_eos():
+    assert [ends_lines(one) for one in (word_tokenizer(["a"]), char_tokenizer(["a\n"]), byte_tokenizer())] == [
+        True,
+        False,
+        False,
+    ]
 
 
 @pytest.mark.parametrize("text", ["the cat\nthe dog\n", "\nthe end", "a\n\n", "a 床 b", "cat"])

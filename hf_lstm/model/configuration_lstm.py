@@ -39,7 +39,8 @@ class LSTMConfig(PreTrainedConfig):
         forget_gate_bias (`float`, defaults to 1.0):
             Bias of the forget gate in a new model (Gers et al. 2000; Jozefowicz et al. 2015).
         embedding_dropout, input_dropout, hidden_dropout, output_dropout, weight_dropout (`float`, default to 0.0):
-            What is dropped while training (Merity et al. 2018; regularization_lstm.py): whole words of the vocabulary;
+            What is dropped while training (Merity et al. 2018; regularization_lstm.py): whole words of the vocabulary (not
+            of `inputs_embeds`);
             features of the embeddings, of what one layer hands to the next (of each branch in a residual model), and of
             what the output layer takes, the same at all tokens of a row (Gal & Ghahramani 2016); recurrent weights (Wan
             et al. 2013). AWD-LSTM on WikiText-2: 0.1, 0.65, 0.2, 0.4, 0.5.

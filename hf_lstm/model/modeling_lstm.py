@@ -92,7 +92,7 @@ class LSTMLayer(GradientCheckpointingLayer):
         if not is_plain(self.hidden_gates):
             raise ValueError(
                 f"`weight_dropout` ({p}) drops weights of a plain `nn.Linear`, and `hidden_gates` is a "
-                f"{type(self.hidden_gates).__name__}, or has hooks: set `model.config.weight_dropout = 0`, or leave "
+                f"{type(self.hidden_gates).__module__}.{type(self.hidden_gates).__name__}, or has hooks: set `model.config.weight_dropout = 0`, or leave "
                 "`hidden_gates` out of the adapter's `target_modules`."
             )
         return weight_dropout(self.hidden_gates.weight, p)
@@ -117,13 +117,11 @@ class ResidualLSTMLayer(LSTMLayer):
     def forward(self, x, h, c, segments: Segments | None = None, record: bool = False):
         """As `LSTMLayer`, of x and with x of shape `(B, T, H)`."""
         outputs, h, c, states = super().forward(self.norm(x), h, c, segments, record)
-        x = x + self._dropout(self.o_proj(outputs))
+        p = self.config.hidden_dropout
+        x = x + locked_dropout(self.o_proj(outputs), p, self.training)
         if self.mlp is not None:
-            x = x + self._dropout(self.mlp(x))
+            x = x + locked_dropout(self.mlp(x), p, self.training)
         return x, h, c, states
-
-    def _dropout(self, branch):
-        return locked_dropout(branch, self.config.hidden_dropout) if self.training else branch
 
 
 class RMSNorm(nn.RMSNorm):
@@ -263,9 +261,8 @@ class LSTMModel(LSTMPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-            if self.training:
-                p, words = self.config.embedding_dropout, len(self.embed_tokens.weight)
-                inputs_embeds = word_dropout(inputs_embeds, input_ids, p, words)
+            p = self.config.embedding_dropout
+            inputs_embeds = word_dropout(inputs_embeds, input_ids, self.config.vocab_size, p, self.training)
         if inputs_embeds.ndim != 3:
             raise ValueError(
                 f"The input, of shape {tuple(inputs_embeds.shape[:-1])}, must be of shape (rows, tokens)."
@@ -288,7 +285,7 @@ class LSTMModel(LSTMPreTrainedModel):
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         if any(limit is not None for limit in limits):
             segments = find_segments(inputs_embeds.shape[:2], *limits, carried, inputs_embeds.device)
-        x = self._dropout(inputs_embeds, self.config.input_dropout)
+        x = locked_dropout(inputs_embeds, self.config.input_dropout, self.training)
         x = self.in_proj(x)
         for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
             cache_layer = cache_layers[index] if cache_layers is not None else None
@@ -298,7 +295,7 @@ class LSTMModel(LSTMPreTrainedModel):
                 h = x.new_zeros(len(x), layer.hidden_gates.in_features)
                 c = h.to(at_least_float32(h.dtype))
             if index > 0 and self.config.block_type == "stacked":
-                x = self._dropout(x, self.config.hidden_dropout)
+                x = locked_dropout(x, self.config.hidden_dropout, self.training)
             record = cache_layer is not None and cache_layer.record_past
             x, h, c, states = layer(x, h, c, segments, record)
             if cache_layer is not None:
@@ -316,17 +313,14 @@ class LSTMModel(LSTMPreTrainedModel):
             change = temporal_change(x, None if segments is None else segments.firsts.view(x.shape[:2]))
         return LSTMModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, temporal_change=change)
 
-    def _dropout(self, x, p):
-        return locked_dropout(x, p) if self.training else x
-
 
 @dataclass
 class LSTMCausalLMOutputWithPast(CausalLMOutputWithPast):
     """
     Args:
-        regularization_loss (`torch.FloatTensor` of shape `(1,)`, *optional*):
-            While training with activation regularization: the penalty, averaged like `loss`, whose gradient holds the
-            penalty's and whose value does not.
+        regularization_loss (`torch.FloatTensor` of shape `()`, *optional*):
+            While training with activation regularization: the penalty, averaged as `loss` is. The gradient of `loss`
+            contains that of the penalty; its value does not contain the penalty.
     """
 
     regularization_loss: torch.FloatTensor | None = None
@@ -392,9 +386,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = outputs.last_hidden_state[:, kept]
-        if self.training:
-            hidden = locked_dropout(hidden, self.config.output_dropout)
+        hidden = locked_dropout(outputs.last_hidden_state[:, kept], self.config.output_dropout, self.training)
         logits = self.lm_head(hidden)
         loss = regularization_loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:

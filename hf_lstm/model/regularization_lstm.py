@@ -13,14 +13,16 @@ import torch
 from torch.nn import functional as F
 
 
-def word_dropout(embeds: torch.Tensor, input_ids: torch.Tensor, p: float, vocab_size: int) -> torch.Tensor:
+def word_dropout(embeds, input_ids, vocab_size: int, p: float, training: bool) -> torch.Tensor:
     """Embeddings `(B, T, D)` of tokens `(B, T)` without some words, each of them wherever it stands in the batch."""
-    return embeds if p == 0 else embeds * _kept(embeds, (vocab_size, 1), p)[input_ids]
+    if not training or p == 0:
+        return embeds
+    return embeds * _kept(embeds, (vocab_size, 1), p)[input_ids]
 
 
-def locked_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
+def locked_dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
     """`x` of shape `(B, T, D)` without some features, which differ between rows and are the same at all T tokens."""
-    return x if p == 0 else x * _kept(x, (x.shape[0], 1, x.shape[2]), p)
+    return x if not training or p == 0 else x * _kept(x, (x.shape[0], 1, x.shape[2]), p)
 
 
 def weight_dropout(weight: torch.Tensor, p: float) -> torch.Tensor:
@@ -32,7 +34,7 @@ def temporal_change(x: torch.Tensor, firsts: torch.Tensor | None) -> torch.Tenso
     """`(B, T)`: mean over D of (x_t - x_{t-1})², and 0 at the first token of a row or document, `firsts` `(B, T)`."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     change = F.pad(x.diff(dim=1).square().mean(dim=-1), (1, 0))
-    return change if firsts is None else change.masked_fill(firsts, 0)
+    return change if firsts is None else change.masked_fill(firsts.to(x.device), 0)
 
 
 def penalty_of_targets(penalty, labels=None, shift_labels=None, num_items_in_batch=None) -> torch.Tensor:

@@ -21,13 +21,18 @@ class MetricsCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.on_train_end(args, state, control)
-        self._scale = args.world_size if args.average_tokens_across_devices else 1
-        self._hook = model.register_forward_hook(self._add)
+        self._penalty, self._steps = 0.0, 0
+        self._processes = args.world_size if args.average_tokens_across_devices else 1
+        self._accumulation = args.gradient_accumulation_steps
+        self._hook = model.register_forward_hook(self._add, with_kwargs=True)
 
-    def _add(self, module, args, output):
+    def _add(self, module, args, kwargs, output):
         penalty = getattr(output, "regularization_loss", None)
-        if penalty is not None:
-            self._penalty = self._penalty + penalty  # a tensor: nothing is copied to the host before a log
+        if penalty is None:
+            return
+        whole = kwargs.get("num_items_in_batch") is not None  # then it is a share of the step's mean, or else a mean
+        scale = self._processes if whole else 1 / self._accumulation
+        self._penalty = self._penalty + penalty * scale  # a tensor: nothing is copied to the host before a log
 
     def on_step_end(self, args, state, control, **kwargs):
         self._steps += 1
@@ -41,7 +46,7 @@ class MetricsCallback(TrainerCallback):
                 added[f"{prefix}bits_per_token"] = loss / math.log(2)
         if "loss" in logs:
             if not isinstance(self._penalty, float) and self._steps:
-                added["regularization_loss"] = self._penalty.item() * self._scale / self._steps
+                added["regularization_loss"] = self._penalty.item() / self._steps
             self._penalty, self._steps = 0.0, 0
         logs |= added
         state.log_history[-1] |= added

@@ -21,10 +21,12 @@ def parameter_groups(model, weight_decay: float, exclude=KINDS) -> list[dict]:
             `"embedding"`. AWD-LSTM excludes nothing (Merity et al. 2018), xLSTM all but matrices (Beck et al. 2024).
 
     Raises:
-        ValueError: for a kind that does not exist.
+        ValueError: for a kind that does not exist, or a negative weight decay.
     """
     if unknown := set(exclude) - set(KINDS):
         raise ValueError(f"`exclude` ({', '.join(sorted(unknown))}) must be among {', '.join(KINDS)}.")
+    if not weight_decay >= 0:
+        raise ValueError(f"`weight_decay` ({weight_decay}) must be at least 0.")
     decaying, spared = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -48,7 +50,8 @@ class WeightAveraging(torch.optim.Optimizer):
 
     After each step the model holds the average, so that whoever evaluates or saves it gets that. `train()` puts the
     iterate back, and is called before the forward of a step, as Trainer does; `eval()` puts the average there. Both sets
-    are part of `state_dict()`.
+    are part of `state_dict()`, two copies of the weights; what else is loaded into the model is overwritten by the next
+    `train()`.
 
     Raises:
         ValueError: for weights in less than float32, which small changes would not reach.
@@ -63,8 +66,17 @@ class WeightAveraging(torch.optim.Optimizer):
                     "`bf16=True` for speed."
                 )
         self.param_groups[0]["holds_average"] = False
-        self.register_step_pre_hook(type(self)._check)
-        self.register_step_post_hook(type(self)._average)
+
+    def step(self, closure=None):
+        """One step of the iterate, after which the model holds the average."""
+        if self.param_groups[0]["holds_average"]:
+            raise RuntimeError(
+                f"The gradients were taken at the average: call `train()` of {type(self).__name__} before the forward of "
+                "each step, as Trainer does."
+            )
+        loss = super().step(closure)
+        self._average()
+        return loss
 
     def train(self) -> None:
         """Let the model hold the iterate."""
@@ -90,15 +102,8 @@ class WeightAveraging(torch.optim.Optimizer):
             parameter.copy_(self.state[parameter][which])
         self.param_groups[0]["holds_average"] = which == "average" and len(averaged) > 0
 
-    def _check(self, args, kwargs):
-        if self.param_groups[0]["holds_average"]:
-            raise RuntimeError(
-                f"The gradients were taken at the average: call `train()` of {type(self).__name__} before the forward of "
-                "each step, as Trainer does."
-            )
-
     @torch.no_grad()
-    def _average(self, args, kwargs):
+    def _average(self):
         share = self._share()
         if share is None:
             return
@@ -182,7 +187,11 @@ class NonMonotonicTrigger(TrainerCallback):
         ValueError: when training begins without evaluations or with another optimiser; at an evaluation without a loss.
     """
 
+    def __init__(self):
+        self._training = False
+
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        self._training = True
         if not isinstance(_unwrapped(optimizer), NTASGD):
             raise ValueError(
                 f"The optimizer ({type(_unwrapped(optimizer)).__name__}) must be `NTASGD`: pass "
@@ -192,13 +201,19 @@ class NonMonotonicTrigger(TrainerCallback):
             raise ValueError("`eval_strategy` (no) must be `steps` or `epoch`: NT-ASGD looks at validation losses.")
 
     def on_evaluate(self, args, state, control, metrics=None, optimizer=None, **kwargs):
-        if optimizer is None:  # an evaluation outside training
+        if not self._training:
             return
         if "eval_loss" not in metrics:
             raise ValueError(
                 "NT-ASGD needs the `eval_loss` of each evaluation: give one evaluation data set with labels."
             )
         _unwrapped(optimizer).observe(metrics["eval_loss"])
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        _unwrapped(optimizer).eval()  # in float16 a step may have been skipped
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._training = False
 
 
 def _unwrapped(optimizer):

@@ -58,9 +58,9 @@ class TruncatedBPTTCallback(TrainerCallback):
         self._learning_rates = []
         self._hooks = []
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         check_arguments(args)
-        _check_penalties(args, model.config)
+        check_penalties(args, model.config)
         dataset = train_dataloader.dataset
         _check_lanes(dataset, "training", args.per_device_train_batch_size, args.world_size)
         self._caches = {training: DynamicCache(config=model.config) for training in (True, False)}
@@ -74,6 +74,7 @@ class TruncatedBPTTCallback(TrainerCallback):
             "bptt_length": dataset.bptt_length,
             "length_seed": dataset.length_seed,
             "tokens": len(dataset.stream),
+            "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,  # accelerate wraps it
         }
         if state.global_step > 0:
             self._load(_resumed_checkpoint(args, state) / state_file(args.process_index), state, model)
@@ -84,11 +85,10 @@ class TruncatedBPTTCallback(TrainerCallback):
         ]
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        scale = sum(self._lengths) / (len(self._lengths) or 1) / self._bptt_length
+        scale = sum(self._lengths) / len(self._lengths) / self._bptt_length if self._lengths else 1
         self._learning_rates = [group["lr"] for group in optimizer.param_groups]
-        if self._lengths and scale != 1:
-            for group in optimizer.param_groups:
-                group["lr"] = group["lr"] * scale
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * scale
         self._lengths = []
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
@@ -112,6 +112,11 @@ class TruncatedBPTTCallback(TrainerCallback):
                 "`hf_lstm.evaluate_stream(model, stream)`, which scores every token too."
             )
         _check_lanes(dataset, "evaluation", args.per_device_eval_batch_size, args.world_size)
+        if dataset.length_seed is not None:
+            raise ValueError(
+                f"The evaluation data has chunks of random lengths (`length_seed` {dataset.length_seed}), which Trainer "
+                "would weigh alike: leave `length_seed` out."
+            )
 
     def on_evaluate(self, args, state, control, model=None, **kwargs):
         self._caches[False] = DynamicCache(config=model.config)
@@ -194,7 +199,7 @@ class TruncatedBPTTCallback(TrainerCallback):
             if metadata.get(name) != expected[name]:
                 raise ValueError(
                     f"`{name}` was {metadata.get(name)} in {path.parent} and is {expected[name]} now: resume with the same "
-                    "text, processes, batch size and `bptt_length`, since a lane's state belongs to its place."
+                    "text, optimizer, processes, batch size and `bptt_length`, since a lane's state belongs to its place."
                 )
         tensors = load_file(path, device=str(model.device))
         for index, layer in enumerate(self._caches[True].layers):
@@ -284,7 +289,8 @@ def check_arguments(args) -> None:
         )
 
 
-def _check_penalties(args, config):
+def check_penalties(args, config) -> None:
+    """Raise `ValueError` where Trainer would not use the loss that holds the penalties' gradient."""
     penalties = (config.activation_regularization, config.temporal_activation_regularization)
     if args.label_smoothing_factor > 0 and any(penalties):
         raise ValueError(

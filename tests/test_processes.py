@@ -52,6 +52,7 @@ def test_two_processes_train_as_one_does(tmp_path, plain):
     check(two, lanes_script.train(tmp_path / "one"), folder, tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_two_processes_accumulate_chunks_of_random_lengths(tmp_path):
     options = {"gradient_accumulation_steps": 2, "length_seed": 3, "activation_checkpointing": True}
 
@@ -60,6 +61,7 @@ def test_two_processes_accumulate_chunks_of_random_lengths(tmp_path):
     check(two, lanes_script.train(tmp_path / "one", **options), tmp_path / "two", tmp_path / "one")
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_equal(tmp_path, plain):
     """From the last checkpoint that both of them finished."""
     folder = tmp_path / "killed"

@@ -11,7 +11,6 @@ import json
 import platform
 import subprocess
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -54,7 +53,6 @@ def variants() -> dict[str, dict]:
 def train_and_test(settings: dict, streams: dict, vocab_size: int, epochs: int) -> dict:
     set_seed(0)
     model = LSTMForCausalLM(LSTMConfig(vocab_size=vocab_size, **MODEL, **settings))
-    start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         arguments = LSTMTrainingArguments(
             folder,
@@ -83,12 +81,11 @@ def train_and_test(settings: dict, streams: dict, vocab_size: int, epochs: int) 
             callbacks=[TruncatedBPTTCallback()],
         )
         trainer.train()
-    per_epoch = trainer.state.best_global_step / (trainer.state.global_step / epochs)
+    best_epoch = trainer.state.best_global_step / (trainer.state.global_step / epochs)
     return {
         "validation_perplexity": evaluate_stream(model, streams["validation"])["perplexity"],
         "test_perplexity": evaluate_stream(model, streams["test"])["perplexity"],
-        "best_epoch": round(per_epoch),
-        "seconds": time.perf_counter() - start,
+        "best_epoch": round(best_epoch),
     }
 
 
@@ -130,13 +127,9 @@ def main() -> None:
         "rows": rows,
     }
     options.results.write_text(json.dumps(result, indent=2) + "\n")
-    print("\n| regularizers | validation perplexity | test perplexity | best epoch | seconds |\n|---|---|---|---|---|")
+    print("\n| regularizers | validation perplexity | test perplexity | best epoch |\n|---|---|---|---|")
     for row in rows:
-        print(
-            "| {regularizers} | {validation_perplexity:.1f} | {test_perplexity:.1f} | {best_epoch} | {seconds:.0f} |".format(
-                **row
-            )
-        )
+        print("| {regularizers} | {validation_perplexity:.1f} | {test_perplexity:.1f} | {best_epoch} |".format(**row))
 
 
 if __name__ == "__main__":

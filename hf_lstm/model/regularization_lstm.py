@@ -12,6 +12,8 @@ import math
 import torch
 from torch.nn import functional as F
 
+from .kernels_lstm import at_least_float32
+
 
 def word_dropout(embeds, input_ids, vocab_size: int, p: float, training: bool) -> torch.Tensor:
     """Embeddings `(B, T, D)` of tokens `(B, T)` without some words, each of them wherever it stands in the batch."""
@@ -32,7 +34,7 @@ def weight_dropout(weight: torch.Tensor, p: float) -> torch.Tensor:
 
 def temporal_change(x: torch.Tensor, firsts: torch.Tensor | None) -> torch.Tensor:
     """`(B, T)`: mean over D of (x_t - x_{t-1})², and 0 at the first token of a row or document, `firsts` `(B, T)`."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = x.to(at_least_float32(x.dtype))
     change = F.pad(x.diff(dim=1).square().mean(dim=-1), (1, 0))
     return change if firsts is None else change.masked_fill(firsts.to(x.device), 0)
 

@@ -75,7 +75,9 @@ class WeightAveraging(torch.optim.Optimizer):
                 "each step, as Trainer does."
             )
         loss = super().step(closure)
-        self._average()
+        share = self._share()  # each optimiser's own: of this iterate in the average, None while nothing is averaged
+        if share is not None:
+            self._average(share)
         return loss
 
     def train(self) -> None:
@@ -85,10 +87,6 @@ class WeightAveraging(torch.optim.Optimizer):
     def eval(self) -> None:
         """Let the model hold the average, if there is one yet."""
         self._show("average")
-
-    def _share(self) -> float | None:
-        """Of the newest iterate in the average; `None` while nothing is averaged."""
-        raise NotImplementedError
 
     def _parameters(self):
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -103,10 +101,7 @@ class WeightAveraging(torch.optim.Optimizer):
         self.param_groups[0]["holds_average"] = which == "average" and len(averaged) > 0
 
     @torch.no_grad()
-    def _average(self):
-        share = self._share()
-        if share is None:
-            return
+    def _average(self, share):
         for parameter in self._parameters():
             if parameter.grad is None:
                 continue

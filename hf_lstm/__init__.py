@@ -2,11 +2,11 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .data import LaneDataset, TokenStream, load_corpus
+from .data import DocumentDataset, LaneDataset, StreamingLanes, TokenStream, load_corpus, load_documents
 from .evaluation import evaluate_stream
 from .model.configuration_lstm import LSTMConfig
 from .model.modeling_lstm import LSTMForCausalLM, LSTMModel, LSTMPreTrainedModel
-from .tokenizers import byte_tokenizer, char_tokenizer, word_tokenizer
+from .tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
 
 __version__ = "0.1.0"
 
@@ -20,15 +20,19 @@ LSTMModel.register_for_auto_class("AutoModel")
 LSTMForCausalLM.register_for_auto_class("AutoModelForCausalLM")
 
 __all__ = [
+    "DocumentDataset",
     "LSTMConfig",
     "LSTMForCausalLM",
     "LSTMModel",
     "LSTMPreTrainedModel",
     "LaneDataset",
+    "StreamingLanes",
     "TokenStream",
+    "bpe_tokenizer",
     "byte_tokenizer",
     "char_tokenizer",
     "evaluate_stream",
     "load_corpus",
+    "load_documents",
     "word_tokenizer",
 ]

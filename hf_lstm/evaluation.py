@@ -44,20 +44,11 @@ def evaluate_stream(
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
     if len(stream) < 2:
         raise ValueError(f"The stream holds {len(stream)} tokens: it must hold at least two, one to predict another.")
-    if not 0 <= stream.tokens.min() <= stream.tokens.max() < model.config.vocab_size:
-        raise ValueError(
-            f"The stream holds ids from {stream.tokens.min()} to {stream.tokens.max()}: they must lie within the "
-            f"model's vocabulary of {model.config.vocab_size}. Was it made by another tokenizer?"
-        )
+    stream.counts(model.config.vocab_size)  # refuses ids outside of it
 
     targets = len(stream) - 1
     part = math.ceil(targets / batch_size)
-    indices = torch.arange(batch_size * part).view(batch_size, part)  # (B, part); the last may lie behind the end
-    starts = indices[:, :1].expand_as(indices)
-    if reset_at_documents:
-        starts = torch.maximum(starts, stream.starts_of(indices))
-    if reset_every is not None:
-        starts = torch.maximum(starts, indices - indices % reset_every)
+    rows = torch.arange(batch_size)[:, None] * part  # (B, 1): where each begins; the last may lie behind the end
 
     was_training = model.training
     model.eval()
@@ -65,20 +56,20 @@ def evaluate_stream(
     nats = torch.zeros((), dtype=torch.float64)
     correct = 0
     try:
-        for chunk, start in zip(
-            logging.tqdm(indices.split(bptt_length, dim=1), desc="evaluating", leave=False),
-            starts.split(bptt_length, dim=1),
-            strict=True,
-        ):
-            inside = chunk < targets
-            chunk = chunk.clamp(max=targets - 1)
-            input_ids, labels = stream.tokens[chunk].long(), stream.tokens[chunk + 1].long()
+        for column in logging.tqdm(range(0, part, bptt_length), desc="evaluating", leave=False):
+            indices = rows + torch.arange(column, min(column + bptt_length, part))  # (B, T)
+            starts = rows
+            if reset_at_documents:
+                starts = torch.maximum(starts, stream.starts_of(indices))
+            if reset_every is not None:
+                starts = torch.maximum(starts, indices - indices % reset_every)
+            tokens, inside = _read(stream, indices), indices < targets
             logits = model(
-                input_ids=input_ids.to(model.device),
-                position_ids=(chunk - start).clamp(min=0).to(model.device),
+                input_ids=tokens[:, :-1].to(model.device),
+                position_ids=(indices - starts).to(model.device),
                 past_key_values=cache,
             ).logits
-            logits, labels = logits[inside.to(logits.device)].float(), labels[inside].to(logits.device)
+            logits, labels = logits[inside.to(logits.device)].float(), tokens[:, 1:][inside].to(logits.device)
             nats += F.cross_entropy(logits, labels, reduction="none").double().sum().cpu()
             correct += (logits.argmax(dim=-1) == labels).sum().item()
     finally:
@@ -95,3 +86,12 @@ def evaluate_stream(
     if stream.num_bytes > 0:
         result["bits_per_byte"] = nats.item() / math.log(2) / stream.num_bytes
     return result
+
+
+def _read(stream, indices) -> torch.Tensor:
+    """The tokens at consecutive indices of shape `(B, T)` and the ones behind them, `(B, T + 1)`; 0 behind the end."""
+    tokens = torch.zeros(len(indices), indices.shape[1] + 1, dtype=torch.long)
+    for row, start in zip(tokens, indices[:, 0].tolist(), strict=True):
+        read = stream[start : start + len(row)]
+        row[: len(read)] = read
+    return tokens

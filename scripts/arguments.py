@@ -6,11 +6,19 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lstm.data import read_text
 from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
 from hf_lstm.training.optimization import KINDS
 from hf_lstm.training.tbptt import is_complete
+
+TOKENIZER_FLAGS = {
+    "vocab_size": ("word", "unicode_word", "bpe"),
+    "min_frequency": ("word", "unicode_word"),
+    "byte_fallback": ("char",),
+    "nfc": ("char",),
+}
 
 
 @dataclass
@@ -58,9 +66,32 @@ class DataArguments:
         default=False, metadata={"help": "Whether the records are pieces of one text, as the lines of WikiText are."}
     )
     tokenizer: str = field(
-        default="char", metadata={"help": "`char`, `byte`, `word`, or a tokenizer's folder or Hub name."}
+        default="char",
+        metadata={
+            "help": "`char`, `byte`, `word` (between white space), `unicode_word`, `bpe`, or a tokenizer's folder or Hub name."
+        },
     )
-    min_frequency: int = field(default=1, metadata={"help": "Times a word must occur to be one of `word`'s."})
+    vocab_size: int | None = field(
+        default=None, metadata={"help": "Most tokens of `word` and `unicode_word`; tokens of `bpe`, by default 4096."}
+    )
+    min_frequency: int = field(default=1, metadata={"help": "Times a word must occur to be in the vocabulary."})
+    byte_fallback: bool = field(
+        default=False, metadata={"help": "Whether `char` spells characters it does not know in bytes."}
+    )
+    nfc: bool = field(default=False, metadata={"help": "Whether `char` composes characters first, as NFC does."})
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Whether the training data is read as it is needed, for corpora that fit on no disk."},
+    )
+    batching: str = field(
+        default="lanes",
+        metadata={
+            "help": "`lanes`: the state is carried from batch to batch; `packed`, `padded`: documents in random order."
+        },
+    )
+    shuffle_documents: bool = field(
+        default=False, metadata={"help": "Whether lanes hold the documents in another order in each epoch."}
+    )
     bptt_length: int = field(
         default=64, metadata={"help": "Tokens that gradients run back through; the state itself runs on."}
     )
@@ -82,6 +113,28 @@ class DataArguments:
     def __post_init__(self):
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError("`--train_file` and `--dataset_name` exclude each other: name one corpus.")
+        if self.batching not in ("lanes", "packed", "padded"):
+            raise ValueError(f"`--batching` {self.batching} must be `lanes`, `packed` or `padded`.")
+        for flag in ("random_bptt", "state_drop_probability", "shuffle_documents", "streaming"):
+            if self.batching != "lanes" and getattr(self, flag):
+                raise ValueError(f"`--{flag}` belongs to lanes: leave it out, or `--batching` {self.batching}.")
+        for flag, tokenizers in TOKENIZER_FLAGS.items():
+            if (
+                getattr(self, flag) != type(self).__dataclass_fields__[flag].default
+                and self.tokenizer not in tokenizers
+            ):
+                raise ValueError(
+                    f"`--{flag}` means nothing to `--tokenizer` {self.tokenizer}: it is for {' and '.join(tokenizers)}."
+                )
+        if self.streaming:
+            if self.train_file is None and self.dataset_name is None:
+                raise ValueError("`--streaming` needs a corpus: name one by `--train_file` or `--dataset_name`.")
+            if self.validation_file is None:
+                raise ValueError("`--streaming` needs `--validation_file`: no part is kept of what is not read yet.")
+            if self.random_bptt or self.join_records:
+                raise ValueError(
+                    "`--streaming` goes with neither `--random_bptt` nor `--join_records`: leave them out."
+                )
         if self.prompt is None:
             self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
 
@@ -158,23 +211,28 @@ class TrainArguments(LSTMTrainingArguments):
                 f"`--save_steps` ({self.save_steps:g}) must be a multiple of `--logging_steps` "
                 f"({self.logging_steps:g}), or a resumed run would log other losses than one that ran through."
             )
-        folder = Path(self.output_dir)
-        if self.resume_from_checkpoint is None:
-            if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-                raise ValueError(
-                    f"`--output_dir` {folder} already holds something: name another folder, or go on with the run it "
-                    "holds by `--resume_from_checkpoint true`."
-                )
-        elif self.resume_from_checkpoint.lower() == "true":
-            checkpoint = last_complete_checkpoint(folder)
-            if checkpoint is None:
-                raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
-            self.resume_from_checkpoint = str(checkpoint)
-        elif not is_complete(Path(self.resume_from_checkpoint)):
+
+
+def find_checkpoint(args: TrainArguments, carried: bool) -> None:
+    """Let `resume_from_checkpoint` be a checkpoint that holds everything, the carried state if there is one."""
+    folder, named = Path(args.output_dir), args.resume_from_checkpoint
+    if named is None:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(
-                f"`--resume_from_checkpoint` {self.resume_from_checkpoint} is no complete checkpoint: `true` finds the "
-                "last one in `--output_dir`."
+                f"`--output_dir` {folder} already holds something: name another folder, or go on with the run it "
+                "holds by `--resume_from_checkpoint true`."
             )
+    elif named.lower() == "true":
+        checkpoint = None
+        if folder.is_dir():
+            checkpoint = last_complete_checkpoint(folder) if carried else get_last_checkpoint(folder)
+        if checkpoint is None:
+            raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
+        args.resume_from_checkpoint = str(checkpoint)
+    elif not (is_complete(Path(named)) if carried else Path(named).is_dir()):
+        raise ValueError(
+            f"`--resume_from_checkpoint` {named} is no complete checkpoint: `true` finds the last one in `--output_dir`."
+        )
 
 
 def parse(arguments: list[str]):
@@ -188,4 +246,11 @@ def parse(arguments: list[str]):
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
     # given the flag without need, transformers would answer `--help` with that flag alone
     flag = "--recipe" if recipes else None
-    return parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, args_file_flag=flag)
+    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, args_file_flag=flag)
+    _, data_args, _, training_args = parsed
+    if data_args.streaming and training_args.max_steps <= 0:
+        raise ValueError("`--streaming` needs `--max_steps`: a stream does not say when it ends.")
+    if data_args.batching != "lanes":
+        training_args.train_sampling_strategy, training_args.dataloader_drop_last = "random", False
+    find_checkpoint(training_args, carried=data_args.batching == "lanes")
+    return parsed

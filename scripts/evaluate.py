@@ -54,8 +54,9 @@ def main(arguments: Arguments) -> None:
         corpus, split = load_corpus(arguments.file, text_column=arguments.text_column), arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
-    stream = TokenStream.from_documents(corpus[split]["text"], tokenizer)
-    unknown = int((stream.tokens == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
+    stream = TokenStream.from_documents(corpus[split], tokenizer)
+    counts = stream.counts(model.config.vocab_size)
+    unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) else 0
     if unknown:
         print(
             f"{unknown:,} of {len(stream):,} tokens are unknown to the tokenizer: bits per byte mean little",

@@ -19,21 +19,12 @@ from pathlib import Path
 
 import torch
 from arguments import DataArguments, ModelArguments, OptimizationArguments, TrainArguments, parse
+from corpus import describe, load_texts, load_tokenizer, make_batches
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoTokenizer, Trainer, TrainerCallback, default_data_collator, set_seed
+from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
-from hf_lstm import (
-    LaneDataset,
-    LSTMConfig,
-    LSTMForCausalLM,
-    TokenStream,
-    byte_tokenizer,
-    char_tokenizer,
-    evaluate_stream,
-    load_corpus,
-    word_tokenizer,
-)
+from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream
 from hf_lstm.model_card import write_model_card
 from hf_lstm.tokenizers import ends_lines
 from hf_lstm.training import (
@@ -54,8 +45,8 @@ STANDARD_LIBRARY = f"the source of Python {platform.python_version()}'s standard
 class ShowProgress(TrainerCallback):
     """Evaluates once more at the last step, and after each evaluation says in words what the model can do."""
 
-    def __init__(self, tokenizer, start, bytes_per_token):
-        self.tokenizer, self.start, self.bytes_per_token = tokenizer, start, bytes_per_token
+    def __init__(self, tokenizer, data_args, bytes_per_token):
+        self.tokenizer, self.data_args, self.bytes_per_token = tokenizer, data_args, bytes_per_token
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
@@ -66,10 +57,10 @@ class ShowProgress(TrainerCallback):
             loss = torch.tensor(metrics["eval_loss"])
             bits = loss / math.log(2)
             print(
-                f"\nstep {state.global_step:,}: validation, in lanes, {loss:.4f} nats per token, perplexity "
+                f"\nstep {state.global_step:,}: validation, {self.data_args.batching}, {loss:.4f} nats per token, perplexity "
                 f"{loss.exp():.2f}, {bits:.3f} bits per token, {bits / self.bytes_per_token:.3f} per byte"
             )
-            print(sample(model, self.tokenizer, self.start), end="\n\n", flush=True)
+            print(sample(model, self.tokenizer, self.data_args.prompt), end="\n\n", flush=True)
 
 
 def sample(model, tokenizer, start: str) -> str:
@@ -95,39 +86,20 @@ def encode_prompt(prompt: str, tokenizer) -> list[int]:
     return tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [tokenizer.eos_token_id]
 
 
-def load_tokenizer(name: str, texts, min_frequency: int):
-    if name == "word":
-        return word_tokenizer(texts, min_frequency=min_frequency)
-    if name == "char":
-        return char_tokenizer(texts)
-    if name == "byte":
-        return byte_tokenizer()
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"`--tokenizer` {name} is none of `char`, `byte` and `word`, and cannot be loaded: {error}"
-        ) from error
-
-
 def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: TrainArguments):
-    """Streams, lanes, tokenizer and model: all that can be refused is refused here, before any work."""
+    """Data, tokenizer and model: all that can be refused is refused here, before any work."""
     if find_spec("matplotlib") is None:
         raise ValueError('The learning curve needs matplotlib: `pip install "hf-lstm[train]"`.')
-    check_arguments(training_args)
+    if data_args.batching == "lanes":
+        check_arguments(training_args)
     set_seed(training_args.seed)
-    corpus = load_corpus(
-        data_args.train_file or data_args.dataset_name,
-        config_name=data_args.dataset_config_name,
-        validation_file=data_args.validation_file,
-        test_file=data_args.test_file,
-        text_column=data_args.text_column,
-    )
-    texts = {split: documents["text"] for split, documents in corpus.items()}
-    if data_args.join_records:
-        texts = {split: ["".join(text or "" for text in records)] for split, records in texts.items()}
-    tokenizer = load_tokenizer(data_args.tokenizer, texts["train"], data_args.min_frequency)
-    streams = {split: TokenStream.from_documents(documents, tokenizer) for split, documents in texts.items()}
+    texts = load_texts(data_args, training_args.seed)
+    tokenizer = load_tokenizer(data_args, texts["train"])
+    streams = {
+        split: TokenStream.from_documents(rows, tokenizer)
+        for split, rows in texts.items()
+        if not (split == "train" and data_args.streaming)
+    }
     for split, stream in streams.items():
         if len(stream) < 2:
             raise ValueError(f"The {split} split holds a single token: there is nothing to predict.")
@@ -136,20 +108,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
         [None],
     ):  # no characters it reads, or no `<eos>` to begin with
         raise ValueError(f"`--prompt` {data_args.prompt!r} is no token to this tokenizer: give another.")
-    batch_sizes = {
-        "train": training_args.per_device_train_batch_size,
-        "validation": training_args.per_device_eval_batch_size,
-    }
-    lanes = {
-        split: LaneDataset(
-            streams[split],
-            lanes=batch_size * training_args.world_size,
-            bptt_length=data_args.bptt_length,
-            reset_at_documents=data_args.reset_at_documents,
-            length_seed=training_args.seed if data_args.random_bptt and split == "train" else None,
-        )
-        for split, batch_size in batch_sizes.items()
-    }
+    batches = make_batches(data_args, training_args, texts, streams, tokenizer)
     config = LSTMConfig(
         vocab_size=max(tokenizer.get_vocab().values()) + 1,  # ids may have gaps
         pad_token_id=tokenizer.pad_token_id,
@@ -166,19 +125,21 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
                     f"{getattr(config, name)}: resume with the corpus and the flags that the run was started with."
                 )
     check_penalties(training_args, config)
-    return streams, lanes, tokenizer, LSTMForCausalLM(config)
+    if training_args.process_index == 0:
+        describe(texts, streams, tokenizer, config.vocab_size)
+    return streams, batches, tokenizer, LSTMForCausalLM(config)
 
 
 def optimizer_of(model, optimization_args: OptimizationArguments, training_args: TrainArguments) -> tuple[type, dict]:
     """The optimizer's class and arguments, as Trainer takes them."""
     groups = parameter_groups(model, training_args.weight_decay, optimization_args.no_decay)
+    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if optimization_args.averaging == "nt_asgd":
         if training_args.eval_strategy == "no":
             raise ValueError("`--averaging nt_asgd` looks at validation losses: `--eval_strategy` must not be `no`.")
-        if Trainer.get_optimizer_cls_and_kwargs(training_args, model)[0] not in (torch.optim.AdamW, torch.optim.SGD):
+        if optimizer_class not in (torch.optim.AdamW, torch.optim.SGD):
             raise ValueError(f"`--averaging nt_asgd` averages SGD: leave `--optim` {training_args.optim} out.")
         return NTASGD, {"params": groups, "lr": training_args.learning_rate, "patience": optimization_args.patience}
-    optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(training_args, model)
     if optimization_args.averaging == "ema":
         if optimizer_class is not torch.optim.AdamW:
             raise ValueError(f"`--averaging ema` averages AdamW: leave `--optim` {training_args.optim} out.")
@@ -186,12 +147,14 @@ def optimizer_of(model, optimization_args: OptimizationArguments, training_args:
     return optimizer_class, {"params": groups} | options
 
 
-def make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args, training_args) -> Trainer:
+def make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args) -> Trainer:
+    (datasets, collator), validation = batches, streams["validation"]
     callbacks = [
-        TruncatedBPTTCallback(data_args.state_drop_probability),
         MetricsCallback(),
-        ShowProgress(tokenizer, data_args.prompt, streams["validation"].num_bytes / len(streams["validation"])),
+        ShowProgress(tokenizer, data_args, validation.num_bytes / len(validation)),
     ]
+    if data_args.batching == "lanes":
+        callbacks.insert(0, TruncatedBPTTCallback(data_args.state_drop_probability))
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
     optimizer_class, options = optimizer_of(model, optimization_args, training_args)
@@ -200,10 +163,10 @@ def make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args,
     trainer = Trainer(
         model=model,
         args=training_args,
-        train_dataset=lanes["train"],
-        eval_dataset=lanes["validation"],
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["validation"],
         processing_class=tokenizer,
-        data_collator=default_data_collator,
+        data_collator=collator,
         optimizer_cls_and_kwargs=(optimizer_class, options),
         callbacks=callbacks,
     )
@@ -216,12 +179,10 @@ def make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args,
 def train(trainer: Trainer, streams, tokenizer, data_args: DataArguments) -> None:
     model = trainer.model
     if trainer.is_world_process_zero():
-        for split, stream in streams.items():
-            print(f"{split}: {len(stream.document_starts):,} documents, {len(stream):,} tokens")
         print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")
     outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
 
-    if len(streams["train"].document_starts) > 1:
+    if data_args.streaming or len(streams["train"].document_starts) > 1:
         model.generation_config.bos_token_id = tokenizer.eos_token_id  # `generate()` alone begins a document
     if ends_lines(tokenizer):
         model.generation_config.eos_token_id = None  # a text goes on after a line
@@ -233,8 +194,9 @@ def train(trainer: Trainer, streams, tokenizer, data_args: DataArguments) -> Non
 def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments) -> None:
     """Measure the saved model on every token, and write it all down."""
     model, args, folder = trainer.model, trainer.args, Path(trainer.args.output_dir)
+    reset_at_documents = data_args.reset_at_documents or data_args.batching != "lanes"
     results = {
-        split: evaluate_stream(model, streams[split], reset_at_documents=data_args.reset_at_documents)
+        split: evaluate_stream(model, streams[split], reset_at_documents=reset_at_documents)
         for split in ("validation", "test")
         if split in streams
     }
@@ -242,7 +204,7 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         model,
         streams["validation"],
         bptt_length=16 * RESET_EVERY,
-        reset_at_documents=data_args.reset_at_documents,
+        reset_at_documents=reset_at_documents,
         reset_every=RESET_EVERY,
     )
     metrics = {f"eval_{name}": value for name, value in results["validation"].items()}
@@ -256,20 +218,23 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
     text = sample(model, tokenizer, data_args.prompt)
-    tokens_per_step = (
-        args.train_batch_size * args.gradient_accumulation_steps * args.world_size * data_args.bptt_length
-    )
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    if data_args.batching == "lanes":
+        steps = f"steps of {batch * data_args.bptt_length:,} tokens"
+        method = f"truncated backpropagation through {data_args.bptt_length} tokens with the state carried on"
+        method += " within each document" if data_args.reset_at_documents else ""
+    else:
+        steps = f"steps of {batch:,} documents, {data_args.batching}"
+        method = f"backpropagation through at most {data_args.bptt_length} tokens of each document"
     write_model_card(
         folder,
         model,
         data=Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or STANDARD_LIBRARY,
         results=results,
-        procedure=f"{trainer.state.global_step:,} steps of {tokens_per_step:,} tokens{duration}; truncated "
-        f"backpropagation through {data_args.bptt_length} tokens with the state carried on"
-        f"{' within each document' if data_args.reset_at_documents else ''}; seed {args.seed}. "
+        procedure=f"{trainer.state.global_step:,} {steps}{duration}; {method}; seed {args.seed}. "
         f"The weights are those of step {trainer.state.best_global_step or trainer.state.global_step:,}.",
         command=command_of(sys.argv[1:]),
-        reset_at_documents=data_args.reset_at_documents,
+        reset_at_documents=reset_at_documents,
         sample=text,
         start=data_args.prompt,
     )
@@ -323,8 +288,8 @@ def draw_learning_curve(history: list[dict], path: Path) -> None:
 if __name__ == "__main__":
     try:
         model_args, data_args, optimization_args, training_args = parse(sys.argv[1:])
-        streams, lanes, tokenizer, model = prepare(model_args, data_args, training_args)
-        trainer = make_trainer(streams, lanes, tokenizer, model, data_args, optimization_args, training_args)
+        streams, batches, tokenizer, model = prepare(model_args, data_args, training_args)
+        trainer = make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args)
     except (ValueError, StrictDataclassError) as error:  # a config wraps what it refuses in the second
         sys.exit(f"train.py: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
     train(trainer, streams, tokenizer, data_args)

@@ -2,6 +2,9 @@
 
 import logging as stdlib_logging
 import os
+import runpy
+import sys
+from pathlib import Path
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 os.environ["MKL_CBWR"] = "COMPATIBLE"  # or the last bits depend on where in memory a loaded file puts the weights
@@ -21,6 +24,7 @@ def own_caches(tmp_path_factory):
     """Nothing that a test downloads or prepares stays on the machine."""
     import datasets
 
+    datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_CACHE = tmp_path_factory.mktemp("datasets")
 
 
@@ -95,3 +99,30 @@ def kernel(request, monkeypatch):
         lambda self, device, steps, record: steps > 0 and not record and request.param == "fused",
     )
     return request.param
+
+
+SCRIPTS = Path(__file__).parent.parent / "scripts"
+TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer.\n" for number in range(99, 0, -1))
+SMALL = ["--hidden_size", "16", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
+SMALL += ["--bptt_length", "16", "--logging_steps", "2", "--eval_steps", "4", "--save_steps", "4", "--use_cpu", "true"]
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs a script in this process, which spares the import of torch; gives what it printed."""
+
+    def run(name, *arguments):
+        monkeypatch.syspath_prepend(SCRIPTS)  # where the script itself would look
+        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    path = tmp_path / "beer.txt"
+    path.write_text(TEXT)
+    return path

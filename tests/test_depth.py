@@ -16,7 +16,7 @@ def loss_after_training(tokens, validation, vocab_size, **config):
     generator = torch.Generator().manual_seed(0)
     for _ in range(STEPS):
         starts = torch.randint(len(tokens) - LENGTH, (ROWS,), generator=generator)
-        ids = tokens[starts[:, None] + torch.arange(LENGTH)].long()
+        ids = tokens[starts[:, None] + torch.arange(LENGTH)]
         model(ids, labels=ids).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -29,9 +29,7 @@ def loss_after_training(tokens, validation, vocab_size, **config):
 def test_twelve_residual_layers_learn_what_two_stacked_ones_do():
     corpus = load_corpus()
     tokenizer = char_tokenizer(corpus["train"]["text"])
-    train, validation = (
-        TokenStream.from_documents(corpus[split]["text"], tokenizer) for split in ("train", "validation")
-    )
+    train, validation = (TokenStream.from_documents(corpus[split], tokenizer) for split in ("train", "validation"))
     configs = {
         "2 stacked": {"num_hidden_layers": 2},
         "12 stacked": {"num_hidden_layers": 12},
@@ -39,7 +37,7 @@ def test_twelve_residual_layers_learn_what_two_stacked_ones_do():
     }
 
     losses = {
-        name: loss_after_training(train.tokens, validation.tokens[:40_000], len(tokenizer), **config)
+        name: loss_after_training(train[:], validation[:40_000], len(tokenizer), **config)
         for name, config in configs.items()
     }
 

@@ -64,7 +64,7 @@ def test_documents_can_be_read_from_a_zero_state(bptt_length):
     model = make_model(vocab_size=260)
     stream = TokenStream.from_documents(["abc", "defgh", "i", "jk"], byte_tokenizer())
     bounds = [*stream.document_starts.tolist(), len(stream) - 1]
-    documents = [stream.tokens[a : b + 1].long() for a, b in pairwise(bounds)]
+    documents = [stream[a : b + 1] for a, b in pairwise(bounds)]
     nats, correct = expected_nats(model, documents)
 
     result = evaluate_stream(model, stream, bptt_length=bptt_length, reset_at_documents=True)

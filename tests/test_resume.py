@@ -20,13 +20,13 @@ SCRIPT = Path(__file__)
 TOKENS = make_ids(1, LANES * BPTT * 5 + 1)[0]  # several epochs, so that a run also resumes in the middle of one
 
 
-def run(folder, resume=None, kill=None, dataset=None, **options):
+def run(folder, resume=None, kill=None, dataset=None, model=None, **options):
     """One run with dropout-free Adam; `kill` is called by name where the process is to end."""
     os.environ["KILL"] = kill or ""
     trainer, _ = make_trainer(
         folder,
-        make_model(torch.float32),
-        dataset or LaneDataset(TOKENS, LANES, BPTT),
+        make_model(torch.float32) if model is None else model,
+        LaneDataset(TOKENS, LANES, BPTT) if dataset is None else dataset,
         **{
             "max_steps": STEPS,
             "optim": "adamw_torch",

@@ -2,43 +2,17 @@
 
 import io
 import json
-import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import SCRIPTS, SMALL, TEXT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream, load_corpus
 from hf_lstm.training import last_complete_checkpoint
-
-SCRIPTS = Path(__file__).parent.parent / "scripts"
-TEXT = "".join(f"{number} bottles of beer on the wall, {number} bottles of beer.\n" for number in range(99, 0, -1))
-SMALL = ["--hidden_size", "16", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
-SMALL += ["--bptt_length", "16", "--logging_steps", "2", "--eval_steps", "4", "--save_steps", "4", "--use_cpu", "true"]
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script in this process, which spares the import of torch; gives what it printed."""
-
-    def run(name, *arguments):
-        monkeypatch.syspath_prepend(SCRIPTS)  # where the script itself would look
-        monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
-        capsys.readouterr()
-        runpy.run_path(str(SCRIPTS / name), run_name="__main__")
-        return capsys.readouterr().out
-
-    return run
-
-
-@pytest.fixture
-def text_file(tmp_path):
-    path = tmp_path / "beer.txt"
-    path.write_text(TEXT)
-    return path
 
 
 def test_training_leaves_everything_behind(run, tmp_path, text_file):
@@ -62,7 +36,7 @@ def test_training_leaves_everything_behind(run, tmp_path, text_file):
 
     metrics = json.loads((folder / "metrics.json").read_text())
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    validation = TokenStream.from_documents(load_corpus(text_file)["validation"]["text"], tokenizer)
+    validation = TokenStream.from_documents(load_corpus(text_file)["validation"], tokenizer)
     for name, value in evaluate_stream(model, validation).items():
         assert metrics[f"eval_{name}"] == value
     assert metrics["eval_tokens"] == len(validation) - 1

@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from hf_lstm import byte_tokenizer, char_tokenizer, word_tokenizer
+from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizers, word_tokenizer
 from hf_lstm.tokenizers import ends_lines
 
 TEXTS = [
@@ -17,9 +21,18 @@ TEXTS = [
 ]
 
 
-@pytest.fixture(params=["char", "byte"])
+MAKERS = {
+    "char": lambda: char_tokenizer(TEXTS),
+    "char with bytes": lambda: char_tokenizer(["abc"], byte_fallback=True),
+    "byte": byte_tokenizer,
+    "bpe": lambda: bpe_tokenizer(TEXTS * 3, vocab_size=300),
+    "unicode words": lambda: word_tokenizer(TEXTS, split="unicode"),
+}
+
+
+@pytest.fixture(params=MAKERS, scope="module")
 def tokenizer(request):
-    return char_tokenizer(TEXTS) if request.param == "char" else byte_tokenizer()
+    return MAKERS[request.param]()
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=["chinese", "english", "marks", "specials"])
@@ -36,7 +49,7 @@ def test_special_tokens_have_the_first_ids_and_are_not_added(tokenizer):
     assert tokenizer.convert_tokens_to_ids(specials) == [0, 1, 2, 3]
     assert [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token] == specials
     assert min(tokenizer(TEXTS[0])["input_ids"]) > 3
-    assert tokenizer.decode([2, *tokenizer("a b")["input_ids"], 3], skip_special_tokens=True) == "a b"
+    assert tokenizer.decode([2, *tokenizer("a")["input_ids"], 3], skip_special_tokens=True) == "a"
 
 
 def test_characters_are_code_points():
@@ -60,21 +73,38 @@ def test_bytes_have_the_ids_after_the_special_tokens():
     assert tokenizer("A床\n")["input_ids"] == [4 + byte for byte in "A床\n".encode()]
 
 
-def test_offsets_are_those_of_characters(tokenizer):
+@pytest.mark.parametrize("name", ["char", "char with bytes", "byte"])
+def test_offsets_are_those_of_characters(name):
     text = "é床 ab"
-    encoding = tokenizer(text, return_offsets_mapping=True)
+    encoding = MAKERS[name]()(text, return_offsets_mapping=True)
 
     starts = [start for start, _ in encoding["offset_mapping"]]
     assert sorted(set(starts)) == [0, 1, 2, 3, 4]
     assert all(end == start + 1 for start, end in encoding["offset_mapping"])
 
 
+@pytest.mark.parametrize("text", TEXTS, ids=["chinese", "english", "marks", "specials"])
+def test_offsets_cover_the_text(tokenizer, text):
+    """In order, without a gap: what each token was made of."""
+    spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
+
+    assert (spans[0][0], spans[-1][1]) == (0, len(text))
+    for (start, end), (next_start, next_end) in pairwise(spans):
+        assert next_start == end or (start <= next_start < end <= next_end)  # several bytes of one character
+
+
 def test_batches_are_padded_on_the_left(tokenizer):
-    batch = tokenizer(["ab", "a"], padding=True)
+    batch = tokenizer(["a床b", "a"], padding=True)
 
     assert set(batch) == {"input_ids", "attention_mask"}
-    assert batch["attention_mask"] == [[1, 1], [0, 1]]
+    length = len(batch["input_ids"][0])
+    assert length > 1
+    assert batch["attention_mask"] == [[1] * length, [0] * (length - 1) + [1]]
     assert batch["input_ids"][1][0] == tokenizer.pad_token_id
+
+
+def test_no_text_is_too_long(tokenizer):
+    assert tokenizer.model_max_length > 10**20
 
 
 def test_saved_tokenizers_need_no_code_of_ours(tokenizer, tmp_path):
@@ -99,9 +129,19 @@ def test_a_vocabulary_needs_texts():
         char_tokenizer("abc")
     with pytest.raises(ValueError, match=r"`texts` is one str.*`\[text\]`"):
         word_tokenizer("abc")
+    with pytest.raises(ValueError, match=r"`texts` is one str.*`\[text\]`"):
+        bpe_tokenizer("abc", 300)
+    with pytest.raises(ValueError, match="`texts` hold no character"):
+        bpe_tokenizer(["", None], 300)
+    with pytest.raises(ValueError, match=r"`vocab_size` \(260\) must be at least 261, to hold the 4 special tokens"):
+        bpe_tokenizer(["abc"], 260)
+    with pytest.raises(ValueError, match=r"`split` \('lines'\) must be `whitespace` or `unicode`"):
+        word_tokenizer(["abc"], split="lines")
     with pytest.raises(ValueError, match="`texts` hold no word that occurs 3 times"):
         word_tokenizer(["a a b", "<eos> <unk> <unk> <unk>"], min_frequency=3)
-    with pytest.raises(ValueError, match=r"`vocab_size` \(4\) must leave room for words"):
+    with pytest.raises(
+        ValueError, match=r"`vocab_size` \(4\) must be at least 5, to hold the 4 special tokens and a word"
+    ):
         word_tokenizer(["a"], vocab_size=4)
 
 
@@ -134,3 +174,92 @@ def test_words_come_back(text, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+
+
+@pytest.mark.parametrize("name", ["byte", "char with bytes", "bpe"])
+def test_every_text_comes_back(name):
+    tokenizer = MAKERS[name]()
+
+    @settings(max_examples=300, deadline=None)
+    @given(UNICODE)
+    def check(text):
+        ids = tokenizer(text)["input_ids"]
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.unk_token_id not in ids
+
+    check()
+
+
+@settings(max_examples=100, deadline=None)
+@given(UNICODE.filter(bool))
+def test_unicode_words_come_back_once_they_are_known(text):
+    tokenizer = word_tokenizer([text], split="unicode")
+
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.lists(st.text("aé床,.", min_size=1, max_size=4), min_size=1, max_size=5), min_size=1, max_size=4))
+def test_words_of_normalised_text_come_back(lines):
+    text = "\n".join(" ".join(line) for line in lines) + "\n"
+    tokenizer = word_tokenizer([text])
+
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+@settings(max_examples=100, deadline=None)
+@given(UNICODE.filter(bool))
+def test_composed_text_comes_back_composed(text):
+    tokenizer = char_tokenizer([text], nfc=True)
+
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == NFC().normalize_str(text)
+
+
+def test_composing_makes_one_character_of_two():
+    assert len(char_tokenizer(["e\u0301é"], nfc=True)("e\u0301é")["input_ids"]) == 2
+    assert len(char_tokenizer(["e\u0301é"])("e\u0301é")["input_ids"]) == 3
+
+
+def test_what_a_character_tokenizer_lacks_is_spelt_in_bytes():
+    tokenizer = char_tokenizer(["ab"], byte_fallback=True)
+
+    assert len(tokenizer) == 4 + 2 + 256
+    assert tokenizer("a床b")["input_ids"] == [4, *(6 + byte for byte in "床".encode()), 5]
+    assert tokenizer.decode(tokenizer("<0x41>")["input_ids"]) == "<0x41>"
+
+
+def test_unicode_words_are_those_of_raw_text():
+    tokenizer = word_tokenizer(["Don't stop, 床前 naïve\n\n 3rd."], split="unicode")
+
+    assert tokenizer.tokenize("Don't stop, 床前 naïve\n\n 3rd.") == [
+        *("Don", "'", "t", " stop", ",", " 床", "前", " naïve", "\n", "\n", " 3rd", "."),
+    ]
+    assert tokenizer("stop")["input_ids"] == [tokenizer.unk_token_id]  # without its space it is another word
+
+
+def test_pieces_of_words_are_learnt():
+    tokenizer = bpe_tokenizer(["the cat sat on the mat, the cat"] * 5, vocab_size=270)
+
+    assert len(tokenizer) == 270
+    assert tokenizer.tokenize("the cat")[0] == "the"
+    assert len(bpe_tokenizer(["aa"], vocab_size=1000)) == 260  # no pair occurs twice
+
+
+def test_long_texts_are_read_in_pieces(monkeypatch):
+    text = "one two, three\nfour five seven, eight nine ten" * 20
+    expected = [
+        tokenizer.get_vocab() for tokenizer in (word_tokenizer([text]), word_tokenizer([text], split="unicode"))
+    ]
+
+    monkeypatch.setattr(tokenizers, "PIECE_LENGTH", 25)
+
+    pieces = list(tokenizers.pieces_of(text))
+    assert all(len(piece) <= 25 for piece in pieces)
+    assert len(pieces) > 15
+    assert "".join(pieces) == text
+    assert expected == [
+        tokenizer.get_vocab() for tokenizer in (word_tokenizer([text]), word_tokenizer([text], split="unicode"))
+    ]

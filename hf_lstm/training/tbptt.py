@@ -11,6 +11,7 @@ import re
 from pathlib import Path
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, TrainerCallback
@@ -18,7 +19,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
-from hf_lstm.data import LaneDataset
+from hf_lstm.data import LaneDataset, StreamingLanes
 
 logger = logging.get_logger(__name__)
 
@@ -61,19 +62,19 @@ class TruncatedBPTTCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         check_arguments(args)
         check_penalties(args, model.config)
-        dataset = train_dataloader.dataset
+        dataset = _lanes_of(train_dataloader)
         _check_lanes(dataset, "training", args.per_device_train_batch_size, args.world_size)
+        _check_reading(dataset, args)
         self._caches = {training: DynamicCache(config=model.config) for training in (True, False)}
         self._train_rows, self._bptt_length = args.per_device_train_batch_size, dataset.bptt_length
-        self._train_lengths = set(dataset.chunk_lengths.tolist())
+        self._train_lengths = {dataset.bptt_length}
+        if isinstance(dataset, LaneDataset):
+            self._train_lengths = set(dataset.chunk_lengths.tolist())
         self._lengths = []
         self._eval_rows = args.per_device_eval_batch_size
         self._metadata = {
             "world_size": args.world_size,
-            "lanes": dataset.lanes,
-            "bptt_length": dataset.bptt_length,
-            "length_seed": dataset.length_seed,
-            "tokens": len(dataset.stream),
+            **dataset.description,
             "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,  # accelerate wraps it
         }
         if state.global_step > 0:
@@ -103,7 +104,11 @@ class TruncatedBPTTCallback(TrainerCallback):
             )
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        dataset = getattr(eval_dataloader, "dataset", None)
+        dataset = _lanes_of(eval_dataloader)
+        if isinstance(dataset, StreamingLanes):
+            raise ValueError(
+                "The evaluation data (StreamingLanes) never ends: make a `LaneDataset` of a corpus that does."
+            )
         if not isinstance(dataset, LaneDataset):
             return
         if not self._hooks:
@@ -299,8 +304,35 @@ def check_penalties(args, config) -> None:
         )
 
 
+def _lanes_of(dataloader):
+    """The data set behind a data loader; accelerate puts one of its own before those that are read in order."""
+    dataset = getattr(dataloader, "dataset", None)
+    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
+
+
+def _check_reading(dataset, args):
+    """Raise `ValueError` where another process or worker than the lanes were made for would read them."""
+    if isinstance(dataset, StreamingLanes):
+        if (dataset.process_index, dataset.num_processes) != (args.process_index, args.world_size):
+            raise ValueError(
+                f"The streaming lanes are those of process {dataset.process_index} of {dataset.num_processes}, and this is "
+                f"process {args.process_index} of {args.world_size}: make them with `process_index=args.process_index, "
+                "num_processes=args.world_size`."
+            )
+        if args.world_size > 1 and args.accelerator_config.dispatch_batches is not False:
+            raise ValueError(
+                "`dispatch_batches` (True, or None) in `accelerator_config` must be False, or one process would read for "
+                "all: use `LSTMTrainingArguments`."
+            )
+    elif dataset.shuffle_seed is not None and args.dataloader_persistent_workers:
+        raise ValueError(
+            "`dataloader_persistent_workers` (True) must be False where documents are shuffled, or the workers never "
+            "learn of a new epoch."
+        )
+
+
 def _check_lanes(dataset, use, batch_size, processes):
-    if not isinstance(dataset, LaneDataset):
+    if not isinstance(dataset, LaneDataset | StreamingLanes):
         raise ValueError(
             f"The {use} data ({type(dataset).__name__}) must be a `LaneDataset`, or there is no state to carry from "
             "batch to batch: make one, or leave `TruncatedBPTTCallback` out."

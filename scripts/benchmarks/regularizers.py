@@ -101,8 +101,8 @@ def main() -> None:
 
     corpus = load_corpus(options.train_file, test_file=options.test_file)
     tokenizer = word_tokenizer(corpus["train"]["text"], min_frequency=options.min_frequency)
-    streams = {split: TokenStream.from_documents(documents["text"], tokenizer) for split, documents in corpus.items()}
-    unknown = (streams["test"].tokens == tokenizer.unk_token_id).float().mean().item()
+    streams = {split: TokenStream.from_documents(documents, tokenizer) for split, documents in corpus.items()}
+    unknown = streams["test"].counts(len(tokenizer))[tokenizer.unk_token_id].item() / len(streams["test"])
     print(
         f"{len(streams['train']):,} words to train on, vocabulary of {len(tokenizer):,}, {unknown:.1%} of test unknown"
     )

@@ -1,0 +1,166 @@
+"""What Trainer takes of a stream: lanes that run on from batch to batch, or documents one by one."""
+
+import torch
+from torch.utils.data import Dataset
+
+from .streams import TokenStream, as_stream
+
+
+class LaneDataset(Dataset):
+    """
+    A stream cut into `lanes` of equal length that are read side by side, `bptt_length` tokens a step: item i is chunk
+    `i // lanes` of lane `i % lanes`, so that batches of `lanes` items in order let every lane run on from step to step.
+    `TruncatedBPTTCallback` then carries the state. Made for truncated backpropagation through time (Williams & Peng
+    1990).
+
+    Items hold, each of shape `(chunk length,)`: `input_ids`; `labels`, the same, which whoever uses them shifts;
+    `shift_labels`, the next tokens; `position_ids`, counted from 0 where the state is to start anew.
+
+    Args:
+        tokens (`torch.Tensor`, array or `TokenStream`): The stream, a single dimension of integers.
+        lanes (`int`): Processes times batch size per device.
+        bptt_length (`int`): Tokens that gradients run back through.
+        reset_at_documents (`bool`, defaults to `False`):
+            Whether the state starts anew with every document, not only with the lane; needs a `TokenStream`.
+        length_seed (`int`, *optional*):
+            Draw the length of each chunk with this seed, so that gradients run back through various numbers of tokens
+            (Merity et al. 2018, section 5): from N(`bptt_length`, 5²), or once in 20 from N(`bptt_length` / 2, 5²), and
+            at least 5. The lengths are the same in every epoch and lane, so that a run can be resumed at any step;
+            `TruncatedBPTTCallback` scales the learning rate to them.
+        shuffle_seed (`int`, *optional*):
+            Lay the documents in another order in each epoch, a function of this seed and the epoch, which Trainer tells
+            by `set_epoch`; needs a `TokenStream` of several documents.
+
+    Raises:
+        ValueError: if the stream is too short to give every lane one chunk, or has no documents where they are needed.
+    """
+
+    def __init__(
+        self,
+        tokens,
+        lanes: int,
+        bptt_length: int,
+        reset_at_documents: bool = False,
+        length_seed: int | None = None,
+        shuffle_seed: int | None = None,
+    ):
+        check_sizes(lanes=lanes, bptt_length=bptt_length)
+        for name, seed in (("length_seed", length_seed), ("shuffle_seed", shuffle_seed)):
+            if seed is not None and (not isinstance(seed, int) or seed < 0):
+                raise ValueError(f"`{name}` ({seed!r}) must be an integer of at least 0, or None for no randomness.")
+        if length_seed is not None and bptt_length < 10:
+            raise ValueError(
+                f"`bptt_length` ({bptt_length}) must be at least 10 where lengths are drawn, since no chunk gets fewer than 5."
+            )
+        if reset_at_documents and not isinstance(tokens, TokenStream):
+            raise ValueError("`reset_at_documents=True` needs a `TokenStream`, which knows where documents start.")
+        self.stream = self._shown = as_stream(tokens)
+        self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
+        self.length_seed, self.shuffle_seed = length_seed, shuffle_seed
+        chunks = (len(self.stream) - 1) // (lanes * bptt_length)
+        if chunks < 1:
+            raise ValueError(
+                f"The stream holds {len(self.stream):,} tokens, and {lanes} lanes of one chunk of {bptt_length} need "
+                f"{lanes * bptt_length + 1:,}: give more text, or lower the batch size or `bptt_length`."
+            )
+        self.lane_length = chunks * bptt_length
+        if length_seed is None:
+            self.chunk_lengths = torch.full((chunks,), bptt_length)
+        else:
+            self.chunk_lengths = _random_lengths(self.lane_length, bptt_length, length_seed)
+        self._chunk_starts = self.chunk_lengths.cumsum(0) - self.chunk_lengths
+        self.set_epoch(0)
+
+    @property
+    def description(self) -> dict:
+        """What a run's batches depend on: a checkpoint can be resumed where all of it is the same."""
+        names = ("lanes", "bptt_length", "length_seed", "shuffle_seed")
+        return {name: getattr(self, name) for name in names} | {"tokens": len(self.stream)}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Lay the documents in this epoch's order, if they are to be shuffled."""
+        if self.shuffle_seed is not None:
+            self._shown = self.stream.shuffled([self.shuffle_seed, epoch])
+
+    def __len__(self) -> int:
+        return len(self.chunk_lengths) * self.lanes
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Item {index} of {len(self)}.")
+        chunk, lane = divmod(index, self.lanes)
+        length = self.chunk_lengths[chunk].item()
+        lane_start = lane * self.lane_length
+        start = lane_start + self._chunk_starts[chunk].item()
+        indices = torch.arange(start, start + length)
+        first = torch.full_like(indices, lane_start)
+        if self.reset_at_documents:
+            first = torch.maximum(first, self._shown.starts_of(indices))
+        return lane_item(self._shown[start : start + length + 1], indices - first)
+
+
+class DocumentDataset(Dataset):
+    """
+    The documents of a stream one by one, each to be read from a zero state, for `DataCollatorWithFlattening`, which packs
+    them, or for a collator that pads them; Trainer may draw them in any order.
+
+    An item holds the `input_ids` of a document, from the `<eos>` before it to the one behind it, and the same as
+    `labels`. One of more than `max_length` targets is cut into several: the last token of each is the first of the
+    next, so that every token is predicted once.
+
+    Args:
+        stream (`TokenStream`): The documents.
+        max_length (`int`): Most targets of an item, and tokens that gradients run back through.
+
+    Raises:
+        ValueError: for a `max_length` below 1, or a stream without a target.
+    """
+
+    def __init__(self, stream: TokenStream, max_length: int):
+        check_sizes(max_length=max_length)
+        if len(stream) < 2:
+            raise ValueError(
+                f"The stream holds {len(stream)} tokens: it must hold at least two, one to predict another."
+            )
+        self.stream, self.max_length = stream, max_length
+        self._starts = stream.document_starts
+        self._ends = torch.cat([self._starts[1:], torch.tensor([len(stream) - 1])])  # of the inputs
+        self._items = ((self._ends - self._starts + max_length - 1) // max_length).cumsum(0)  # up to each document
+
+    def __len__(self) -> int:
+        return int(self._items[-1])
+
+    def __getitem__(self, index: int) -> dict[str, list[int]]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"Item {index} of {len(self)}.")
+        document = int(torch.searchsorted(self._items, index, right=True))
+        earlier = int(self._items[document - 1]) if document > 0 else 0
+        start = int(self._starts[document]) + (index - earlier) * self.max_length
+        tokens = self.stream[start : min(start + self.max_length, int(self._ends[document])) + 1].tolist()
+        return {"input_ids": tokens, "labels": list(tokens)}
+
+
+def lane_item(window: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A chunk of a lane as a model takes it, from its tokens and the one behind them."""
+    return {
+        "input_ids": window[:-1],
+        "labels": window[:-1],
+        "shift_labels": window[1:].clone(),
+        "position_ids": position_ids,
+    }
+
+
+def check_sizes(**sizes) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"`{name}` ({value}) must be at least 1.")
+
+
+def _random_lengths(total: int, bptt_length: int, seed: int) -> torch.Tensor:
+    """Lengths of chunks that fill `total` tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    enough = total // 5 + 1
+    means = torch.where(torch.rand(enough, generator=generator) < 0.95, bptt_length, bptt_length / 2)
+    ends = torch.normal(means, 5.0, generator=generator).int().clamp(min=5).cumsum(0)
+    ends = torch.cat([ends[ends <= total - 5], torch.tensor([total])])  # the last chunk takes what would be too short
+    return ends.diff(prepend=torch.tensor([0]))

@@ -1,0 +1,264 @@
+"""One stream of tokens, tokenized once and read from disk where it is needed.
+
+A stream of several documents begins with `<eos>`, has one between them and ends with one. The `<eos>` before a document
+is its first input, from which its first token is predicted, and where the state starts anew if it is to. A single text
+is a stream without beginning or end and has none.
+"""
+
+import copy
+import json
+from collections.abc import Iterable, Sequence
+
+import numpy
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from hf_lstm.tokenizers import pieces_of, pieces_of_all
+
+from .corpora import count_documents, writable_cache
+
+BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
+
+
+class TokenStream:
+    """
+    A corpus as one line of N tokens, of which `stream[start:stop]` reads some as a `torch.LongTensor`.
+
+    Args:
+        tokens (`torch.Tensor`, array, list or `pyarrow.ChunkedArray`): Token ids, a single dimension of N integers.
+        document_starts (`torch.LongTensor` of shape `(documents,)`, *optional*):
+            Where each document begins, ascending, first 0; without it there is one document.
+        num_bytes (`int`, defaults to 0):
+            UTF-8 bytes that the targets spell, all tokens but the first, which nothing predicts; 0 if unknown.
+
+    Raises:
+        ValueError: if `tokens` are no integers in a single dimension.
+    """
+
+    def __init__(self, tokens, document_starts: torch.Tensor | None = None, num_bytes: int = 0):
+        self.tokens = _as_arrow(tokens)
+        self.document_starts = torch.zeros(1, dtype=torch.long) if document_starts is None else document_starts
+        self.num_bytes = num_bytes
+        self._sources = None  # where each document lies in `tokens`, if they stand in another order
+        self._rows = None  # the data set that holds the tokens, if one does
+
+    @classmethod
+    def from_documents(cls, texts, tokenizer: PreTrainedTokenizerBase) -> "TokenStream":
+        """
+        Tokenize texts, with a progress bar, on as many cores as the tokenizer uses, into the smallest integers that
+        hold its ids. A data set that lies on disk is tokenized once: its tokens are kept in the cache of `datasets`,
+        told apart by its contents and the tokenizer, and are read from there as they are needed.
+
+        A text of more than `PIECE_LENGTH` characters is cut after a line end for the tokenizer, which matters to none
+        that reads characters, bytes or words.
+
+        Args:
+            texts (`Iterable[str]` or `datasets.Dataset`): One document each, or what `load_documents` returns.
+            tokenizer (`PreTrainedTokenizerBase`): Any tokenizer.
+
+        Raises:
+            ValueError: if no text holds a token, `tokenizer` has no `eos_token` to put between several, or the cache
+                cannot be written.
+        """
+        from datasets import Dataset, Features, List, Value
+
+        if isinstance(texts, str):
+            raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
+        if not isinstance(texts, Dataset):
+            texts = Dataset.from_dict({"text": list(texts)}, features=Features({"text": Value("string")}))
+        documents = count_documents(texts)
+        if documents > 1 and tokenizer.eos_token_id is None:
+            raise ValueError(
+                f"The tokenizer's `eos_token` (None) must be set, since it separates the {documents} documents: "
+                'call `tokenizer.add_special_tokens({"eos_token": "<eos>"})`.'
+            )
+        tokenization = _Tokenization(tokenizer, separated=documents > 1)
+        mean_bytes = max(1, texts.data.nbytes // max(1, texts.data.num_rows))
+        with writable_cache():
+            rows = texts.map(
+                tokenization,
+                batched=True,
+                batch_size=min(max(1, BATCH_BYTES // mean_bytes), 1000),
+                remove_columns=texts.column_names,
+                features=Features(
+                    {"tokens": List(Value(tokenization.dtype.name)), "starts": Value("bool"), "bytes": Value("int64")}
+                ),
+                keep_in_memory=not texts.cache_files,
+                desc="tokenizing",
+            )
+        if len(rows) == 0 or len(_flat(rows)) == 0:
+            raise ValueError("The corpus holds no text: every document is empty.")
+
+        import pyarrow.compute
+
+        columns = rows.data
+        num_bytes = pyarrow.compute.sum(columns["bytes"]).as_py()
+        document_starts = None
+        if documents > 1:
+            ends = pyarrow.compute.list_value_length(columns["tokens"]).to_numpy().cumsum(dtype=numpy.int64)
+            row_starts = numpy.concatenate([[0], ends[:-1]])
+            document_starts = torch.from_numpy(row_starts[columns["starts"].to_numpy()])
+        else:
+            num_bytes -= _first_bytes(texts["text"], tokenizer)
+        stream = cls(_flat(rows, tokenization.separator), document_starts, num_bytes)
+        stream._rows, stream._end = rows, tokenization.separator
+        return stream
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def __getitem__(self, span: slice) -> torch.Tensor:
+        start, stop, step = span.indices(len(self))
+        if step != 1:
+            raise ValueError(f"The step of a slice of a stream ({step}) must be 1.")
+        if self._sources is None:
+            return self._read(start, stop)
+        parts = [self._read(start, start)]
+        document = int(torch.searchsorted(self.document_starts, start, right=True)) - 1
+        while start < stop:
+            ends_here = document + 1 == len(self.document_starts)
+            end = stop if ends_here else min(stop, int(self.document_starts[document + 1]))
+            shift = int(self._sources[document] - self.document_starts[document])
+            parts.append(self._read(start + shift, end + shift))
+            start, document = end, document + 1
+        return torch.cat(parts)
+
+    def _read(self, start, stop):
+        return torch.from_numpy(self.tokens.slice(start, max(0, stop - start)).to_numpy().astype(numpy.int64))
+
+    def starts_of(self, indices: torch.Tensor) -> torch.Tensor:
+        """Where the documents begin that the tokens at `indices` belong to; both of any one shape."""
+        return self.document_starts[torch.searchsorted(self.document_starts, indices, right=True) - 1]
+
+    def counts(self, vocab_size: int) -> torch.Tensor:
+        """
+        How often each token occurs, `(vocab_size,)`.
+
+        Raises:
+            ValueError: if there are ids outside the vocabulary.
+        """
+        import pyarrow.compute
+
+        least, most = pyarrow.compute.min_max(self.tokens).as_py().values()
+        if not 0 <= least <= most < vocab_size:
+            raise ValueError(
+                f"The stream holds ids from {least} to {most}: they must lie within the model's vocabulary of "
+                f"{vocab_size}. Was it made by another tokenizer?"
+            )
+        counts = numpy.zeros(vocab_size, dtype=numpy.int64)
+        for chunk in self.tokens.chunks:
+            counts += numpy.bincount(chunk.to_numpy(), minlength=vocab_size)
+        return torch.from_numpy(counts)
+
+    def shuffled(self, seed: int | Sequence[int]) -> "TokenStream":
+        """
+        The same documents in another order, a function of the seed; the last `<eos>` stays where it is.
+
+        Raises:
+            ValueError: if there is a single document.
+        """
+        if len(self.document_starts) < 2:
+            raise ValueError(
+                "A stream of a single document has nothing to shuffle: give the text as several documents."
+            )
+        order = numpy.random.default_rng(seed).permutation(len(self.document_starts))
+        ends = torch.cat([self.document_starts[1:], torch.tensor([len(self) - 1])])
+        lengths = (ends - self.document_starts)[order]
+        stream = copy.copy(self)
+        stream._sources = self.document_starts[order]
+        stream.document_starts = lengths.cumsum(0) - lengths
+        return stream
+
+    def __getstate__(self):
+        """Another process gets the name of the file that holds the tokens, not the tokens."""
+        state = vars(self).copy()
+        if self._rows is not None:
+            del state["tokens"]
+        return state
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+        if self._rows is not None:
+            self.tokens = _flat(self._rows, self._end)
+
+
+class _Tokenization:
+    """What makes rows of tokens from rows of texts."""
+
+    def __init__(self, tokenizer, separated):
+        self.tokenizer = tokenizer
+        self.separator = [tokenizer.eos_token_id] if separated else []
+        self.dtype = numpy.min_scalar_type(max(tokenizer.get_vocab().values()))
+
+    def __call__(self, batch):
+        texts = batch["text"]
+        rows = {"tokens": [], "starts": [], "bytes": []}
+        for text, ids, continues in zip(
+            texts, encode(texts, self.tokenizer), batch.get("continues", [None] * len(texts)), strict=True
+        ):
+            if continues is None and len(ids) == 0:
+                continue  # an empty document is none
+            if not continues:
+                ids = numpy.concatenate([numpy.array(self.separator, dtype=numpy.int64), ids])
+            rows["tokens"].append(ids.astype(self.dtype))
+            rows["starts"].append(not continues)
+            rows["bytes"].append(len((text or "").encode()))
+        return rows
+
+    def __getstate__(self):
+        """What `datasets` tells one tokenization from another by: a tokenizer's own state changes as it is used."""
+        tokenizer = self.tokenizer
+        if tokenizer.is_fast:
+            parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
+            tokenizer = (parts, tokenizer.split_special_tokens)
+        return tokenizer, self.separator, self.dtype.name
+
+
+def as_stream(tokens) -> TokenStream:
+    """`tokens` as a `TokenStream`: of one document and unknown bytes (0), unless it is one."""
+    return tokens if isinstance(tokens, TokenStream) else TokenStream(tokens)
+
+
+def _as_arrow(tokens):
+    import pyarrow
+
+    if isinstance(tokens, pyarrow.ChunkedArray):
+        return tokens
+    tokens = numpy.asarray(tokens.cpu() if torch.is_tensor(tokens) else tokens)
+    if tokens.ndim != 1 or not numpy.issubdtype(tokens.dtype, numpy.integer):
+        raise ValueError(
+            f"`tokens` of shape {tokens.shape} and type {tokens.dtype} must be integers in a single dimension."
+        )
+    return pyarrow.chunked_array([pyarrow.array(tokens)])
+
+
+def _flat(rows, end=()):
+    """The tokens of all rows, where they are, and those at the end."""
+    import pyarrow
+
+    chunks = [chunk.flatten() for chunk in rows.data["tokens"].chunks]
+    return pyarrow.chunked_array([*chunks, pyarrow.array(end, type=chunks[0].type)])
+
+
+def encode(texts: Iterable[str | None], tokenizer) -> list[numpy.ndarray]:
+    """The tokens of each text, without special ones, read in pieces that the tokenizer shares out among its threads."""
+    pieces = [list(pieces_of(text)) for text in texts]
+    together = [piece for text in pieces for piece in text]
+    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+    ids = iter(tokenizer(together, **options)["input_ids"] if together else [])
+    nothing = numpy.empty(0, dtype=numpy.int64)
+    return [numpy.concatenate([nothing, *(next(ids) for _ in text)]).astype(numpy.int64) for text in pieces]
+
+
+def _first_bytes(texts: Iterable[str | None], tokenizer) -> int:
+    """Bytes that the first token spells: its share of them where several tokens spell one character."""
+    for piece in pieces_of_all(texts):
+        ids = encode([piece], tokenizer)[0]
+        if len(ids) == 0:
+            continue
+        if not tokenizer.is_fast:
+            return len(tokenizer.decode(ids[:1]).encode())
+        offsets = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        start, end = offsets[0]
+        return len(piece[start:end].encode()) // offsets.count(offsets[0])
+    return 0

@@ -1,0 +1,163 @@
+"""From the arguments of train.py to what it trains on: tokenizer, streams, batches, and what a person wants to know of
+them before it starts."""
+
+import copy
+import sys
+from itertools import islice
+
+from arguments import DataArguments, TrainArguments
+from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening, default_data_collator
+
+from hf_lstm import (
+    DocumentDataset,
+    LaneDataset,
+    StreamingLanes,
+    TokenStream,
+    bpe_tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    load_corpus,
+    load_documents,
+    word_tokenizer,
+)
+from hf_lstm.data import count_documents
+
+LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
+SHUFFLED = 1_000  # rows of a streamed corpus that are shuffled at a time
+
+
+def load_texts(args: DataArguments, seed: int):
+    """The rows of each split; those of a streamed corpus as they come."""
+    if not args.streaming:
+        return load_corpus(
+            args.train_file or args.dataset_name,
+            config_name=args.dataset_config_name,
+            validation_file=args.validation_file,
+            test_file=args.test_file,
+            text_column=args.text_column,
+            join_records=args.join_records,
+        )
+    corpus = load_documents(
+        args.train_file or args.dataset_name, args.dataset_config_name, args.text_column, streaming=True
+    )
+    texts = {"train": corpus["train"]}
+    if args.shuffle_documents:
+        texts["train"] = texts["train"].shuffle(seed, buffer_size=SHUFFLED)
+    for split, file in (("validation", args.validation_file), ("test", args.test_file)):
+        if file is not None:
+            texts[split] = load_documents(file, text_column=args.text_column)["train"]
+    return texts
+
+
+def load_tokenizer(args: DataArguments, rows):
+    """A tokenizer that is learnt from the training data, or any that is saved somewhere."""
+    texts = (row["text"] for row in islice(rows, LEARNT_FROM)) if args.streaming else rows["text"]
+    if args.tokenizer == "byte":
+        return byte_tokenizer()
+    if args.tokenizer == "char":
+        return char_tokenizer(texts, byte_fallback=args.byte_fallback, nfc=args.nfc)
+    if args.tokenizer == "bpe":
+        return bpe_tokenizer(texts, args.vocab_size or 4096)
+    if args.tokenizer in ("word", "unicode_word"):
+        split = "whitespace" if args.tokenizer == "word" else "unicode"
+        return word_tokenizer(texts, args.vocab_size, args.min_frequency, split)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"`--tokenizer` {args.tokenizer} is none of `char`, `byte`, `word`, `unicode_word` and `bpe`, and cannot be "
+            f"loaded: {error}"
+        ) from error
+    if tokenizer.eos_token is None:  # BERT's kind
+        tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token or "<eos>"})
+    return tokenizer
+
+
+def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer):
+    """The data sets for training and evaluation, and the collator of their batches."""
+    if args.batching != "lanes":
+        sets = {split: DocumentDataset(streams[split], args.bptt_length) for split in ("train", "validation")}
+        if args.batching == "packed":
+            return sets, DataCollatorWithFlattening()
+        padding = copy.deepcopy(tokenizer)
+        padding.padding_side = "right"  # on the left, transformers' loss would have one more target a row
+        if padding.pad_token is None:
+            padding.pad_token = padding.eos_token
+        return sets, DataCollatorForSeq2Seq(padding)
+    common = {"bptt_length": args.bptt_length, "reset_at_documents": args.reset_at_documents}
+    lanes = training_args.per_device_train_batch_size * training_args.world_size
+    if args.streaming:
+        place = {"process_index": training_args.process_index, "num_processes": training_args.world_size}
+        train = StreamingLanes(texts["train"], tokenizer, lanes, **common, **place)
+    else:
+        train = LaneDataset(
+            streams["train"],
+            lanes,
+            **common,
+            length_seed=training_args.seed if args.random_bptt else None,
+            shuffle_seed=training_args.seed if args.shuffle_documents else None,
+        )
+    eval_lanes = training_args.per_device_eval_batch_size * training_args.world_size
+    return {
+        "train": train,
+        "validation": LaneDataset(streams["validation"], eval_lanes, **common),
+    }, default_data_collator
+
+
+def describe(texts, streams: dict[str, TokenStream], tokenizer, vocab_size: int) -> None:
+    """Say what the corpus holds, and warn of what is surely wrong with it."""
+    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    counts = {split: stream.counts(vocab_size) for split, stream in streams.items()}
+    for split, rows in texts.items():
+        if split not in streams:
+            print(f"{split}: streamed")
+            continue
+        stream = streams[split]
+        rate = 0 if unknown is None else counts[split][unknown].item() / len(stream)
+        print(
+            f"{split}: {count_documents(rows):,} documents, {len(stream):,} tokens, "
+            f"{len(stream) / stream.num_bytes:.3f} tokens per byte, {rate:.2%} unknown"
+        )
+        if split == "validation" and rate > 0.05:
+            _warn(
+                f"{rate:.1%} of the validation tokens are unknown to the tokenizer, and its bits per byte mean little: "
+                "`--tokenizer bpe`, or `char` with `--byte_fallback true`, knows every text."
+            )
+    if "train" not in streams:
+        return
+    never = (counts["train"] == 0).sum().item()
+    if never > vocab_size / 2 + 256:  # bytes cost little and are there for texts to come
+        _warn(
+            f"{never:,} of {vocab_size:,} tokens of the vocabulary never occur in the training data: a smaller "
+            "vocabulary, such as `--tokenizer bpe --vocab_size 4096` learns, would cost less and learn more."
+        )
+    passages = passages_of(texts["validation"])
+    found = occurring(passages, texts["train"])
+    if len(found) > len(passages) / 2:
+        _warn(
+            f"{len(found)} of {len(passages)} passages of the validation data stand in the training data too: what is "
+            "measured there is memory."
+        )
+
+
+def passages_of(rows, number: int = 8, length: int = 200) -> set[str]:
+    """Passages from all over a data set, but for those that are too short to mean anything."""
+    step = max(1, len(rows) // number)
+    passages = [(rows[index]["text"] or "")[:length] for index in range(0, len(rows), step)][:number]
+    return {passage for passage in passages if len(passage) >= 20}
+
+
+def occurring(passages: set[str], rows) -> set[str]:
+    """Those of the passages that stand in any row."""
+    import pyarrow.compute
+
+    found = set()
+    for table in rows.with_format("arrow").iter(1000):
+        for passage in passages - found:
+            if pyarrow.compute.any(pyarrow.compute.match_substring(table["text"], passage)).as_py():
+                found.add(passage)
+    return found
+
+
+def _warn(message):
+    print(f"Warning: {message}", file=sys.stderr)

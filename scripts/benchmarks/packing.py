@@ -3,19 +3,15 @@
 python scripts/benchmarks/packing.py
 """
 
-import json
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 
 import torch
+from record import write_result
 from transformers import DataCollatorWithFlattening
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
 
-RESULTS = Path(__file__).parent / "results" / "packing.json"
 ROUNDS = 15
 LENGTHS = {"alike": (28, 36), "mixed": (4, 64), "one long": (4, 16)}  # shortest and longest document, tokens
 
@@ -73,13 +69,7 @@ def main() -> None:
                 f"{key} {value:.4g}" if isinstance(value, float) else str(value) for key, value in rows[-1].items()
             )
         )
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    result = {"machine": machine, "commit": commit.stdout.strip(), "model": "2 x 256, float32", "rows": rows}
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n")
-    print(f"written to {RESULTS.relative_to(Path.cwd()) if RESULTS.is_relative_to(Path.cwd()) else RESULTS.name}")
+    write_result("packing", {"model": "2 x 256, float32", "rows": rows})
 
 
 if __name__ == "__main__":

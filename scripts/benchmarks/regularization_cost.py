@@ -3,18 +3,14 @@
 python scripts/benchmarks/regularization_cost.py
 """
 
-import json
-import platform
 import statistics
-import subprocess
 import time
-from pathlib import Path
 
 import torch
+from record import write_result
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
 
-RESULTS = Path(__file__).parent / "results"
 ROUNDS = 25
 SHAPES = {  # model, rows, tokens: the recipes shakespeare_cpu and, for a GPU, awd_wikitext2
     "cpu": ({"vocab_size": 69, "hidden_size": 512, "num_hidden_layers": 1}, 16, 64),
@@ -54,23 +50,17 @@ def main() -> None:
         for name, run in runs.items():
             times[name].append(seconds(*run, ids))
     medians = {name: statistics.median(values[3:]) for name, values in times.items()}
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
-    )
-    where = torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
-    result = {
-        "machine": f"{platform.machine()}, {where}, torch {torch.__version__}",
-        "commit": commit.stdout.strip(),
-        "model": config,
-        "batch": [rows, tokens],
-        "regularization": REGULARIZATION,
-        "seconds": medians,
-        "regularized_over_plain": medians["regularized"] / medians["plain"],
-    }
-    path = RESULTS / f"regularization_cost_{device}.json"
-    path.write_text(json.dumps(result, indent=2) + "\n")
-    print(
-        f"{result['regularized_over_plain']:.3f} of the plain step's {medians['plain'] * 1000:.1f} ms; see {path.name}"
+    ratio = medians["regularized"] / medians["plain"]
+    print(f"{ratio:.3f} of the plain step's {medians['plain'] * 1000:.1f} ms")
+    write_result(
+        f"regularization_cost_{device}",
+        {
+            "model": config,
+            "batch": [rows, tokens],
+            "regularization": REGULARIZATION,
+            "seconds": medians,
+            "regularized_over_plain": ratio,
+        },
     )
 
 

@@ -7,13 +7,11 @@ file: "WT2-small", which says nothing about WikiText-2 itself.
 """
 
 import argparse
-import json
-import platform
-import subprocess
 import tempfile
 from pathlib import Path
 
 import torch
+from record import RESULTS, write_result
 from transformers import Trainer, default_data_collator, set_seed
 
 from hf_lstm import (
@@ -27,7 +25,6 @@ from hf_lstm import (
 )
 from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback
 
-RESULTS = Path(__file__).parent / "results" / "regularizers.json"
 MODEL = {"hidden_size": 160, "embedding_size": 96, "num_hidden_layers": 2}
 REGULARIZERS = {
     "word dropout": {"embedding_dropout": 0.1},
@@ -111,22 +108,20 @@ def main() -> None:
         rows.append({"regularizers": name} | train_and_test(variants()[name], streams, len(tokenizer), options.epochs))
         print(rows[-1], flush=True)
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    write_result(
+        "regularizers",
+        {
+            "model": MODEL
+            | {"parameters": LSTMForCausalLM(LSTMConfig(vocab_size=len(tokenizer), **MODEL)).num_parameters()},
+            "regularizers": REGULARIZERS,
+            "epochs": options.epochs,
+            "train_words": len(streams["train"]),
+            "vocabulary": len(tokenizer),
+            "unknown_in_test": unknown,
+            "rows": rows,
+        },
+        options.results,
     )
-    result = {
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
-        "commit": commit.stdout.strip(),
-        "model": MODEL
-        | {"parameters": LSTMForCausalLM(LSTMConfig(vocab_size=len(tokenizer), **MODEL)).num_parameters()},
-        "regularizers": REGULARIZERS,
-        "epochs": options.epochs,
-        "train_words": len(streams["train"]),
-        "vocabulary": len(tokenizer),
-        "unknown_in_test": unknown,
-        "rows": rows,
-    }
-    options.results.write_text(json.dumps(result, indent=2) + "\n")
     print("\n| regularizers | validation perplexity | test perplexity | best epoch |\n|---|---|---|---|")
     for row in rows:
         print("| {regularizers} | {validation_perplexity:.1f} | {test_perplexity:.1f} | {best_epoch} |".format(**row))

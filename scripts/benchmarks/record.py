@@ -1,0 +1,25 @@
+"""How a benchmark's result is kept: with the machine and the commit that it was measured on."""
+
+import json
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def write_result(name: str, result: dict, folder: Path = RESULTS) -> None:
+    """Write `name`.json into a folder, and say so."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+    )
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
+    measured_on = {
+        "machine": f"{platform.machine()}, {where}, torch {torch.__version__}",
+        "commit": commit.stdout.strip(),
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(measured_on | result, indent=2) + "\n")
+    print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

@@ -54,19 +54,29 @@ class Killer:
         return at
 
 
-@pytest.mark.parametrize(
-    ("kill", "resumed"),
-    [("on_step_end 6", 4), ("on_save 8", 4), ("on_step_begin 8", 8)],
-    ids=["between steps", "in the middle of a save", "just after a save"],
-)
-def test_a_killed_run_resumes_bit_equal(tmp_path, kill, resumed, caplog):
-    expected_logs, expected_weights = run(tmp_path / "whole")
-    folder = tmp_path / "killed"
-    killed = subprocess.run([sys.executable, SCRIPT, folder, kill], capture_output=True, text=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+KILLS = {
+    "between steps": "on_step_end 6",
+    "in the middle of a save": "on_save 8",
+    "just after a save": "on_step_begin 8",
+}
 
-    checkpoint = last_complete_checkpoint(folder)
-    logs, weights = run(folder, resume=str(checkpoint))
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """A folder with a run for each kill, and what a run that is not killed logs and learns."""
+    folder = tmp_path_factory.mktemp("killed")
+    subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, check=True)
+    return folder, run(folder / "whole")
+
+
+@pytest.mark.parametrize(
+    ("kill", "resumed"), [("between steps", 4), ("in the middle of a save", 4), ("just after a save", 8)]
+)
+def test_a_killed_run_resumes_bit_equal(killed, kill, resumed):
+    folder, (expected_logs, expected_weights) = killed
+
+    checkpoint = last_complete_checkpoint(folder / kill)
+    logs, weights = run(folder / kill, resume=str(checkpoint))
 
     assert checkpoint.name == f"checkpoint-{resumed}"
     assert [entry["loss"] for entry in logs if "loss" in entry] == [
@@ -171,4 +181,11 @@ def test_a_checkpoint_elsewhere_is_named_in_the_arguments(tmp_path):
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), kill=sys.argv[2])
+    for name, kill in KILLS.items():
+        child = os.fork()  # each begins as this process is now: with all that is imported, and nothing computed
+        if child == 0:
+            run(Path(sys.argv[1]) / name, kill=kill)
+            os._exit(1)  # it was not killed
+        _, status = os.waitpid(child, 0)
+        if os.WTERMSIG(status) != signal.SIGKILL:
+            sys.exit(f"{kill}: ended with {status}")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 SCRIPT = Path(__file__).parent / "stock_script.py"
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_stock_script_learns(tmp_path, processes):
     # `--multi_gpu` is what starts several processes by torchrun; the script itself says `use_cpu=True`
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]

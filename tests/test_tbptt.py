@@ -214,7 +214,7 @@ def test_label_smoothing_learns_the_next_token(tmp_path):
     assert losses.train[0] == pytest.approx(expected.item() * (BPTT - 1) / BPTT, rel=1e-5)
 
 
-def test_arguments_change_four_defaults():
+def test_arguments_change_five_defaults():
     ours, stock = LSTMTrainingArguments(use_cpu=True), TrainingArguments(use_cpu=True)
 
     changed = {name for name, value in ours.to_dict().items() if stock.to_dict()[name] != value}
@@ -224,6 +224,7 @@ def test_arguments_change_four_defaults():
         "dataloader_drop_last",
         "remove_unused_columns",
         "use_cache",
+        "accelerator_config",
     }
 
 

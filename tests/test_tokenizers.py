@@ -107,19 +107,26 @@ def test_no_text_is_too_long(tokenizer):
     assert tokenizer.model_max_length > 10**20
 
 
-def test_saved_tokenizers_need_no_code_of_ours(tokenizer, tmp_path):
-    assert type(tokenizer) is PreTrainedTokenizerFast
-    tokenizer.save_pretrained(tmp_path)
+def test_saved_tokenizers_need_no_code_of_ours(tmp_path):
+    made = {name: make() for name, make in MAKERS.items()}
+    for name, tokenizer in made.items():
+        assert type(tokenizer) is PreTrainedTokenizerFast
+        tokenizer.save_pretrained(tmp_path / name)
+        assert AutoTokenizer.from_pretrained(tmp_path / name).decode(tokenizer(TEXTS[1])["input_ids"]) == (
+            tokenizer.decode(tokenizer(TEXTS[1])["input_ids"])
+        )
     program = (
-        "import sys; from transformers import AutoTokenizer\n"
-        f"tokenizer = AutoTokenizer.from_pretrained({str(tmp_path)!r})\n"
-        f"print([tokenizer(text)['input_ids'] for text in {TEXTS!r}], tokenizer.padding_side, 'hf_lstm' in sys.modules)"
+        "import json, sys; from transformers import AutoTokenizer\n"
+        f"for name in {list(made)!r}:\n"
+        f"    tokenizer = AutoTokenizer.from_pretrained({str(tmp_path)!r} + '/' + name)\n"
+        f"    print(json.dumps([tokenizer(text)['input_ids'] for text in {TEXTS!r}]), tokenizer.padding_side)\n"
+        "print('hf_lstm' in sys.modules)"
     )
 
     printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
 
-    assert printed.strip() == f"{[tokenizer(text)['input_ids'] for text in TEXTS]} left False"
-    assert AutoTokenizer.from_pretrained(tmp_path).decode(tokenizer(TEXTS[1])["input_ids"]) == TEXTS[1]
+    expected = [f"{[tokenizer(text)['input_ids'] for text in TEXTS]} left" for tokenizer in made.values()]
+    assert printed.splitlines() == [*expected, "False"]
 
 
 def test_a_vocabulary_needs_texts():

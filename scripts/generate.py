@@ -62,7 +62,13 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     if prompt:
         inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
         options |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        if tokenizer.unk_token_id in inputs["input_ids"][0].tolist():
+        ids = inputs["input_ids"][0].tolist()
+        if ids and max(ids) >= model.config.vocab_size:
+            raise ValueError(
+                f"The tokenizer makes {max(ids)} of a part of the prompt, and the model's vocabulary ends at "
+                f"{model.config.vocab_size - 1}: put the tokenizer that it was trained with into its folder."
+            )
+        if tokenizer.unk_token_id in ids:
             print("The model does not know some characters of the prompt.", file=sys.stderr)
     if sampling.num_beams in (None, 1):
         options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=not ends_lines(tokenizer))

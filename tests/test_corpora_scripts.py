@@ -8,6 +8,8 @@ from conftest import SMALL, TEXT
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_lstm import char_tokenizer
+
 POEMS = [f"第{number}首，春風又綠江南岸。\n明月何時照我還？" for number in range(60)]
 
 
@@ -141,8 +143,6 @@ def test_what_is_surely_wrong_is_said_once(run, tmp_path, text_file, poems, monk
     common = ["--max_steps", 1, *SMALL, "--bptt_length", 8]
     other = tmp_path / "other.txt"
     other.write_text("ÄÖÜ" * 40 + TEXT)
-    from hf_lstm import char_tokenizer
-
     char_tokenizer([chr(0x4E00 + index) for index in range(3000)] + POEMS).save_pretrained(tmp_path / "large")
 
     def train(name, *flags):
@@ -218,3 +218,14 @@ def test_bad_corpora_are_refused_before_training(run, tmp_path, text_file, monke
     assert message in str(stopped.value)
     assert "\n" not in str(stopped.value)
     assert not Path("run").exists()
+
+
+def test_a_tokenizer_of_another_model_is_refused(run, tmp_path, text_file, poems):
+    folder = tmp_path / "run"
+    run("train.py", "--train_file", text_file, "--output_dir", folder, "--max_steps", 1, *SMALL)
+    char_tokenizer([chr(0x4E00 + index) for index in range(300)] + [TEXT, *POEMS]).save_pretrained(folder)
+
+    with pytest.raises(SystemExit, match=r"evaluate.py: The stream holds ids .* within the model's vocabulary of"):
+        run("evaluate.py", "--model", folder, "--file", poems)
+    with pytest.raises(SystemExit, match=r"generate.py: The tokenizer makes \d+ of a part of the prompt"):
+        run("generate.py", "--model", folder, "--prompt", "一丁丂")

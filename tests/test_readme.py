@@ -12,10 +12,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```python\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
 EXPECTED = [
     ["--- 10 tokens, remembered in 256 bytes", "--- 300 tokens, remembered in 256 bytes", "def main("],
+    [],
     ["'tokens': 1799"],
     ["'regularization_loss'", "'perplexity'"],
     ["春眠不覺曉，處處聞啼鳥。"],
 ]
+LAST_NUMBERS = {1: (0, 1.0), 4: (1, 1.2)}  # bits per byte of a text that was learnt, and a perplexity
 
 
 @pytest.fixture(scope="module")
@@ -41,8 +43,9 @@ def test_blocks_run_and_print_what_they_should(folder, index):
     assert ran.returncode == 0, ran.stderr
     for line in EXPECTED[index]:
         assert line in ran.stdout
-    if index == 3:
-        assert 1 <= float(ran.stdout.splitlines()[-1]) < 1.2
+    if index in LAST_NUMBERS:
+        least, most = LAST_NUMBERS[index]
+        assert least <= float(ran.stdout.splitlines()[-1]) < most
 
 
 def test_commands_name_files_that_exist():

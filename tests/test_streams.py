@@ -277,3 +277,31 @@ def test_arrays_of_any_integers_are_streams():
     for kind in (numpy.uint8, numpy.uint16, numpy.int32, numpy.int64, numpy.uint32):
         assert LaneDataset(numpy.arange(20, dtype=kind), 2, 3)[0]["input_ids"].tolist() == [0, 1, 2]
     assert TokenStream(Dataset.from_dict({"ids": [1, 2, 3]}).data["ids"])[:].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("where", ["reading", "tokenizing"])
+def test_what_fails_leaves_nothing_behind(tmp_path, monkeypatch, where):
+    import datasets
+
+    cache = tmp_path / "cache"
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    path = tmp_path / "text.txt"
+    path.write_bytes(b"a line of text\n" * 30_000 + (b"\xff" if where == "reading" else b""))
+
+    class Failing(type(byte_tokenizer())):
+        calls = 0
+
+        def __call__(self, *arguments, **options):
+            Failing.calls += 1
+            if Failing.calls > 1:
+                raise RuntimeError("out of order")
+            return super().__call__(*arguments, **options)
+
+    monkeypatch.setattr("hf_lstm.data.streams.BATCH_BYTES", 100_000)
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = Failing
+    with pytest.raises((ValueError, RuntimeError), match=r"is not UTF-8|out of order"):
+        TokenStream.from_documents(load_documents(path)["train"], tokenizer)
+
+    left = {file.name for file in cache.rglob("*") if file.is_file() and not file.name.endswith(".lock")}
+    assert left == (set() if where == "reading" else {"dataset_info.json", "generator-train.arrow"})

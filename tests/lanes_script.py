@@ -1,25 +1,43 @@
 """Trains on lanes, in as many processes as it is launched in."""
 
 import json
+import os
 import sys
 
 import torch
 from conftest import make_ids, make_model
 from test_tbptt import make_trainer
 
-from hf_lstm import LaneDataset
+from hf_lstm import LaneDataset, StreamingLanes, TokenStream, byte_tokenizer
 from hf_lstm.training import last_complete_checkpoint
 
 LANES, BPTT = 4, 10
 
 
-def train(folder, processes=1, resume=False, length_seed=None, **options):
+def lanes_of(tokens, streaming, length_seed, shuffle_seed):
+    if not streaming:
+        stream = TokenStream(tokens, torch.arange(0, len(tokens), 7))
+        return LaneDataset(stream, LANES, BPTT, length_seed=length_seed, shuffle_seed=shuffle_seed)
+    from datasets import Dataset
+
+    texts = [f"{number} bottles" for number in range(40)]
+    rows = Dataset.from_dict({"text": texts}).to_iterable_dataset(num_shards=4)
+    place = {  # as `TrainingArguments` will say it
+        "process_index": int(os.environ.get("RANK", "0")),
+        "num_processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    return StreamingLanes(rows, byte_tokenizer(), LANES, BPTT, **place)
+
+
+def train(
+    folder, processes=1, resume=False, length_seed=None, shuffle_seed=None, streaming=False, vocab_size=31, **options
+):
     """Losses of training and of evaluations, by step."""
     tokens, other = (make_ids(1, LANES * BPTT * 5 + 1, seed)[0] for seed in (1, 2))
     trainer, losses = make_trainer(
         folder,
-        make_model(torch.float32),
-        LaneDataset(tokens, LANES, BPTT, length_seed=length_seed),
+        make_model(torch.float32, vocab_size=vocab_size),
+        lanes_of(tokens, streaming, length_seed, shuffle_seed),
         eval_dataset=LaneDataset(other, LANES, BPTT),
         per_device_train_batch_size=LANES // processes,
         per_device_eval_batch_size=LANES // processes,

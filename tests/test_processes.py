@@ -62,6 +62,28 @@ def test_two_processes_accumulate_chunks_of_random_lengths(tmp_path):
 
 
 @pytest.mark.slow
+def test_two_processes_shuffle_documents(tmp_path):
+    two = train_in_two(tmp_path / "two", shuffle_seed=2)
+
+    check(two, lanes_script.train(tmp_path / "one", shuffle_seed=2), tmp_path / "two", tmp_path / "one")
+
+
+@pytest.mark.slow
+def test_two_processes_stream_and_resume(tmp_path):
+    """Each its own documents: the states of the two differ, and both go on where they were."""
+    folder, options = tmp_path / "two", {"streaming": True, "vocab_size": 260, "max_steps": 10}
+    whole = train_in_two(folder, **options)
+    shutil.rmtree(folder / "checkpoint-10")
+    (folder / "checkpoint-8" / "lstm_state_rank1.safetensors").unlink()
+    states = [load_file(folder / f"checkpoint-{STEP}" / f"lstm_state_rank{rank}.safetensors") for rank in (0, 1)]
+
+    resumed = train_in_two(folder, resume=True, **options)
+
+    assert resumed["train"] == whole["train"][STEP:]
+    assert all((states[0][name] - states[1][name]).abs().max() > 0.01 for name in states[0])
+
+
+@pytest.mark.slow
 def test_two_processes_resume_bit_equal(tmp_path, plain):
     """From the last checkpoint that both of them finished."""
     folder = tmp_path / "killed"

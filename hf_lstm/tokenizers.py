@@ -7,6 +7,7 @@ is as good as infinite. Batches are padded on the left, as `generate()` needs it
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import chain
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -155,7 +156,7 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     first = next(pieces, None)
     if first is None:
         raise ValueError("`texts` hold no character: there is nothing to make a vocabulary of.")
-    tokenizer.train_from_iterator((piece for part in ([first], pieces) for piece in part), trainer)
+    tokenizer.train_from_iterator(chain([first], pieces), trainer)
     return _fast(tokenizer)
 
 

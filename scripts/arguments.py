@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from transformers import HfArgumentParser
-from transformers.trainer_utils import get_last_checkpoint
 
 from hf_lstm.data import read_text
 from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
@@ -223,13 +222,11 @@ def find_checkpoint(args: TrainArguments, carried: bool) -> None:
                 "holds by `--resume_from_checkpoint true`."
             )
     elif named.lower() == "true":
-        checkpoint = None
-        if folder.is_dir():
-            checkpoint = last_complete_checkpoint(folder) if carried else get_last_checkpoint(folder)
+        checkpoint = last_complete_checkpoint(folder, carried)
         if checkpoint is None:
             raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
         args.resume_from_checkpoint = str(checkpoint)
-    elif not (is_complete(Path(named)) if carried else Path(named).is_dir()):
+    elif not is_complete(Path(named), carried):
         raise ValueError(
             f"`--resume_from_checkpoint` {named} is no complete checkpoint: `true` finds the last one in `--output_dir`."
         )
@@ -250,7 +247,7 @@ def parse(arguments: list[str]):
     _, data_args, _, training_args = parsed
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("`--streaming` needs `--max_steps`: a stream does not say when it ends.")
-    if data_args.batching != "lanes":
+    if data_args.batching != "lanes" and training_args.train_sampling_strategy == "sequential":  # the default of lanes
         training_args.train_sampling_strategy, training_args.dataloader_drop_last = "random", False
     find_checkpoint(training_args, carried=data_args.batching == "lanes")
     return parsed

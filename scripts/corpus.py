@@ -3,7 +3,6 @@ them before it starts."""
 
 import copy
 import sys
-from itertools import islice
 
 from arguments import DataArguments, TrainArguments
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening, default_data_collator
@@ -20,9 +19,9 @@ from hf_lstm import (
     load_documents,
     word_tokenizer,
 )
-from hf_lstm.data import count_documents
 
 LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
+SEARCHED = 100_000_000  # bytes of training data in which validation data is looked for
 SHUFFLED = 1_000  # rows of a streamed corpus that are shuffled at a time
 
 
@@ -51,13 +50,15 @@ def load_texts(args: DataArguments, seed: int):
 
 def load_tokenizer(args: DataArguments, rows):
     """A tokenizer that is learnt from the training data, or any that is saved somewhere."""
-    texts = (row["text"] for row in islice(rows, LEARNT_FROM)) if args.streaming else rows["text"]
+    if args.streaming:
+        rows = rows.take(LEARNT_FROM)
+    texts = (text for batch in rows.iter(1000) for text in batch["text"])
     if args.tokenizer == "byte":
         return byte_tokenizer()
     if args.tokenizer == "char":
         return char_tokenizer(texts, byte_fallback=args.byte_fallback, nfc=args.nfc)
     if args.tokenizer == "bpe":
-        return bpe_tokenizer(texts, args.vocab_size or 4096)
+        return bpe_tokenizer(texts, 4096 if args.vocab_size is None else args.vocab_size)
     if args.tokenizer in ("word", "unicode_word"):
         split = "whitespace" if args.tokenizer == "word" else "unicode"
         return word_tokenizer(texts, args.vocab_size, args.min_frequency, split)
@@ -108,14 +109,14 @@ def describe(texts, streams: dict[str, TokenStream], tokenizer, vocab_size: int)
     """Say what the corpus holds, and warn of what is surely wrong with it."""
     unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
     counts = {split: stream.counts(vocab_size) for split, stream in streams.items()}
-    for split, rows in texts.items():
+    for split in texts:
         if split not in streams:
             print(f"{split}: streamed")
             continue
         stream = streams[split]
         rate = 0 if unknown is None else counts[split][unknown].item() / len(stream)
         print(
-            f"{split}: {count_documents(rows):,} documents, {len(stream):,} tokens, "
+            f"{split}: {len(stream.document_starts):,} documents, {len(stream):,} tokens, "
             f"{len(stream) / stream.num_bytes:.3f} tokens per byte, {rate:.2%} unknown"
         )
         if split == "validation" and rate > 0.05:
@@ -148,14 +149,17 @@ def passages_of(rows, number: int = 8, length: int = 200) -> set[str]:
 
 
 def occurring(passages: set[str], rows) -> set[str]:
-    """Those of the passages that stand in any row."""
+    """Those of the passages that stand in the first rows."""
     import pyarrow.compute
 
-    found = set()
+    found, searched = set(), 0
     for table in rows.with_format("arrow").iter(1000):
         for passage in passages - found:
             if pyarrow.compute.any(pyarrow.compute.match_substring(table["text"], passage)).as_py():
                 found.add(passage)
+        searched += table.nbytes
+        if searched > SEARCHED:
+            break
     return found
 
 

@@ -93,13 +93,14 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
     if data_args.batching == "lanes":
         check_arguments(training_args)
     set_seed(training_args.seed)
-    texts = load_texts(data_args, training_args.seed)
-    tokenizer = load_tokenizer(data_args, texts["train"])
-    streams = {
-        split: TokenStream.from_documents(rows, tokenizer)
-        for split, rows in texts.items()
-        if not (split == "train" and data_args.streaming)
-    }
+    with training_args.main_process_first(desc="preparing the corpus"):  # the others find it in the cache
+        texts = load_texts(data_args, training_args.seed)
+        tokenizer = load_tokenizer(data_args, texts["train"])
+        streams = {
+            split: TokenStream.from_documents(rows, tokenizer)
+            for split, rows in texts.items()
+            if not (split == "train" and data_args.streaming)
+        }
     for split, stream in streams.items():
         if len(stream) < 2:
             raise ValueError(f"The {split} split holds a single token: there is nothing to predict.")
@@ -125,7 +126,7 @@ def prepare(model_args: ModelArguments, data_args: DataArguments, training_args:
                     f"{getattr(config, name)}: resume with the corpus and the flags that the run was started with."
                 )
     check_penalties(training_args, config)
-    if training_args.process_index == 0:
+    if training_args.process_index == 0 and training_args.resume_from_checkpoint is None:
         describe(texts, streams, tokenizer, config.vocab_size)
     return streams, batches, tokenizer, LSTMForCausalLM(config)
 

@@ -10,7 +10,7 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
 from hf_lstm import LaneDataset, TokenStream, byte_tokenizer, char_tokenizer, load_corpus, tokenizers
-from hf_lstm.data import corpora
+from hf_lstm.data import corpora, load_documents
 
 POEMS = ["白日依山盡，", "黃河入海流。", "欲窮千里目，\n", "更上一層樓。"]
 
@@ -161,6 +161,31 @@ def test_the_last_part_of_a_text_is_for_validation(tmp_path):
     assert corpus["train"][0]["text"] + corpus["validation"][0]["text"] == path.read_text()
 
 
+def test_a_saved_text_is_still_one_document(tmp_path, monkeypatch):
+    for module in ("hf_lstm.tokenizers", "hf_lstm.data.corpora"):
+        monkeypatch.setattr(f"{module}.PIECE_LENGTH", 50)
+    path = tmp_path / "text.txt"
+    path.write_text("".join(chr(97 + index % 26) for index in range(1000)))
+    load_documents(path)["train"].save_to_disk(tmp_path / "saved")
+
+    corpora_ = load_corpus(path), load_corpus(tmp_path / "saved")
+
+    for corpus in corpora_:
+        streams = [TokenStream.from_documents(corpus[split], byte_tokenizer()) for split in ("train", "validation")]
+        assert [len(stream) for stream in streams] == [900, 100]
+
+
+def test_the_rows_of_a_document_are_held_out_together():
+    rows = Dataset.from_dict({"text": list("abcdefghij"), "continues": [False, True] * 5})
+
+    corpus = corpora._hold_out(rows, 0.4)
+
+    for split, documents in (("train", 3), ("validation", 2)):
+        assert len(corpus[split]) == 2 * documents
+        texts = "".join(corpus[split]["text"])
+        assert all(texts[index : index + 2] in ("ab", "cd", "ef", "gh", "ij") for index in range(0, len(texts), 2))
+
+
 def test_line_ends_and_marks_of_a_file_are_kept(tmp_path):
     path = tmp_path / "text.txt"
     path.write_bytes(b"\xef\xbb\xbfone\r\ntwo\r" + b"three\n" * 20)
@@ -188,6 +213,8 @@ BAD_FILES = {
     "one.txt": (b"a", "The text has 1 characters: too few to keep a part for validation"),
     "latin.txt": ("caf\xe9 au lait".encode("latin-1"), r"latin.txt is not UTF-8 \(byte 3: .*iconv"),
     "broken.jsonl": (b'{"text": "a"', "broken.jsonl cannot be read as jsonl"),
+    "[1].jsonl": (b'{"body": "a"}\n', r"\[1\].jsonl has no column `text`, only body"),
+    "blank.jsonl": (b"\n\n", "blank.jsonl"),
     "noise.parquet": (b"not parquet", "noise.parquet cannot be read as parquet"),
     "column.jsonl": (b'{"body": "a", "id": 1}\n' * 3, "has no column `text`, only body, id: name the one"),
     "mixed.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "The column `text` of .*mixed.jsonl holds .*: it must hold text"),

@@ -182,6 +182,44 @@ def test_lanes_hold_documents_in_another_order_in_each_epoch(poems):
     assert torch.equal(lane, poems.shuffled([5, 1])[: len(lane)])
 
 
+def test_shuffling_twice_keeps_documents_whole(poems):
+    text = byte_tokenizer().decode(poems.shuffled(1).shuffled(2)[:])
+
+    assert sorted(text.split("<eos>")) == sorted(["", *POEMS, ""])
+
+
+def test_what_is_no_split_is_refused(poems):
+    rows = Dataset.from_dict({"text": ["a"], "poem": ["b"]})
+
+    with pytest.raises(ValueError, match=r"`texts` has the splits train, test: give one of them"):
+        TokenStream.from_documents({"train": rows, "test": rows}, byte_tokenizer())
+    with pytest.raises(ValueError, match="`texts` is streamed"):
+        TokenStream.from_documents(rows.to_iterable_dataset(), byte_tokenizer())
+    with pytest.raises(ValueError, match="`texts` has no column `text`, only poem"):
+        TokenStream.from_documents(rows.select_columns("poem"), byte_tokenizer())
+
+
+def test_a_large_document_is_tokenized_a_little_at_a_time(monkeypatch):
+    sizes = []
+
+    class Watched(type(byte_tokenizer())):
+        def __call__(self, text, **options):
+            sizes.append(sum(map(len, text)) if isinstance(text, list) else 0)
+            return super().__call__(text, **options)
+
+    monkeypatch.setattr("hf_lstm.data.streams.BATCH_BYTES", 1000)
+    monkeypatch.setattr(tokenizers, "PIECE_LENGTH", 100)
+    tokenizer = byte_tokenizer()
+    tokenizer.__class__ = Watched
+    text = "to be or not to be " * 600
+
+    stream = TokenStream.from_documents([text], tokenizer)
+
+    assert stream[:].tolist() == [4 + byte for byte in text.encode()]
+    assert len(sizes) >= 10
+    assert max(sizes) <= 1100
+
+
 def test_a_single_document_cannot_be_shuffled():
     with pytest.raises(ValueError, match="a single document has nothing to shuffle"):
         LaneDataset(torch.arange(100), 2, 5, shuffle_seed=1)

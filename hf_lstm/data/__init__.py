@@ -1,6 +1,6 @@
 """From texts to batches: corpora, streams of tokens, lanes and documents."""
 
-from .corpora import count_documents, load_corpus, load_documents, read_text, standard_library
+from .corpora import load_corpus, load_documents, read_text, standard_library
 from .lanes import DocumentDataset, LaneDataset
 from .streaming import StreamingLanes
 from .streams import TokenStream, as_stream
@@ -11,7 +11,6 @@ __all__ = [
     "StreamingLanes",
     "TokenStream",
     "as_stream",
-    "count_documents",
     "load_corpus",
     "load_documents",
     "read_text",

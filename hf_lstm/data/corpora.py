@@ -5,6 +5,8 @@ memory: a column `continues` is then true in each row that goes on with the docu
 """
 
 import codecs
+import errno
+import glob
 import hashlib
 import json
 import sysconfig
@@ -18,6 +20,7 @@ import torch
 from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of
 
 SPLITS = ("train", "validation", "test")
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
 
@@ -78,7 +81,7 @@ def load_documents(
 
     Args:
         name (`str` or `Path`):
-            A text file in UTF-8, which is one document; a .jsonl, .csv or .parquet file, one document per record; a
+            A text file in UTF-8, which is one document; a .jsonl, .json, .csv or .parquet file, one document per record; a
             folder that `save_to_disk` made; or a data set on the Hub.
         config_name (`str`, *optional*): Which configuration of a data set on the Hub.
         text_column (`str`, defaults to `"text"`): Where records hold their text.
@@ -126,9 +129,10 @@ def _open(name, is_text, config_name, streaming):
     if is_text:
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return Dataset.from_generator(_text_rows, gen_kwargs={"path": path.resolve(), "digest": digest})
+        key = {"digest": digest, "piece_length": PIECE_LENGTH}
+        return Dataset.from_generator(_text_rows, gen_kwargs={"path": path.resolve(), "key": key})
     if path.suffix in READERS:
-        return load_dataset(READERS[path.suffix], data_files=str(path), streaming=streaming)
+        return load_dataset(READERS[path.suffix], data_files=glob.escape(str(path)), streaming=streaming)
     if not path.is_dir():
         return load_dataset(str(name), config_name, streaming=streaming)
     corpus = load_from_disk(str(path))
@@ -151,11 +155,17 @@ def writable_cache():
     try:
         yield
     except OSError as error:
-        if error.filename is None or not Path(error.filename).is_relative_to(config.HF_DATASETS_CACHE):
+        if error.errno not in UNWRITABLE:
             raise
+        path = Path(error.filename or config.HF_DATASETS_CACHE)
+        if path.is_relative_to(config.HF_DATASETS_CACHE):
+            raise CorpusError(
+                f"The cache folder {config.HF_DATASETS_CACHE} cannot be written ({error.strerror}): name another one in "
+                "the environment variable HF_DATASETS_CACHE."
+            ) from error
         raise CorpusError(
-            f"The cache folder {config.HF_DATASETS_CACHE} cannot be written ({error.strerror}): name another one in the "
-            "environment variable HF_DATASETS_CACHE."
+            f"{path} cannot be written ({error.strerror}), where `datasets` keeps what it makes of the data set beside it: "
+            "copy the data set to a folder that can be."
         ) from error
 
 
@@ -173,8 +183,8 @@ def count_documents(rows) -> int:
     return len(rows) - int(numpy.sum(rows.with_format("numpy")["continues"][:]))
 
 
-def _text_rows(path, digest=None):
-    """The pieces of a text file. Its digest lets `datasets` tell its contents apart."""
+def _text_rows(path, key=None):
+    """The pieces of a text file. By the key `datasets` tells its contents, and ways of reading them, apart."""
     rest, continues = "", False
     for text in _decoded(path):
         *whole, rest = list(pieces_of(rest + text)) or [""]
@@ -236,11 +246,11 @@ def _check_lines(path, text_column=None):
 
 
 def _text_column(rows, text_column, name, streaming):
-    columns = rows.column_names or list(next(iter(rows)))  # a stream may know them only when it is read
+    columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know them only when it is read
     if text_column not in columns:
         raise ValueError(
-            f"{name} has no column `{text_column}`, only {', '.join(columns)}: name the one that holds the text with "
-            "`text_column`."
+            f"{name} has no column `{text_column}`, only {', '.join(columns) or 'empty records'}: name the one that holds "
+            "the text with `text_column`."
         )
     if rows.features is not None:
         feature = rows.features[text_column]
@@ -249,7 +259,7 @@ def _text_column(rows, text_column, name, streaming):
             raise ValueError(f"The column `{text_column}` of {name} holds {kind}: it must hold text.")
         if Path(name).suffix == ".jsonl" and not streaming and rows.data.column(text_column).null_count > 0:
             _check_lines(Path(name), text_column)
-    rows = rows.select_columns(text_column)
+    rows = rows.select_columns([text_column, *(column for column in columns if column == "continues")])
     return rows if text_column == "text" else rows.rename_column(text_column, "text")
 
 
@@ -262,10 +272,15 @@ def _joined(rows):
 
 def _hold_out(rows, fraction) -> dict:
     """The rows for training, and those kept for validation; both in order, which may tell one story."""
-    if count_documents(rows) > 1:
-        drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))
-        validation, train = drawn.tensor_split([max(1, int(len(rows) * fraction))])
-        return {"train": rows.select(train.sort()[0]), "validation": rows.select(validation.sort()[0])}
+    documents = count_documents(rows)
+    if documents > 1:
+        drawn = torch.randperm(documents, generator=torch.Generator().manual_seed(0))
+        kept = torch.zeros(documents, dtype=torch.bool)
+        kept[drawn[: max(1, int(documents * fraction))]] = True
+        if "continues" in rows.column_names:  # a document's rows stay together
+            starts = ~torch.from_numpy(rows.with_format("numpy")["continues"][:])
+            kept = kept[starts.cumsum(0) - 1]
+        return {"train": rows.select(torch.where(~kept)[0]), "validation": rows.select(torch.where(kept)[0])}
     return _cut(rows, fraction)
 
 

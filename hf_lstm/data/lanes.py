@@ -74,8 +74,8 @@ class LaneDataset(Dataset):
     @property
     def description(self) -> dict:
         """What a run's batches depend on: a checkpoint can be resumed where all of it is the same."""
-        names = ("lanes", "bptt_length", "length_seed", "shuffle_seed")
-        return {name: getattr(self, name) for name in names} | {"tokens": len(self.stream)}
+        names = ("lanes", "bptt_length", "reset_at_documents", "length_seed", "shuffle_seed")
+        return {"streaming": False} | {name: getattr(self, name) for name in names} | {"tokens": len(self.stream)}
 
     def set_epoch(self, epoch: int) -> None:
         """Lay the documents in this epoch's order, if they are to be shuffled."""
@@ -123,8 +123,7 @@ class DocumentDataset(Dataset):
                 f"The stream holds {len(stream)} tokens: it must hold at least two, one to predict another."
             )
         self.stream, self.max_length = stream, max_length
-        self._starts = stream.document_starts
-        self._ends = torch.cat([self._starts[1:], torch.tensor([len(stream) - 1])])  # of the inputs
+        self._starts, self._ends = stream.document_starts, stream.document_ends
         self._items = ((self._ends - self._starts + max_length - 1) // max_length).cumsum(0)  # up to each document
 
     def __len__(self) -> int:

@@ -69,7 +69,8 @@ class StreamingLanes(IterableDataset):
     @property
     def description(self) -> dict:
         """What a run's batches depend on, as far as it is known: a checkpoint can be resumed where it is the same."""
-        return {"lanes": self.lanes, "bptt_length": self.bptt_length, "streaming": True}
+        names = ("lanes", "bptt_length", "reset_at_documents")
+        return {"streaming": True} | {name: getattr(self, name) for name in names}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor] | None]:
         worker = get_worker_info()
@@ -102,7 +103,7 @@ class StreamingLanes(IterableDataset):
                 for ids, continues in zip(encode(texts, self.tokenizer), continuing, strict=True):
                     if len(ids) > 0:
                         empty = False
-                        ids = torch.from_numpy(ids)
+                        ids = torch.from_numpy(ids).long()
                         yield (ids if continues else torch.cat([eos, ids])), continues
             if empty:
                 raise ValueError(

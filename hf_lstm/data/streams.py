@@ -13,11 +13,13 @@ import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from hf_lstm import tokenizers
 from hf_lstm.tokenizers import pieces_of, pieces_of_all
 
 from .corpora import count_documents, writable_cache
 
 BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
+FORMAT = 1  # of the tokens in the cache: another number, and those of earlier versions are forgotten
 
 
 class TokenStream:
@@ -36,7 +38,7 @@ class TokenStream:
     """
 
     def __init__(self, tokens, document_starts: torch.Tensor | None = None, num_bytes: int = 0):
-        self.tokens = _as_arrow(tokens)
+        self._hold(_as_arrow(tokens))
         self.document_starts = torch.zeros(1, dtype=torch.long) if document_starts is None else document_starts
         self.num_bytes = num_bytes
         self._sources = None  # where each document lies in `tokens`, if they stand in another order
@@ -46,24 +48,33 @@ class TokenStream:
     def from_documents(cls, texts, tokenizer: PreTrainedTokenizerBase) -> "TokenStream":
         """
         Tokenize texts, with a progress bar, on as many cores as the tokenizer uses, into the smallest integers that
-        hold its ids. A data set that lies on disk is tokenized once: its tokens are kept in the cache of `datasets`,
-        told apart by its contents and the tokenizer, and are read from there as they are needed.
+        hold its ids. A data set that lies on disk is tokenized once: `datasets` keeps its tokens beside it, which for a
+        file is in its cache, told apart by its contents and the tokenizer, and they are read from there as needed.
 
         A text of more than `PIECE_LENGTH` characters is cut after a line end for the tokenizer, which matters to none
         that reads characters, bytes or words.
 
         Args:
-            texts (`Iterable[str]` or `datasets.Dataset`): One document each, or what `load_documents` returns.
+            texts (`Iterable[str]` or `datasets.Dataset`):
+                One document each, or a split of what `load_documents` and `load_corpus` return.
             tokenizer (`PreTrainedTokenizerBase`): Any tokenizer.
 
         Raises:
-            ValueError: if no text holds a token, `tokenizer` has no `eos_token` to put between several, or the cache
-                cannot be written.
+            ValueError: if `texts` are a str, several splits or have no column `text`, no text holds a token, `tokenizer`
+                has no `eos_token` to put between several, or the tokens cannot be written.
         """
-        from datasets import Dataset, Features, List, Value
+        from datasets import Dataset, Features, IterableDataset, List, Value
 
         if isinstance(texts, str):
             raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
+        if isinstance(texts, dict):
+            raise ValueError(f"`texts` has the splits {', '.join(texts)}: give one of them, such as `texts['train']`.")
+        if isinstance(texts, IterableDataset):
+            raise ValueError("`texts` is streamed, and has no end that is known: make `StreamingLanes` of it.")
+        if isinstance(texts, Dataset) and "text" not in texts.column_names:
+            raise ValueError(
+                f"`texts` has no column `text`, only {', '.join(texts.column_names)}: rename the one that holds the text."
+            )
         if not isinstance(texts, Dataset):
             texts = Dataset.from_dict({"text": list(texts)}, features=Features({"text": Value("string")}))
         documents = count_documents(texts)
@@ -78,7 +89,7 @@ class TokenStream:
             rows = texts.map(
                 tokenization,
                 batched=True,
-                batch_size=min(max(1, BATCH_BYTES // mean_bytes), 1000),
+                batch_size=min(max(1, BATCH_BYTES // mean_bytes), 10_000),
                 remove_columns=texts.column_names,
                 features=Features(
                     {"tokens": List(Value(tokenization.dtype.name)), "starts": Value("bool"), "bytes": Value("int64")}
@@ -87,7 +98,7 @@ class TokenStream:
                 desc="tokenizing",
             )
         if len(rows) == 0 or len(_flat(rows)) == 0:
-            raise ValueError("The corpus holds no text: every document is empty.")
+            raise ValueError("The corpus holds no text: every document is empty. Was it the right file and column?")
 
         import pyarrow.compute
 
@@ -103,6 +114,10 @@ class TokenStream:
         stream = cls(_flat(rows, tokenization.separator), document_starts, num_bytes)
         stream._rows, stream._end = rows, tokenization.separator
         return stream
+
+    def _hold(self, tokens):
+        self.tokens = tokens
+        self._chunk_starts = numpy.cumsum([0, *map(len, tokens.chunks)])[:-1]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -124,7 +139,20 @@ class TokenStream:
         return torch.cat(parts)
 
     def _read(self, start, stop):
-        return torch.from_numpy(self.tokens.slice(start, max(0, stop - start)).to_numpy().astype(numpy.int64))
+        """From one part of the corpus after the other; `ChunkedArray.slice` would walk through all before them."""
+        tokens, filled = numpy.empty(max(0, stop - start), dtype=numpy.int64), 0
+        chunk = int(numpy.searchsorted(self._chunk_starts, start, side="right")) - 1
+        while filled < len(tokens):
+            begin = start + filled - int(self._chunk_starts[chunk])
+            part = self.tokens.chunk(chunk).slice(begin, len(tokens) - filled)
+            tokens[filled : filled + len(part)] = part.to_numpy()
+            filled, chunk = filled + len(part), chunk + 1
+        return torch.from_numpy(tokens)
+
+    @property
+    def document_ends(self) -> torch.Tensor:
+        """Where each document ends, `(documents,)`: at the beginning of the next, or before the last token."""
+        return torch.cat([self.document_starts[1:], torch.tensor([len(self) - 1])])
 
     def starts_of(self, indices: torch.Tensor) -> torch.Tensor:
         """Where the documents begin that the tokens at `indices` belong to; both of any one shape."""
@@ -162,10 +190,9 @@ class TokenStream:
                 "A stream of a single document has nothing to shuffle: give the text as several documents."
             )
         order = numpy.random.default_rng(seed).permutation(len(self.document_starts))
-        ends = torch.cat([self.document_starts[1:], torch.tensor([len(self) - 1])])
-        lengths = (ends - self.document_starts)[order]
+        lengths = (self.document_ends - self.document_starts)[order]
         stream = copy.copy(self)
-        stream._sources = self.document_starts[order]
+        stream._sources = (self.document_starts if self._sources is None else self._sources)[order]
         stream.document_starts = lengths.cumsum(0) - lengths
         return stream
 
@@ -179,7 +206,7 @@ class TokenStream:
     def __setstate__(self, state):
         vars(self).update(state)
         if self._rows is not None:
-            self.tokens = _flat(self._rows, self._end)
+            self._hold(_flat(self._rows, self._end))
 
 
 class _Tokenization:
@@ -199,7 +226,7 @@ class _Tokenization:
             if continues is None and len(ids) == 0:
                 continue  # an empty document is none
             if not continues:
-                ids = numpy.concatenate([numpy.array(self.separator, dtype=numpy.int64), ids])
+                ids = numpy.concatenate([numpy.array(self.separator, dtype=numpy.int32), ids])
             rows["tokens"].append(ids.astype(self.dtype))
             rows["starts"].append(not continues)
             rows["bytes"].append(len((text or "").encode()))
@@ -211,7 +238,7 @@ class _Tokenization:
         if tokenizer.is_fast:
             parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
             tokenizer = (parts, tokenizer.split_special_tokens)
-        return tokenizer, self.separator, self.dtype.name
+        return tokenizer, self.separator, self.dtype.name, tokenizers.PIECE_LENGTH, FORMAT
 
 
 def as_stream(tokens) -> TokenStream:
@@ -223,13 +250,14 @@ def _as_arrow(tokens):
     import pyarrow
 
     if isinstance(tokens, pyarrow.ChunkedArray):
-        return tokens
-    tokens = numpy.asarray(tokens.cpu() if torch.is_tensor(tokens) else tokens)
-    if tokens.ndim != 1 or not numpy.issubdtype(tokens.dtype, numpy.integer):
-        raise ValueError(
-            f"`tokens` of shape {tokens.shape} and type {tokens.dtype} must be integers in a single dimension."
-        )
-    return pyarrow.chunked_array([pyarrow.array(tokens)])
+        shape, integers = (len(tokens),), pyarrow.types.is_integer(tokens.type)
+        kind = tokens.type
+    else:
+        tokens = numpy.asarray(tokens.cpu() if torch.is_tensor(tokens) else tokens)
+        shape, integers, kind = tokens.shape, numpy.issubdtype(tokens.dtype, numpy.integer), tokens.dtype
+    if len(shape) != 1 or not integers:
+        raise ValueError(f"`tokens` of shape {shape} and type {kind} must be integers in a single dimension.")
+    return tokens if isinstance(tokens, pyarrow.ChunkedArray) else pyarrow.chunked_array([pyarrow.array(tokens)])
 
 
 def _flat(rows, end=()):
@@ -243,11 +271,21 @@ def _flat(rows, end=()):
 def encode(texts: Iterable[str | None], tokenizer) -> list[numpy.ndarray]:
     """The tokens of each text, without special ones, read in pieces that the tokenizer shares out among its threads."""
     pieces = [list(pieces_of(text)) for text in texts]
-    together = [piece for text in pieces for piece in text]
-    options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
-    ids = iter(tokenizer(together, **options)["input_ids"] if together else [])
-    nothing = numpy.empty(0, dtype=numpy.int64)
-    return [numpy.concatenate([nothing, *(next(ids) for _ in text)]).astype(numpy.int64) for text in pieces]
+    ids = _encode_pieces([piece for text in pieces for piece in text], tokenizer)
+    nothing = numpy.empty(0, dtype=numpy.int32)
+    return [numpy.concatenate([nothing, *(next(ids) for _ in text)]) for text in pieces]
+
+
+def _encode_pieces(pieces, tokenizer):
+    """The tokens of one piece after the other; those of about `BATCH_BYTES` at a time."""
+    batch, length = [], 0
+    for index, piece in enumerate(pieces):
+        batch.append(piece)
+        length += len(piece)
+        if length >= BATCH_BYTES or index + 1 == len(pieces):
+            ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+            yield from (numpy.array(one, dtype=numpy.int32) for one in ids)
+            batch, length = [], 0
 
 
 def _first_bytes(texts: Iterable[str | None], tokenizer) -> int:

@@ -201,9 +201,9 @@ class TruncatedBPTTCallback(TrainerCallback):
                 "`resume_from_checkpoint` of `LSTMTrainingArguments` too."
             )
         for name in self._metadata:
-            if metadata.get(name) != expected[name]:
+            if metadata.get(name, expected[name]) != expected[name]:  # what an earlier version did not write
                 raise ValueError(
-                    f"`{name}` was {metadata.get(name)} in {path.parent} and is {expected[name]} now: resume with the same "
+                    f"`{name}` was {metadata[name]} in {path.parent} and is {expected[name]} now: resume with the same "
                     "text, optimizer, processes, batch size and `bptt_length`, since a lane's state belongs to its place."
                 )
         tensors = load_file(path, device=str(model.device))
@@ -221,24 +221,29 @@ def state_file(process_index: int) -> str:
     return f"lstm_state_rank{process_index}.safetensors"
 
 
-def last_complete_checkpoint(output_dir: str | Path) -> Path | None:
+def last_complete_checkpoint(output_dir: str | Path, carried: bool = True) -> Path | None:
     """
-    The checkpoint of the most steps in `output_dir` that holds everything, the carried state of every process
-    included; `None` if there is none. Later ones that a killed run left incomplete are named in a warning.
+    The checkpoint of the most steps in `output_dir` that holds everything, and, where a state is `carried`, that of every
+    process; `None` if there is none. Later ones that a killed run left incomplete are named in a warning.
     """
     steps = {}
     for path in Path(output_dir).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if match := re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)", path.name):
             steps[int(match[1])] = path
     for step in sorted(steps, reverse=True):
-        if is_complete(steps[step]):
+        if is_complete(steps[step], carried):
             return steps[step]
         logger.warning(f"{steps[step]} is not complete and is skipped: the run was stopped while it was written.")
     return None
 
 
-def is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint holds the carried state of every process, and all that lay there when it was written."""
+def is_complete(checkpoint: Path, carried: bool = True) -> bool:
+    """
+    Whether a checkpoint holds the carried state of every process and all that lay there when it was written; without a
+    carried state, whether Trainer came to the end of it.
+    """
+    if not carried:
+        return (checkpoint / TRAINER_STATE_NAME).is_file()
     try:
         with safe_open(checkpoint / state_file(0), framework="pt") as file:
             metadata = file.metadata()

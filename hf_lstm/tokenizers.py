@@ -189,6 +189,10 @@ _BYTE_DECODER = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
 def _check_texts(texts):
     if isinstance(texts, str):
         raise ValueError("`texts` is one str: it must be an iterable of texts. Put it into a list: `[text]`.")
+    if isinstance(texts, dict):
+        raise ValueError(
+            f"`texts` has the splits {', '.join(texts)}: give the texts of one, `texts['train']['text']`."
+        )
 
 
 def _check_vocab_size(vocab_size, least, contents):

@@ -1,5 +1,6 @@
 """The arguments of train.py: the model, the data, the optimizer, and Trainer's own with other defaults."""
 
+import os
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -112,6 +113,15 @@ class DataArguments:
     def __post_init__(self):
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError("`--train_file` and `--dataset_name` exclude each other: name one corpus.")
+        for flag in ("train_file", "validation_file", "test_file", "dataset_name"):
+            if getattr(self, flag) == "":
+                raise ValueError(f"`--{flag}` is empty: name a corpus, or leave the flag out.")
+        try:
+            (self.prompt or "").encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"`--prompt` {self.prompt!r} is not UTF-8: type it in a terminal that is set to it."
+            ) from error
         if self.batching not in ("lanes", "packed", "padded"):
             raise ValueError(f"`--batching` {self.batching} must be `lanes`, `packed` or `padded`.")
         for flag in ("random_bptt", "state_drop_probability", "shuffle_documents", "streaming"):
@@ -215,6 +225,11 @@ class TrainArguments(LSTMTrainingArguments):
 def find_checkpoint(args: TrainArguments, carried: bool) -> None:
     """Let `resume_from_checkpoint` be a checkpoint that holds everything, the carried state if there is one."""
     folder, named = Path(args.output_dir), args.resume_from_checkpoint
+    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if (not above.is_dir() and above != folder) or not os.access(above, os.W_OK):
+        raise ValueError(
+            f"`--output_dir` {folder} cannot be made, since {above} cannot be written: name another folder."
+        )
     if named is None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(

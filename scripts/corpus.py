@@ -19,6 +19,7 @@ from hf_lstm import (
     load_documents,
     word_tokenizer,
 )
+from hf_lstm.data import one_split
 
 LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
 SEARCHED = 100_000_000  # bytes of training data in which validation data is looked for
@@ -39,12 +40,12 @@ def load_texts(args: DataArguments, seed: int):
     corpus = load_documents(
         args.train_file or args.dataset_name, args.dataset_config_name, args.text_column, streaming=True
     )
-    texts = {"train": corpus["train"]}
+    texts = {"train": one_split(corpus, "train", args.train_file or args.dataset_name)}
     if args.shuffle_documents:
         texts["train"] = texts["train"].shuffle(seed, buffer_size=SHUFFLED)
     for split, file in (("validation", args.validation_file), ("test", args.test_file)):
         if file is not None:
-            texts[split] = load_documents(file, text_column=args.text_column)["train"]
+            texts[split] = one_split(load_documents(file, text_column=args.text_column), split, file)
     return texts
 
 
@@ -64,10 +65,10 @@ def load_tokenizer(args: DataArguments, rows):
         return word_tokenizer(texts, args.vocab_size, args.min_frequency, split)
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the libraries behind it raise classes of their own
         raise ValueError(
             f"`--tokenizer` {args.tokenizer} is none of `char`, `byte`, `word`, `unicode_word` and `bpe`, and cannot be "
-            f"loaded: {error}"
+            f"loaded: {str(error).splitlines()[0]}"
         ) from error
     if tokenizer.eos_token is None:  # BERT's kind
         tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token or "<eos>"})
@@ -90,6 +91,7 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
     if args.streaming:
         place = {"process_index": training_args.process_index, "num_processes": training_args.world_size}
         train = StreamingLanes(texts["train"], tokenizer, lanes, **common, **place)
+        next(item for item in train if item is not None)  # a corpus that cannot be read is refused now
     else:
         train = LaneDataset(
             streams["train"],
@@ -99,10 +101,11 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
             shuffle_seed=training_args.seed if args.shuffle_documents else None,
         )
     eval_lanes = training_args.per_device_eval_batch_size * training_args.world_size
-    return {
-        "train": train,
-        "validation": LaneDataset(streams["validation"], eval_lanes, **common),
-    }, default_data_collator
+    try:
+        validation = LaneDataset(streams["validation"], eval_lanes, **common)
+    except ValueError as error:
+        raise ValueError(f"The validation data with `--per_device_eval_batch_size`: {error}") from error
+    return {"train": train, "validation": validation}, default_data_collator
 
 
 def describe(texts, streams: dict[str, TokenStream], tokenizer, vocab_size: int) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_lstm import TokenStream, evaluate_stream, load_corpus
-from hf_lstm.data import load_documents
+from hf_lstm.data import joined, load_documents
 
 
 @dataclass
@@ -30,6 +30,9 @@ class Arguments:
         },
     )
     text_column: str = field(default="text", metadata={"help": "The column of the records that holds the text."})
+    join_records: bool = field(
+        default=False, metadata={"help": "Whether the records are pieces of one text, as in training."}
+    )
     batch_size: int = field(
         default=1, metadata={"help": "Parts read side by side, each without a history: 1 is exact."}
     )
@@ -41,6 +44,8 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
+    if arguments.output_file is not None and not Path(arguments.output_file).parent.is_dir():
+        raise ValueError(f"`--output_file` {arguments.output_file} lies in no folder: make the folder first.")
     folder = Path(arguments.model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
@@ -50,8 +55,10 @@ def main(arguments: Arguments) -> None:
     )
     if arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
+        corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
     else:
-        corpus, split = load_corpus(arguments.file, text_column=arguments.text_column), arguments.split or "test"
+        corpus = load_corpus(arguments.file, text_column=arguments.text_column, join_records=arguments.join_records)
+        split = arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
     stream = TokenStream.from_documents(corpus[split], tokenizer)

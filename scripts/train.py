@@ -14,6 +14,7 @@ import math
 import platform
 import shlex
 import sys
+import traceback
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -286,11 +287,20 @@ def draw_learning_curve(history: list[dict], path: Path) -> None:
     pyplot.close(figure)
 
 
-if __name__ == "__main__":
+def main(arguments: list[str]) -> None:
     try:
-        model_args, data_args, optimization_args, training_args = parse(sys.argv[1:])
+        model_args, data_args, optimization_args, training_args = parse(arguments)
         streams, batches, tokenizer, model = prepare(model_args, data_args, training_args)
         trainer = make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args)
     except (ValueError, StrictDataclassError) as error:  # a config wraps what it refuses in the second
         sys.exit(f"train.py: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
-    train(trainer, streams, tokenizer, data_args)
+    try:
+        train(trainer, streams, tokenizer, data_args)
+    except ValueError as error:
+        if "hf_lstm" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
+            raise  # not in our words
+        sys.exit(f"train.py: {error}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -111,6 +111,20 @@ def test_documents_train_and_resume(run, tmp_path, poems, batching):
         assert (load_file(runs[1] / "model.safetensors")[name] == tensor).all()
 
 
+def test_a_run_goes_on_with_its_own_data_only(run, tmp_path, text_file):
+    """Another text of the same length, or another kind of batch, is refused in one sentence."""
+    folder, other = tmp_path / "run", tmp_path / "other.txt"
+    other.write_text(TEXT.replace("99", "98"))
+    run("train.py", "--output_dir", folder, "--train_file", text_file, "--max_steps", 8, *SMALL)
+    resume = ["--output_dir", folder, "--resume_from_checkpoint", "true", "--max_steps", 12, *SMALL]
+
+    with pytest.raises(SystemExit, match=r"train.py: `digest` was .* resume with the same text") as stopped:
+        run("train.py", "--train_file", other, *resume)
+    assert "\n" not in str(stopped.value)
+    with pytest.raises(SystemExit, match="holds no complete checkpoint"):
+        run("train.py", "--train_file", text_file, "--batching", "packed", *resume)
+
+
 def test_shuffled_poems_learn_other_batches(run, tmp_path, poems):
     metrics = []
     for shuffle in ("true", "false"):
@@ -191,11 +205,30 @@ BAD = {
     "not JSON": (["--train_file", "broken.jsonl"], "broken.jsonl cannot be read as jsonl: line 3 is not JSON"),
     "mixed records": (["--train_file", "mixed.jsonl"], "mixed.jsonl has no `text` in line 2, only body"),
     "no records": (["--train_file", "list.jsonl"], "line 2 is no record but list"),
-    "no text": (["--train_file", "blank.jsonl"], "`texts` hold no character"),
+    "no text": (["--train_file", "blank.jsonl"], "The corpus holds fewer than two documents with text"),
+    "no text to learn from": (
+        ["--train_file", "blank.jsonl", "--validation_file", "beer.txt"],
+        "`texts` hold no character",
+    ),
     "no text for bytes": (
-        ["--train_file", "blank.jsonl", "--tokenizer", "byte"],
+        ["--train_file", "blank.jsonl", "--validation_file", "beer.txt", "--tokenizer", "byte"],
         "The corpus holds no text: every document is empty",
     ),
+    "no text to stream": (
+        ["--train_file", "blank.jsonl", "--validation_file", "beer.txt", "--tokenizer", "byte", "--streaming", "true"],
+        "Process 0 of 1 finds no text",
+    ),
+    "not UTF-8, streamed": (
+        ["--train_file", "latin.txt", "--validation_file", "beer.txt", "--tokenizer", "byte", "--streaming", "true"],
+        "latin.txt is not UTF-8 (byte 100003: ",
+    ),
+    "an unset variable": (["--train_file", ""], "`--train_file` is empty: name a corpus, or leave the flag out"),
+    "a folder below a file": (["--output_dir", "beer.txt/run"], "`--output_dir` beer.txt/run cannot be made"),
+    "little for validation": (
+        ["--train_file", "beer.txt", "--per_device_eval_batch_size", "99"],
+        "The validation data with `--per_device_eval_batch_size`: The stream holds 513 tokens, and 99 lanes",
+    ),
+    "half a prompt": (["--prompt", "a\udcff"], "`--prompt` 'a\\udcff' is not UTF-8"),
     "not UTF-8": (["--train_file", "latin.txt"], "latin.txt is not UTF-8 (byte 100003: "),
 }
 
@@ -212,7 +245,14 @@ def test_bad_corpora_are_refused_before_training(run, tmp_path, text_file, monke
     Path("latin.txt").write_bytes(b"x" * 100_000 + b"caf\xe9 au lait" * 99)
 
     with pytest.raises(SystemExit) as stopped:
-        run("train.py", "--output_dir", "run", "--max_steps", 1, *SMALL, *arguments)
+        run(
+            "train.py",
+            *(() if "--output_dir" in arguments else ("--output_dir", "run")),
+            "--max_steps",
+            1,
+            *SMALL,
+            *arguments,
+        )
 
     assert str(stopped.value).startswith("train.py: ")
     assert message in str(stopped.value)

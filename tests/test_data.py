@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 
 import numpy
 import pytest
@@ -161,6 +162,44 @@ def test_the_last_part_of_a_text_is_for_validation(tmp_path):
     assert corpus["train"][0]["text"] + corpus["validation"][0]["text"] == path.read_text()
 
 
+def test_what_looks_like_nothing_in_a_csv_is_text(tmp_path):
+    path = tmp_path / "words.csv"
+    path.write_text('text\nNA\nnull\n""\nnan\nword\n')
+
+    assert list(load_documents(path)["train"]["text"]) == ["NA", "null", "", "nan", "word"]
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", ".csv", ".parquet"])
+def test_a_file_that_changed_is_read_again(tmp_path, kind):
+    """Also if it has the same size, and says that it is as old."""
+    path = tmp_path / f"file{kind}"
+    for text in ("one", "two"):
+        if kind in (".txt", ".csv"):
+            path.write_text(f"text\n{text}")
+        elif kind == ".jsonl":
+            path.write_text(json.dumps({"text": text}))
+        else:
+            Dataset.from_dict({"text": [text]}).to_parquet(path)
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+
+        assert text in load_documents(path)["train"]["text"][0]
+
+
+def test_a_split_is_that_of_its_name_or_the_only_one(tmp_path):
+    dataset, other = (Dataset.from_dict({"text": [text] * 5}) for text in ("train", "other"))
+    DatasetDict({"train": dataset, "validation": other}).save_to_disk(tmp_path / "both")
+    DatasetDict({"test": other}).save_to_disk(tmp_path / "one")
+    DatasetDict({"train": dataset, "test": other}).save_to_disk(tmp_path / "neither")
+
+    for folder in ("both", "one"):
+        corpus = load_corpus(tmp_path / "both", validation_file=tmp_path / folder)
+        assert corpus["validation"]["text"][0] == "other"
+    with pytest.raises(ValueError, match=r"neither has the splits train, test, and none called `validation`"):
+        load_corpus(tmp_path / "both", validation_file=tmp_path / "neither")
+    with pytest.raises(ValueError, match=r"one has the splits test: there must be one called `train`"):
+        load_corpus(tmp_path / "one")
+
+
 def test_a_saved_text_is_still_one_document(tmp_path, monkeypatch):
     for module in ("hf_lstm.tokenizers", "hf_lstm.data.corpora"):
         monkeypatch.setattr(f"{module}.PIECE_LENGTH", 50)
@@ -213,11 +252,21 @@ BAD_FILES = {
     "one.txt": (b"a", "The text has 1 characters: too few to keep a part for validation"),
     "latin.txt": ("caf\xe9 au lait".encode("latin-1"), r"latin.txt is not UTF-8 \(byte 3: .*iconv"),
     "broken.jsonl": (b'{"text": "a"', "broken.jsonl cannot be read as jsonl"),
-    "[1].jsonl": (b'{"body": "a"}\n', r"\[1\].jsonl has no column `text`, only body"),
-    "blank.jsonl": (b"\n\n", "blank.jsonl"),
+    "[1].jsonl": (b'{"body": "a"}\n', r"\[1\].jsonl has no `text` in line 1, only body"),
+    "blank.jsonl": (b"\n\n", "blank.jsonl holds no record in its 2 lines"),
+    "empties.jsonl": (b'{"text": ""}\n' * 9 + b'{"text": "a"}\n', "fewer than two documents with text"),
     "noise.parquet": (b"not parquet", "noise.parquet cannot be read as parquet"),
-    "column.jsonl": (b'{"body": "a", "id": 1}\n' * 3, "has no column `text`, only body, id: name the one"),
-    "mixed.jsonl": (b'{"text": "a"}\n{"text": 5}\n', "The column `text` of .*mixed.jsonl holds .*: it must hold text"),
+    "column.jsonl": (b'{"body": "a", "id": 1}\n' * 3, "has no `text` in line 1, only body, id: name the one"),
+    "mixed.jsonl": (
+        b'{"text": "a"}\n' * 60_000 + b'{"text": {"a": 5}}\n',
+        'The column `text` of .*mixed.jsonl holds {"a": 5} in line 60001: it must hold text',
+    ),
+    "half.jsonl": (
+        b'{"text": "a \\ud83d b"}\n',
+        "half.jsonl cannot be read as jsonl: line 1 holds half of a character",
+    ),
+    "packed.txt.gz": (b"\x1f\x8b\0", "packed.txt.gz is compressed: unpack it first"),
+    "header.csv": (b"text\n", "header.csv"),
     "number.csv": (b"text\n1\n2\n", "The column `text` of .*number.csv holds int64: it must hold text"),
     "org/absent": (None, "org/absent cannot be found, on this disk or on the Hub"),
 }

@@ -154,9 +154,10 @@ def test_a_checkpoint_without_a_state_is_refused(tmp_path, what):
     [
         (LaneDataset(TOKENS, LANES, BPTT - 1), {}, "`bptt_length` was 5 in .* and is 4 now"),
         (LaneDataset(TOKENS[:-1], LANES, BPTT), {}, "`tokens` was 76 in .* and is 75 now"),
+        (LaneDataset(TOKENS.flip(0), LANES, BPTT), {}, "`digest` was .* in .* and is .* now"),
         (LaneDataset(TOKENS, 2, BPTT), {"per_device_train_batch_size": 2}, "`lanes` was 3 in .* and is 2 now"),
     ],
-    ids=["chunks", "text", "lanes"],
+    ids=["chunks", "length", "text", "lanes"],
 )
 def test_a_checkpoint_of_other_lanes_is_refused(tmp_path, dataset, options, message):
     run(tmp_path)

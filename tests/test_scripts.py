@@ -210,7 +210,7 @@ BAD_ARGUMENTS = {
         "The stream holds 45 tokens, and 4 lanes of one chunk of 16 need 65",
     ),
     "a bad tokenizer": (["--train_file", "beer.txt", "--tokenizer", "nowhere/at_all"], "nowhere/at_all"),
-    "no such column": (["--train_file", "poems.jsonl"], "has no column `text`, only poem"),
+    "no such column": (["--train_file", "poems.jsonl"], "has no `text` in line 1, only poem"),
     "save between logs": (
         ["--eval_steps", "5", "--save_steps", "5"],
         r"`--save_steps` (5) must be a multiple of `--logging_steps` (2)",

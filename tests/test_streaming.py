@@ -147,6 +147,8 @@ def test_streams_that_cannot_be_are_refused(tmp_path):
         next(iter(StreamingLanes(documents(["", None]), TOKENIZER, 2, 5)))
     with pytest.raises(ValueError, match=r"`bptt_length` \(0\) must be at least 1"):
         StreamingLanes(documents(), TOKENIZER, 2, 0)
+    with pytest.raises(ValueError, match=r"`documents` \(list\) must be a `datasets.IterableDataset`"):
+        StreamingLanes(["a"], TOKENIZER, 2, 5)
     numbers = Dataset.from_dict({"text": [1, 2]}).to_iterable_dataset()
     with pytest.raises(ValueError, match="A row of `text` holds 1: it must hold text"):
         next(iter(StreamingLanes(numbers, TOKENIZER, 2, 5)))

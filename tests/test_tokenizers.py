@@ -144,6 +144,8 @@ def test_a_vocabulary_needs_texts():
         bpe_tokenizer(["abc"], 260)
     with pytest.raises(ValueError, match=r"`split` \('lines'\) must be `whitespace` or `unicode`"):
         word_tokenizer(["abc"], split="lines")
+    with pytest.raises(ValueError, match="`texts` has the splits train, test: give the texts of one"):
+        char_tokenizer({"train": ["a"], "test": ["b"]})
     with pytest.raises(ValueError, match="`texts` hold no word that occurs 3 times"):
         word_tokenizer(["a a b", "<eos> <unk> <unk> <unk>"], min_frequency=3)
     with pytest.raises(

@@ -1,6 +1,6 @@
 """From texts to batches: corpora, streams of tokens, lanes and documents."""
 
-from .corpora import load_corpus, load_documents, read_text, standard_library
+from .corpora import joined, load_corpus, load_documents, one_split, read_text, standard_library
 from .lanes import DocumentDataset, LaneDataset
 from .streaming import StreamingLanes
 from .streams import TokenStream, as_stream
@@ -11,8 +11,10 @@ __all__ = [
     "StreamingLanes",
     "TokenStream",
     "as_stream",
+    "joined",
     "load_corpus",
     "load_documents",
+    "one_split",
     "read_text",
     "standard_library",
 ]

@@ -9,6 +9,7 @@ import errno
 import glob
 import hashlib
 import json
+import os
 import sysconfig
 import tokenize
 from contextlib import contextmanager
@@ -20,8 +21,17 @@ import torch
 from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of
 
 SPLITS = ("train", "validation", "test")
-UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENOTDIR)
-READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
+LINES = (
+    ".jsonl",
+    ".ndjson",
+)  # a record in each line; read here, since `datasets` turns mixed columns into JSON's source
+READERS = {  # those of `datasets`; "NA" and "null" in a .csv file are texts too
+    ".json": ("json", {}),
+    ".csv": ("csv", {"keep_default_na": False}),
+    ".parquet": ("parquet", {}),
+}
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 
 def load_corpus(
@@ -63,11 +73,11 @@ def load_corpus(
         corpus = dict(load_documents(name, config_name, text_column))
     for split, file in (("validation", validation_file), ("test", test_file)):
         if file is not None:
-            corpus[split] = load_documents(file, text_column=text_column)["train"]
+            corpus[split] = one_split(load_documents(file, text_column=text_column), split, file)
     if "train" not in corpus:
         raise ValueError(f"{name} has the splits {', '.join(sorted(corpus))}: there must be one called `train`.")
     if join_records:
-        corpus = {split: _joined(documents) for split, documents in corpus.items()}
+        corpus = {split: joined(documents) for split, documents in corpus.items()}
     if "validation" not in corpus:
         corpus |= _hold_out(corpus["train"], validation_fraction)
     return DatasetDict({split: corpus[split] for split in SPLITS if split in corpus})
@@ -94,53 +104,80 @@ def load_documents(
     """
     from datasets import DatasetDict, IterableDatasetDict
 
-    path = Path(name)
-    is_text = path.suffix == ".txt" or (path.is_file() and path.suffix not in READERS)
-    if is_text or path.suffix in READERS:
-        _check_file(path)
-        kind = "text" if is_text else path.suffix[1:]
-        source = f"be read as {kind}"
+    path, kind = Path(name), _kind_of(name)
+    if kind in ("folder", "hub"):
+        source = (
+            "be read as what `save_to_disk` writes" if kind == "folder" else "be found, on this disk or on the Hub"
+        )
     else:
-        source = "be read as what `save_to_disk` writes" if path.is_dir() else "be found, on this disk or on the Hub"
+        _check_file(path)
+        source = f"be read as {kind.removeprefix('.')}"
     try:
         with writable_cache():
-            corpus = _open(name, is_text, config_name, streaming)
+            corpus = _open(path, kind, str(name), config_name, text_column, streaming)
     except Exception as error:  # the readers behind `datasets` raise classes of their own
         for known in (error, error.__cause__):
             if isinstance(known, CorpusError):
                 raise known from None
-        if path.suffix == ".jsonl":
-            _check_lines(path)
         raise ValueError(f"{name} cannot {source}: {error.__cause__ or error}") from error
     if not isinstance(corpus, dict):
         corpus = {"train": corpus}
-    if not is_text:
-        corpus = {split: _text_column(rows, text_column, name, streaming) for split, rows in corpus.items()}
+    if kind != "text" and kind not in LINES:
+        corpus = {split: _text_column(rows, text_column, name) for split, rows in corpus.items()}
     return (IterableDatasetDict if streaming else DatasetDict)(corpus)
 
 
-def _open(name, is_text, config_name, streaming):
-    """What `datasets` makes of a source: one data set, or several by split."""
-    from datasets import Dataset, IterableDataset, load_dataset, load_from_disk
+def one_split(corpus: dict, split: str, name: str | Path):
+    """The split of a source that is to serve as `split`: the one of that name, or its only one."""
+    if split in corpus:
+        return corpus[split]
+    if len(corpus) > 1:
+        raise ValueError(
+            f"{name} has the splits {', '.join(corpus)}, and none called `{split}`: name a file with one."
+        )
+    return next(iter(corpus.values()))
 
+
+def _kind_of(name):
     path = Path(name)
-    if is_text and streaming:
-        return IterableDataset.from_generator(_text_rows, gen_kwargs={"path": path})
-    if is_text:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        key = {"digest": digest, "piece_length": PIECE_LENGTH}
-        return Dataset.from_generator(_text_rows, gen_kwargs={"path": path.resolve(), "key": key})
-    if path.suffix in READERS:
-        return load_dataset(READERS[path.suffix], data_files=glob.escape(str(path)), streaming=streaming)
-    if not path.is_dir():
-        return load_dataset(str(name), config_name, streaming=streaming)
-    corpus = load_from_disk(str(path))
-    if not streaming:
-        return corpus
-    if not isinstance(corpus, dict):
-        return corpus.to_iterable_dataset()
-    return {split: rows.to_iterable_dataset() for split, rows in corpus.items()}
+    suffix = path.suffix.lower()
+    if suffix in READERS or suffix in LINES:
+        return suffix
+    if suffix == ".txt" or path.is_file():
+        return "text"
+    return "folder" if path.is_dir() else "hub"
+
+
+def _open(path, kind, name, config_name, text_column, streaming):
+    """What `datasets` makes of a source: one data set, or several by split."""
+    from datasets import Dataset, IterableDataset, config, load_dataset, load_from_disk
+
+    if kind == "hub":
+        return load_dataset(name, config_name, streaming=streaming)
+    if kind == "folder":
+        corpus = load_from_disk(str(path))
+        if not streaming:
+            return corpus
+        if not isinstance(corpus, dict):
+            return corpus.to_iterable_dataset()
+        return {split: rows.to_iterable_dataset() for split, rows in corpus.items()}
+    if kind in READERS:
+        reader, options = READERS[kind]
+        if not streaming:  # a cache for these contents: `datasets` itself looks at a file's size and time alone
+            options = options | {"cache_dir": str(Path(config.HF_DATASETS_CACHE) / _digest(path))}
+        return load_dataset(reader, data_files=glob.escape(str(path)), streaming=streaming, **options)
+    rows, arguments = _text_rows, {"path": path}
+    if kind in LINES:
+        rows, arguments = _line_rows, {"path": path, "text_column": text_column}
+    if streaming:
+        return IterableDataset.from_generator(rows, gen_kwargs=arguments)
+    key = {"digest": _digest(path), "piece_length": PIECE_LENGTH}
+    return Dataset.from_generator(rows, gen_kwargs=arguments | {"path": path.resolve(), "key": key})
+
+
+def _digest(path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class CorpusError(ValueError):
@@ -221,31 +258,49 @@ def _decoded(path):
 def _check_file(path):
     if not path.is_file():
         raise ValueError(f"The file {path} does not exist.")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"The file {path} cannot be read: you have no permission to.")
+    if path.suffix in COMPRESSED:
+        raise ValueError(f"{path} is compressed: unpack it first.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: there is nothing to read.")
 
 
-def _check_lines(path, text_column=None):
-    """Raise `ValueError` for the first line of a .jsonl file that is no record, or lacks a column."""
+def _line_rows(path, text_column, key=None):
+    """The texts of a file with a record in each line."""
+    number, found = 0, False
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            where = f"{path} cannot be read as jsonl: line {number}"
             try:
-                record = json.loads(line) if line.strip() else {text_column: ""}
+                record = json.loads(line)
             except ValueError as error:
-                raise ValueError(
-                    f"{path} cannot be read as jsonl: line {number} is not JSON ({error}): mend or remove it."
-                ) from error
+                raise CorpusError(f"{where} is not JSON ({error}): mend or remove it.") from error
             if not isinstance(record, dict):
-                raise ValueError(
-                    f"{path} cannot be read as jsonl: line {number} is no record but {type(record).__name__}."
+                raise CorpusError(f"{where} is no record but {type(record).__name__}: put an object in each line.")
+            if text_column not in record:
+                raise CorpusError(
+                    f"{path} has no `{text_column}` in line {number}, only {', '.join(record) or 'nothing'}: name the one "
+                    "that holds the text with `text_column`, and give it to every record."
                 )
-            if text_column is not None and text_column not in record:
-                raise ValueError(
-                    f"{path} has no `{text_column}` in line {number}, only {', '.join(record)}: give every record one."
+            text = record[text_column]
+            if text is not None and not isinstance(text, str):
+                raise CorpusError(
+                    f"The column `{text_column}` of {path} holds {json.dumps(text)[:50]} in line {number}: it must hold text."
                 )
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError as error:
+                raise CorpusError(f"{where} holds half of a character ({error.reason}): mend or remove it.") from error
+            found = True
+            yield {"text": text or ""}
+    if not found:
+        raise CorpusError(f"{path} holds no record in its {number} lines: there is nothing to read.")
 
 
-def _text_column(rows, text_column, name, streaming):
+def _text_column(rows, text_column, name):
     columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know them only when it is read
     if text_column not in columns:
         raise ValueError(
@@ -257,13 +312,11 @@ def _text_column(rows, text_column, name, streaming):
         kind = getattr(feature, "dtype", type(feature).__name__)  # lists and mixtures are features without one
         if kind not in ("string", "large_string"):
             raise ValueError(f"The column `{text_column}` of {name} holds {kind}: it must hold text.")
-        if Path(name).suffix == ".jsonl" and not streaming and rows.data.column(text_column).null_count > 0:
-            _check_lines(Path(name), text_column)
     rows = rows.select_columns([text_column, *(column for column in columns if column == "continues")])
     return rows if text_column == "text" else rows.rename_column(text_column, "text")
 
 
-def _joined(rows):
+def joined(rows):
     """The same rows as pieces of one document."""
     if "continues" in rows.column_names:
         return rows
@@ -272,15 +325,23 @@ def _joined(rows):
 
 def _hold_out(rows, fraction) -> dict:
     """The rows for training, and those kept for validation; both in order, which may tell one story."""
-    documents = count_documents(rows)
-    if documents > 1:
-        drawn = torch.randperm(documents, generator=torch.Generator().manual_seed(0))
-        kept = torch.zeros(documents, dtype=torch.bool)
-        kept[drawn[: max(1, int(documents * fraction))]] = True
-        if "continues" in rows.column_names:  # a document's rows stay together
-            starts = ~torch.from_numpy(rows.with_format("numpy")["continues"][:])
-            kept = kept[starts.cumsum(0) - 1]
-        return {"train": rows.select(torch.where(~kept)[0]), "validation": rows.select(torch.where(kept)[0])}
+    import pyarrow.compute
+
+    if count_documents(rows) > 1:
+        table = rows.with_format("arrow")[:]
+        starts = numpy.ones(len(rows), dtype=bool)
+        if "continues" in rows.column_names:
+            starts = ~table["continues"].to_numpy()
+        document = starts.cumsum() - 1  # of each row: they stay together
+        filled = pyarrow.compute.greater(pyarrow.compute.binary_length(table["text"]), 0).fill_null(False).to_numpy()
+        candidates = numpy.unique(document[filled])
+        if len(candidates) < 2:
+            raise ValueError(
+                "The corpus holds fewer than two documents with text: there is none to keep for validation."
+            )
+        drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0)).numpy()
+        kept = numpy.isin(document, candidates[drawn[: max(1, int(len(candidates) * fraction))]])
+        return {"train": rows.select(numpy.where(~kept)[0]), "validation": rows.select(numpy.where(kept)[0])}
     return _cut(rows, fraction)
 
 
@@ -304,7 +365,7 @@ def _cut(rows, fraction) -> dict:
     train, validation = [rows.select(range(row)), head], [tail]
     if row + 1 < len(rows):
         validation.append(rows.select(range(row + 1, len(rows))))
-    return {"train": _joined(concatenate_datasets(train)), "validation": _joined(concatenate_datasets(validation))}
+    return {"train": joined(concatenate_datasets(train)), "validation": joined(concatenate_datasets(validation))}
 
 
 def standard_library(max_bytes: int = 4_000_000) -> dict[str, list[str]]:

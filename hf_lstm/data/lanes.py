@@ -75,7 +75,8 @@ class LaneDataset(Dataset):
     def description(self) -> dict:
         """What a run's batches depend on: a checkpoint can be resumed where all of it is the same."""
         names = ("lanes", "bptt_length", "reset_at_documents", "length_seed", "shuffle_seed")
-        return {"streaming": False} | {name: getattr(self, name) for name in names} | {"tokens": len(self.stream)}
+        settings = {name: getattr(self, name) for name in names}
+        return {"streaming": False} | settings | {"tokens": len(self.stream), "digest": self.stream.digest()}
 
     def set_epoch(self, epoch: int) -> None:
         """Lay the documents in this epoch's order, if they are to be shuffled."""

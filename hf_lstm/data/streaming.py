@@ -52,6 +52,11 @@ class StreamingLanes(IterableDataset):
         num_processes: int = 1,
     ):
         check_sizes(lanes=lanes, bptt_length=bptt_length, num_processes=num_processes)
+        if not hasattr(documents, "set_epoch"):
+            raise ValueError(
+                f"`documents` ({type(documents).__name__}) must be a `datasets.IterableDataset`: give one split of what "
+                "`load_documents(..., streaming=True)` returns."
+            )
         if tokenizer.eos_token_id is None:
             raise ValueError(
                 "The tokenizer's `eos_token` (None) must be set, since it separates documents: call "

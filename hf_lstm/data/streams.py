@@ -6,6 +6,7 @@ is a stream without beginning or end and has none.
 """
 
 import copy
+import hashlib
 import json
 from collections.abc import Iterable, Sequence
 
@@ -51,8 +52,8 @@ class TokenStream:
         hold its ids. A data set that lies on disk is tokenized once: `datasets` keeps its tokens beside it, which for a
         file is in its cache, told apart by its contents and the tokenizer, and they are read from there as needed.
 
-        A text of more than `PIECE_LENGTH` characters is cut after a line end for the tokenizer, which matters to none
-        that reads characters, bytes or words.
+        A text of more than `PIECE_LENGTH` characters is cut for the tokenizer, after a line end or before a space where
+        there is one, which then matters to none that reads characters, bytes or words.
 
         Args:
             texts (`Iterable[str]` or `datasets.Dataset`):
@@ -63,20 +64,10 @@ class TokenStream:
             ValueError: if `texts` are a str, several splits or have no column `text`, no text holds a token, `tokenizer`
                 has no `eos_token` to put between several, or the tokens cannot be written.
         """
-        from datasets import Dataset, Features, IterableDataset, List, Value
+        import pyarrow.compute
+        from datasets import Features, List, Value
 
-        if isinstance(texts, str):
-            raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
-        if isinstance(texts, dict):
-            raise ValueError(f"`texts` has the splits {', '.join(texts)}: give one of them, such as `texts['train']`.")
-        if isinstance(texts, IterableDataset):
-            raise ValueError("`texts` is streamed, and has no end that is known: make `StreamingLanes` of it.")
-        if isinstance(texts, Dataset) and "text" not in texts.column_names:
-            raise ValueError(
-                f"`texts` has no column `text`, only {', '.join(texts.column_names)}: rename the one that holds the text."
-            )
-        if not isinstance(texts, Dataset):
-            texts = Dataset.from_dict({"text": list(texts)}, features=Features({"text": Value("string")}))
+        texts = _rows_of(texts)
         documents = count_documents(texts)
         if documents > 1 and tokenizer.eos_token_id is None:
             raise ValueError(
@@ -99,8 +90,6 @@ class TokenStream:
             )
         if len(rows) == 0 or len(_flat(rows)) == 0:
             raise ValueError("The corpus holds no text: every document is empty. Was it the right file and column?")
-
-        import pyarrow.compute
 
         columns = rows.data
         num_bytes = pyarrow.compute.sum(columns["bytes"]).as_py()
@@ -178,6 +167,13 @@ class TokenStream:
             counts += numpy.bincount(chunk.to_numpy(), minlength=vocab_size)
         return torch.from_numpy(counts)
 
+    def digest(self) -> str:
+        """What tells the stream from any other: of its tokens and where its documents begin."""
+        digest = hashlib.sha256(self.document_starts.numpy())
+        for chunk in self.tokens.chunks:
+            digest.update(numpy.ascontiguousarray(chunk.to_numpy()))
+        return digest.hexdigest()
+
     def shuffled(self, seed: int | Sequence[int]) -> "TokenStream":
         """
         The same documents in another order, a function of the seed; the last `<eos>` stays where it is.
@@ -239,6 +235,25 @@ class _Tokenization:
             parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
             tokenizer = (parts, tokenizer.split_special_tokens)
         return tokenizer, self.separator, self.dtype.name, tokenizers.PIECE_LENGTH, FORMAT
+
+
+def _rows_of(texts):
+    """Texts as a data set."""
+    from datasets import Dataset, Features, IterableDataset, Value
+
+    if isinstance(texts, str):
+        raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
+    if isinstance(texts, dict):
+        raise ValueError(f"`texts` has the splits {', '.join(texts)}: give one of them, such as `texts['train']`.")
+    if isinstance(texts, IterableDataset):
+        raise ValueError("`texts` is streamed, and has no end that is known: make `StreamingLanes` of it.")
+    if not isinstance(texts, Dataset):
+        return Dataset.from_dict({"text": list(texts)}, features=Features({"text": Value("string")}))
+    if "text" not in texts.column_names:
+        raise ValueError(
+            f"`texts` has no column `text`, only {', '.join(texts.column_names)}: rename the one that holds the text."
+        )
+    return texts
 
 
 def as_stream(tokens) -> TokenStream:

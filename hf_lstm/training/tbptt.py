@@ -240,10 +240,10 @@ def last_complete_checkpoint(output_dir: str | Path, carried: bool = True) -> Pa
 def is_complete(checkpoint: Path, carried: bool = True) -> bool:
     """
     Whether a checkpoint holds the carried state of every process and all that lay there when it was written; without a
-    carried state, whether Trainer came to the end of it.
+    carried state, whether Trainer came to the end of it, and no state was carried.
     """
     if not carried:
-        return (checkpoint / TRAINER_STATE_NAME).is_file()
+        return (checkpoint / TRAINER_STATE_NAME).is_file() and not (checkpoint / state_file(0)).exists()
     try:
         with safe_open(checkpoint / state_file(0), framework="pt") as file:
             metadata = file.metadata()

@@ -292,8 +292,8 @@ def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
     (folder / "beer.txt").write_text(TEXT)
     command = [sys.executable, SCRIPTS / "train.py", "--train_file", "beer.txt", "--output_dir", "run", *SMALL]
-    command += ["--hidden_size", "64", "--num_train_epochs", "20", "--warmup_steps", "5", "--eval_steps", "200"]
-    subprocess.run([*command, "--save_steps", "200"], cwd=folder, check=True, capture_output=True)
+    command += ["--hidden_size", "64", "--num_train_epochs", "20", "--warmup_steps", "5", "--eval_steps", "2000"]
+    subprocess.run([*command, "--save_steps", "2000"], cwd=folder, check=True, capture_output=True)
     return folder / "run"
 
 

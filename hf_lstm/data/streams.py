@@ -14,8 +14,7 @@ import numpy
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from hf_lstm import tokenizers
-from hf_lstm.tokenizers import pieces_of, pieces_of_all
+from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of, pieces_of_all
 
 from .corpora import count_documents, writable_cache
 
@@ -234,7 +233,7 @@ class _Tokenization:
         if tokenizer.is_fast:
             parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
             tokenizer = (parts, tokenizer.split_special_tokens)
-        return tokenizer, self.separator, self.dtype.name, tokenizers.PIECE_LENGTH, FORMAT
+        return tokenizer, self.separator, self.dtype.name, PIECE_LENGTH, FORMAT
 
 
 def _rows_of(texts):

@@ -107,15 +107,21 @@ SMALL = ["--hidden_size", "16", "--per_device_train_batch_size", "4", "--per_dev
 SMALL += ["--bptt_length", "16", "--logging_steps", "2", "--eval_steps", "4", "--save_steps", "4", "--use_cpu", "true"]
 
 
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """Runs a script in this process, which spares the import of torch; gives what it printed."""
-
-    def run(name, *arguments):
+def run_script(name, *arguments):
+    """A script in this process, which spares the import of torch."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.syspath_prepend(SCRIPTS)  # where the script itself would look
         monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
-        capsys.readouterr()
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a script and gives what it printed."""
+
+    def run(name, *arguments):
+        capsys.readouterr()
+        run_script(name, *arguments)
         return capsys.readouterr().out
 
     return run

@@ -92,7 +92,7 @@ def test_tokenizers_of_others_work_in_all_scripts(run, tmp_path, text_file, name
     assert AutoTokenizer.from_pretrained(folder).eos_token == ("[SEP]" if name == "bert" else "<|endoftext|>")
 
 
-@pytest.mark.parametrize("batching", ["packed", "padded"])
+@pytest.mark.parametrize("batching", ["packed", pytest.param("padded", marks=pytest.mark.slow)])
 def test_documents_train_and_resume(run, tmp_path, poems, batching):
     runs = [tmp_path / "whole", tmp_path / "broken"]
     common = ["--train_file", poems, "--batching", batching, "--prompt", "", "--max_steps", 12, *SMALL]

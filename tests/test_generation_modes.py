@@ -183,7 +183,7 @@ def test_scores_and_hidden_states_are_those_of_the_text(model, options):
         torch.testing.assert_close(scores.sum(dim=1) / 7, result.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 def test_compiled_decoding_is_one_graph(model, backend):
     expected = generate(model)
     from transformers import CompileConfig

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import run_script
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,11 +26,12 @@ LAST_NUMBERS = {1: (0, 1.0), 4: (1, 1.2)}  # bits per byte of a text that was le
 def folder(tmp_path_factory):
     """A folder where the README's first command has been run, as far as it goes in two steps."""
     folder = tmp_path_factory.mktemp("readme")
-    options = "--output_dir runs/first --max_steps 2 --logging_steps 2 --eval_steps 2 --save_steps 2 --hidden_size 32"
+    options = "--max_steps 2 --logging_steps 2 --eval_steps 2 --save_steps 2 --hidden_size 32 --use_cpu true"
     (folder / "text.txt").write_text("def main():\n    print('hello')\n" * 100)
-    command = [sys.executable, ROOT / "scripts" / "train.py", *options.split(), "--train_file", "text.txt"]
-    command += ["--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "2"]
-    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+    options += " --per_device_train_batch_size 4 --per_device_eval_batch_size 2"
+    run_script(
+        "train.py", *options.split(), "--train_file", folder / "text.txt", "--output_dir", folder / "runs/first"
+    )
     return folder
 
 

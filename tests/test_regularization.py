@@ -232,6 +232,7 @@ def test_only_kept_positions_are_penalized():
     assert kept.loss.item() == pytest.approx(expected.loss.item(), rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
 def test_dropout_under_autocast_and_compiled():
     torch._dynamo.reset()

@@ -2,12 +2,11 @@
 
 import io
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, SMALL, TEXT
+from conftest import SCRIPTS, SMALL, TEXT, run_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -108,6 +107,7 @@ def test_poems_are_documents(run, tmp_path, tokenizer):
     assert metrics["test_bits_per_byte"] > 0
 
 
+@pytest.mark.slow
 def test_everything_at_once(run, tmp_path, text_file):
     """Words, random lengths, every kind of regularisation, NT-ASGD and TensorBoard: one run, resumed to the same bits."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -291,9 +291,20 @@ def trained(tmp_path_factory):
     """A small model that has learnt the song."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "beer.txt").write_text(TEXT)
-    command = [sys.executable, SCRIPTS / "train.py", "--train_file", "beer.txt", "--output_dir", "run", *SMALL]
-    command += ["--hidden_size", "64", "--num_train_epochs", "20", "--warmup_steps", "5", "--eval_steps", "2000"]
-    subprocess.run([*command, "--save_steps", "2000"], cwd=folder, check=True, capture_output=True)
+    command = ["--train_file", folder / "beer.txt", "--output_dir", folder / "run", *SMALL]
+    command += [
+        "--hidden_size",
+        "64",
+        "--num_train_epochs",
+        "8",
+        "--learning_rate",
+        "0.01",
+        "--warmup_steps",
+        "5",
+        "--eval_steps",
+        "2000",
+    ]
+    run_script("train.py", *command, "--save_steps", "2000")
     return folder / "run"
 
 

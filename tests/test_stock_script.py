@@ -1,6 +1,7 @@
 """Everybody's own training script works too, in one process and under `accelerate launch`."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,18 +13,27 @@ SCRIPT = Path(__file__).parent / "stock_script.py"
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_stock_script_learns(tmp_path, processes):
+def test_a_stock_script_learns(tmp_path, monkeypatch, capsys, processes):
+    if processes == 1:
+        monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path / "run")])
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+        check(capsys.readouterr().out, 1, tmp_path / "run")
+        return
     # `--multi_gpu` is what starts several processes by torchrun; the script itself says `use_cpu=True`
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--num_processes", str(processes), "--num_cpu_threads_per_process", "1", "--dynamo_backend", "no"]
     launch += ["--main_process_port", "0"]
-    command = [sys.executable, *(launch if processes > 1 else []), SCRIPT, tmp_path / "run"]
+    command = [sys.executable, *launch, SCRIPT, tmp_path / "run"]
 
     ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
 
     assert ran.returncode == 0, ran.stderr
-    result = json.loads([line for line in ran.stdout.splitlines() if line.startswith('{"before"')][-1])
+    check(ran.stdout, processes, tmp_path / "run")
+
+
+def check(printed, processes, folder):
+    result = json.loads([line for line in printed.splitlines() if line.startswith('{"before"')][-1])
     assert result["processes"] == processes
     assert result["before"] > 3
     assert result["after"] < 0.6 * result["before"]
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "run").config.hidden_size == 32
+    assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 32

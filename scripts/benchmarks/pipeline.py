@@ -41,7 +41,13 @@ def main() -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     trainer = Trainer(
         model,
-        LSTMTrainingArguments("unused", per_device_train_batch_size=lanes, bf16=device == "cuda", report_to="none"),
+        LSTMTrainingArguments(
+            "unused",
+            per_device_train_batch_size=lanes,
+            bf16=device == "cuda",
+            dataloader_pin_memory=device == "cuda",
+            report_to="none",
+        ),
         train_dataset=dataset,
         data_collator=default_data_collator,
     )

@@ -44,7 +44,7 @@ def evaluate_stream(
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
     if len(stream) < 2:
         raise ValueError(f"The stream holds {len(stream)} tokens: it must hold at least two, one to predict another.")
-    stream.counts(model.config.vocab_size)  # refuses ids outside of it
+    stream.check_ids(model.config.vocab_size)
 
     targets = len(stream) - 1
     part = math.ceil(targets / batch_size)

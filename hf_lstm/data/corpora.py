@@ -22,10 +22,8 @@ from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of
 
 SPLITS = ("train", "validation", "test")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
-LINES = (
-    ".jsonl",
-    ".ndjson",
-)  # a record in each line; read here, since `datasets` turns mixed columns into JSON's source
+# With a record in each line; read here, since `datasets` makes JSON's source of texts that stand among other values.
+LINES = (".jsonl", ".ndjson")
 READERS = {  # those of `datasets`; "NA" and "null" in a .csv file are texts too
     ".json": ("json", {}),
     ".csv": ("csv", {"keep_default_na": False}),

@@ -146,13 +146,8 @@ class TokenStream:
         """Where the documents begin that the tokens at `indices` belong to; both of any one shape."""
         return self.document_starts[torch.searchsorted(self.document_starts, indices, right=True) - 1]
 
-    def counts(self, vocab_size: int) -> torch.Tensor:
-        """
-        How often each token occurs, `(vocab_size,)`.
-
-        Raises:
-            ValueError: if there are ids outside the vocabulary.
-        """
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise `ValueError` if there are ids outside a vocabulary."""
         import pyarrow.compute
 
         least, most = pyarrow.compute.min_max(self.tokens).as_py().values()
@@ -161,6 +156,10 @@ class TokenStream:
                 f"The stream holds ids from {least} to {most}: they must lie within the model's vocabulary of "
                 f"{vocab_size}. Was it made by another tokenizer?"
             )
+
+    def counts(self, vocab_size: int) -> torch.Tensor:
+        """How often each token occurs, `(vocab_size,)`. Raises `ValueError` for ids outside the vocabulary."""
+        self.check_ids(vocab_size)
         counts = numpy.zeros(vocab_size, dtype=numpy.int64)
         for chunk in self.tokens.chunks:
             counts += numpy.bincount(chunk.to_numpy(), minlength=vocab_size)

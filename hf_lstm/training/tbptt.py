@@ -201,9 +201,9 @@ class TruncatedBPTTCallback(TrainerCallback):
                 "`resume_from_checkpoint` of `LSTMTrainingArguments` too."
             )
         for name in self._metadata:
-            if metadata.get(name, expected[name]) != expected[name]:  # what an earlier version did not write
+            if metadata.get(name) != expected[name]:
                 raise ValueError(
-                    f"`{name}` was {metadata[name]} in {path.parent} and is {expected[name]} now: resume with the same "
+                    f"`{name}` was {metadata.get(name)} in {path.parent} and is {expected[name]} now: resume with the same "
                     "text, optimizer, processes, batch size and `bptt_length`, since a lane's state belongs to its place."
                 )
         tensors = load_file(path, device=str(model.device))

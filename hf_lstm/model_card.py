@@ -1,5 +1,6 @@
 """The model card that a training run writes about itself."""
 
+import json
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -10,7 +11,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PACKAGES = ("hf-lstm", "torch", "transformers", "tokenizers", "datasets", "accelerate")
 
 
-def write_model_card(
+def describe_run(
     folder: str | Path,
     model,
     data: str,
@@ -20,9 +21,9 @@ def write_model_card(
     reset_at_documents: bool = False,
     sample: str | None = None,
     start: str = "",
-) -> Path:
+) -> dict:
     """
-    Write `README.md` into a model's folder, with metadata that the Hub reads.
+    All that a card says, as a dict that JSON can hold: a card is rendered from it, today or later.
 
     Args:
         folder (`str` or `Path`): Where the model lies; its name is the model's.
@@ -34,47 +35,54 @@ def write_model_card(
         reset_at_documents (`bool`, defaults to `False`): Whether the state started anew with every document.
         sample (`str`, *optional*): A text the model wrote.
         start (`str`, defaults to `""`): What the snippet lets the model continue.
-
-    Returns:
-        `Path`: The card.
     """
-    folder = Path(folder)
+    folder, config = Path(folder), model.config
+    return {
+        "name": folder.name,
+        "folder": folder.as_posix() if not folder.is_absolute() else folder.name,
+        "parameters": model.num_parameters(),
+        "architecture": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary of {config.vocab_size:,}",
+        "state_size": 2 * sum(config.cell_sizes),
+        "data": data,
+        "results": results,
+        "procedure": procedure,
+        "command": command,
+        "state": "starting anew with every document" if reset_at_documents else "carried through the whole split",
+        "sample": sample,
+        "start": start,
+        "versions": {"Python": platform.python_version()} | {name: version(name) for name in PACKAGES},
+    }
+
+
+def render_model_card(run: dict, picture: str = "learning_curve.png") -> str:
+    """The card of a run that `describe_run` described, with metadata that the Hub reads; `picture` is its learning curve."""
     metadata = ModelCardData(
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf-lstm", "lstm"],
-        model_name=folder.name,
+        model_name=run["name"],
         eval_results=[
             EvalResult(
                 task_type="text-generation",
                 dataset_type="text",
-                dataset_name=data,
+                dataset_name=run["data"],
                 dataset_split=split,
                 metric_type=metric,
                 metric_value=round(result[metric], 6),
             )
-            for split, result in results.items()
+            for split, result in run["results"].items()
             for metric in ("loss", "perplexity", "bits_per_byte", "accuracy")
         ],
     )
-    config = model.config
-    card = ModelCard.from_template(
-        metadata,
-        template_path=str(TEMPLATE),
-        name=folder.name,
-        folder=folder.as_posix() if not folder.is_absolute() else folder.name,
-        parameters=model.num_parameters(),
-        architecture=f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary of {config.vocab_size:,}",
-        state_size=2 * sum(config.cell_sizes),
-        data=data,
-        results=results,
-        procedure=procedure,
-        command=command,
-        state="starting anew with every document" if reset_at_documents else "carried through the whole split",
-        sample=sample,
-        start=start.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
-        versions=", ".join([f"Python {platform.python_version()}"] + [f"{name} {version(name)}" for name in PACKAGES]),
-    )
-    path = folder / "README.md"
-    card.save(path)
-    return path
+    values = run | {
+        "start": run["start"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
+        "versions": ", ".join(f"{name} {number}" for name, number in run["versions"].items()),
+        "picture": picture,
+    }
+    return str(ModelCard.from_template(metadata, template_path=str(TEMPLATE), **values))
+
+
+def write_model_card(folder: str | Path, run: dict) -> None:
+    """Write `run.json`, what `describe_run` returned, and `README.md`, the card, into a model's folder."""
+    (Path(folder) / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (Path(folder) / "README.md").write_text(render_model_card(run), encoding="utf-8")

@@ -4,8 +4,8 @@ python scripts/train.py --output_dir runs/first
 python scripts/train.py --recipe scripts/recipes/shakespeare_cpu.args --output_dir runs/shakespeare
 
 Without a corpus it learns Python, from the source of the standard library. A recipe is a file of flags; those on the
-command line have the last word. `--output_dir` receives the best model, its
-tokenizer, metrics.json, learning_curve.png, a model card (README.md) and the checkpoints to resume from.
+command line have the last word. `--output_dir` receives the best model, its tokenizer, metrics.json,
+learning_curve.png, a model card (README.md, rendered from run.json) and the checkpoints to resume from.
 """
 
 import itertools
@@ -26,7 +26,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream
-from hf_lstm.model_card import write_model_card
+from hf_lstm.model_card import describe_run, write_model_card
 from hf_lstm.tokenizers import ends_lines
 from hf_lstm.training import (
     NTASGD,
@@ -222,17 +222,18 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
     text = sample(model, tokenizer, data_args.prompt)
     batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     if data_args.batching == "lanes":
-        steps = f"steps of {batch * data_args.bptt_length:,} tokens"
+        tokens = batch * data_args.bptt_length
+        steps = f"steps of {tokens:,} tokens, {trainer.state.global_step * tokens / 1e6:.2f} million in all"
         method = f"truncated backpropagation through {data_args.bptt_length} tokens with the state carried on"
         method += " within each document" if data_args.reset_at_documents else ""
     else:
         steps = f"steps of {batch:,} documents, {data_args.batching}"
         method = f"backpropagation through at most {data_args.bptt_length} tokens of each document"
-    write_model_card(
+    run = describe_run(
         folder,
         model,
         data=Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or STANDARD_LIBRARY,
-        results=results,
+        results=results | {f"validation, the state reset every {RESET_EVERY} tokens": short},
         procedure=f"{trainer.state.global_step:,} {steps}{duration}; {method}; seed {args.seed}. "
         f"The weights are those of step {trainer.state.best_global_step or trainer.state.global_step:,}.",
         command=command_of(sys.argv[1:]),
@@ -240,6 +241,7 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         sample=text,
         start=data_args.prompt,
     )
+    write_model_card(folder, run)
     print(f"\n{text}\n")
     for split, result in results.items():
         print(

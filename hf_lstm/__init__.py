@@ -3,7 +3,7 @@
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .data import DocumentDataset, LaneDataset, StreamingLanes, TokenStream, load_corpus, load_documents
-from .evaluation import evaluate_stream
+from .evaluation import evaluate_stream, minimal_pairs, surprisal, word_surprisal
 from .model.configuration_lstm import LSTMConfig
 from .model.modeling_lstm import LSTMForCausalLM, LSTMModel, LSTMPreTrainedModel
 from .tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
@@ -34,5 +34,8 @@ __all__ = [
     "evaluate_stream",
     "load_corpus",
     "load_documents",
+    "minimal_pairs",
+    "surprisal",
+    "word_surprisal",
     "word_tokenizer",
 ]

@@ -10,7 +10,7 @@ import torch
 from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer
 
-from hf_lstm import LaneDataset, TokenStream, byte_tokenizer, char_tokenizer, load_corpus, tokenizers
+from hf_lstm import LaneDataset, TokenStream, byte_tokenizer, char_tokenizer, load_corpus, tokenizers, word_tokenizer
 from hf_lstm.data import corpora, load_documents
 
 POEMS = ["白日依山盡，", "黃河入海流。", "欲窮千里目，\n", "更上一層樓。"]
@@ -40,6 +40,22 @@ def test_documents_stand_between_ends():
 @pytest.mark.parametrize(("text", "expected"), [("aé", 2), ("éa", 1), ("床b", 1)])
 def test_the_bytes_counted_are_those_of_the_targets(text, expected):
     assert TokenStream.from_documents([text], char_tokenizer([text])).num_bytes == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "tokenizer", "characters", "words"),
+    [
+        ("a bc\nd", char_tokenizer(["a bc\nd"]), 5, 2),  # "a" is spelled by the first token, and so not predicted
+        ("ab c", char_tokenizer(["abc "]), 3, 2),
+        (" ab", char_tokenizer(["ab "]), 2, 1),
+        ("床b", byte_tokenizer(), 2, 1),
+        ("a bc a", word_tokenizer(["a bc a"]), 5, 2),
+    ],
+)
+def test_characters_and_words_are_those_of_the_targets(text, tokenizer, characters, words):
+    stream = TokenStream.from_documents([text], tokenizer)
+
+    assert (stream.num_characters, stream.num_words) == (characters, words)
 
 
 def test_the_first_byte_of_a_character_is_one_byte():

@@ -18,8 +18,9 @@ from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of, pieces_of_all
 
 from .corpora import count_documents, writable_cache
 
+SIZES = ("num_bytes", "num_characters", "num_words")
 BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
-FORMAT = 1  # of the tokens in the cache: another number, and those of earlier versions are forgotten
+FORMAT = 2  # of the tokens in the cache: another number, and those of earlier versions are forgotten
 
 
 class TokenStream:
@@ -30,17 +31,25 @@ class TokenStream:
         tokens (`torch.Tensor`, array, list or `pyarrow.ChunkedArray`): Token ids, a single dimension of N integers.
         document_starts (`torch.LongTensor` of shape `(documents,)`, *optional*):
             Where each document begins, ascending, first 0; without it there is one document.
-        num_bytes (`int`, defaults to 0):
-            UTF-8 bytes that the targets spell, all tokens but the first, which nothing predicts; 0 if unknown.
+        num_bytes, num_characters, num_words (`int`, defaults to 0):
+            How much text the targets spell, all tokens but the first, which nothing predicts: in UTF-8, in Unicode
+            characters and in words between white space; 0 if unknown.
 
     Raises:
         ValueError: if `tokens` are no integers in a single dimension.
     """
 
-    def __init__(self, tokens, document_starts: torch.Tensor | None = None, num_bytes: int = 0):
+    def __init__(
+        self,
+        tokens,
+        document_starts: torch.Tensor | None = None,
+        num_bytes: int = 0,
+        num_characters: int = 0,
+        num_words: int = 0,
+    ):
         self._hold(_as_arrow(tokens))
         self.document_starts = torch.zeros(1, dtype=torch.long) if document_starts is None else document_starts
-        self.num_bytes = num_bytes
+        self.num_bytes, self.num_characters, self.num_words = num_bytes, num_characters, num_words
         self._sources = None  # where each document lies in `tokens`, if they stand in another order
         self._rows = None  # the data set that holds the tokens, if one does
 
@@ -82,7 +91,8 @@ class TokenStream:
                 batch_size=min(max(1, BATCH_BYTES // mean_bytes), 10_000),
                 remove_columns=texts.column_names,
                 features=Features(
-                    {"tokens": List(Value(tokenization.dtype.name)), "starts": Value("bool"), "bytes": Value("int64")}
+                    {"tokens": List(Value(tokenization.dtype.name)), "starts": Value("bool")}
+                    | dict.fromkeys(SIZES, Value("int64"))
                 ),
                 keep_in_memory=not texts.cache_files,
                 desc="tokenizing",
@@ -91,15 +101,16 @@ class TokenStream:
             raise ValueError("The corpus holds no text: every document is empty. Was it the right file and column?")
 
         columns = rows.data
-        num_bytes = pyarrow.compute.sum(columns["bytes"]).as_py()
+        sizes = {name: pyarrow.compute.sum(columns[name]).as_py() for name in SIZES}
         document_starts = None
         if documents > 1:
             ends = pyarrow.compute.list_value_length(columns["tokens"]).to_numpy().cumsum(dtype=numpy.int64)
             row_starts = numpy.concatenate([[0], ends[:-1]])
             document_starts = torch.from_numpy(row_starts[columns["starts"].to_numpy()])
         else:
-            num_bytes -= _first_bytes(texts["text"], tokenizer)
-        stream = cls(_flat(rows, tokenization.separator), document_starts, num_bytes)
+            first = _first_sizes(texts["text"], tokenizer)
+            sizes = {name: size - first[name] for name, size in sizes.items()}
+        stream = cls(_flat(rows, tokenization.separator), document_starts, **sizes)
         stream._rows, stream._end = rows, tokenization.separator
         return stream
 
@@ -213,7 +224,7 @@ class _Tokenization:
 
     def __call__(self, batch):
         texts = batch["text"]
-        rows = {"tokens": [], "starts": [], "bytes": []}
+        rows = {name: [] for name in ("tokens", "starts", *SIZES)}
         for text, ids, continues in zip(
             texts, encode(texts, self.tokenizer), batch.get("continues", [None] * len(texts)), strict=True
         ):
@@ -223,7 +234,8 @@ class _Tokenization:
                 ids = numpy.concatenate([numpy.array(self.separator, dtype=numpy.int32), ids])
             rows["tokens"].append(ids.astype(self.dtype))
             rows["starts"].append(not continues)
-            rows["bytes"].append(len((text or "").encode()))
+            for name, size in _sizes(text or "").items():
+                rows[name].append(size)
         return rows
 
     def __getstate__(self):
@@ -301,15 +313,22 @@ def _encode_pieces(pieces, tokenizer):
             batch, length = [], 0
 
 
-def _first_bytes(texts: Iterable[str | None], tokenizer) -> int:
-    """Bytes that the first token spells: its share of them where several tokens spell one character."""
+def _sizes(text: str) -> dict[str, int]:
+    return dict(zip(SIZES, (len(text.encode()), len(text), len(text.split())), strict=True))
+
+
+def _first_sizes(texts: Iterable[str | None], tokenizer) -> dict[str, int]:
+    """How much text the first token spells: its share of the bytes where several tokens spell one character."""
     for piece in pieces_of_all(texts):
         ids = encode([piece], tokenizer)[0]
         if len(ids) == 0:
             continue
         if not tokenizer.is_fast:
-            return len(tokenizer.decode(ids[:1]).encode())
-        offsets = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        start, end = offsets[0]
-        return len(piece[start:end].encode()) // offsets.count(offsets[0])
-    return 0
+            start, end, tokens = 0, len(tokenizer.decode(ids[:1])), 1
+        else:
+            offsets = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            (start, end), tokens = offsets[0], offsets.count(offsets[0])
+        spelled = _sizes(piece[start:end])
+        words = len(piece.split()) - len(piece[end:].split())
+        return {name: size // tokens for name, size in spelled.items()} | {"num_words": words if tokens == 1 else 0}
+    return dict.fromkeys(SIZES, 0)

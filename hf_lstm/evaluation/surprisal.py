@@ -1,0 +1,250 @@
+"""Surprisal: how unexpected each token, word or region of a text is to a model (Hale 2001, Levy 2008)."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+import numpy
+import torch
+from transformers import DynamicCache, PreTrainedTokenizerBase
+
+from hf_lstm.data.streams import TokenStream
+from hf_lstm.tokenizers import pieces_of
+
+from .reading import evaluating, nats_of, predict, read_chunks, stream_for
+
+
+def surprisal(
+    model,
+    tokenizer: PreTrainedTokenizerBase,
+    texts: Iterable[str],
+    base: float = 2,
+    start_token: str | None = None,
+    batch_size: int = 8,
+    bptt_length: int = 256,
+):
+    """
+    -log p of every token given all before it in its text. Each text is read from a zero state, whatever its length.
+
+    Args:
+        model (`LSTMForCausalLM`): Left as it was; dropout is off meanwhile.
+        tokenizer (`PreTrainedTokenizerBase`): A fast tokenizer, the model's own.
+        texts (`Iterable[str]`): Any texts, of any lengths.
+        base (`float`, defaults to 2): That of the logarithm: 2 for bits, `math.e` for nats.
+        start_token (`str`, *optional*):
+            What the first token is predicted from: a token that the model has seen before its texts, `"<eos>"` if it was
+            trained on documents of a `TokenStream`. Without it nothing predicts the first token: its surprisal is NaN.
+        batch_size, bptt_length (`int`, default to 8 and 256):
+            Texts that are read side by side, one behind the other, and tokens of each that are read at once; they change
+            time and memory, not the numbers.
+
+    Returns:
+        `pandas.DataFrame`: a row per token, with `text` (its number, from 0), `token` (what it decodes to), `start` and
+        `end` (where it stands in the text, in characters) and `surprisal`. Its `groupby("text")["surprisal"].sum()` is
+        -log p of each text, and its `to_csv(path)` writes it to a file.
+
+    Raises:
+        ValueError: if there is no text, or one is empty or becomes no token, the tokenizer is slow, not the model's or without the
+            `start_token`, `base` is not above 1, or predictions are not numbers.
+    """
+    import pandas
+
+    if isinstance(texts, str):
+        raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
+    if not base > 1:
+        raise ValueError(f"`base` ({base}) must be above 1: 2 for bits, `math.e` for nats.")
+    for name, value in (("batch_size", batch_size), ("bptt_length", bptt_length)):
+        if value < 1:
+            raise ValueError(f"`{name}` ({value}) must be at least 1.")
+    check_tokenizer(model, tokenizer)
+    start = _start_of(start_token, tokenizer)
+    texts = list(texts)
+    if not texts:
+        raise ValueError("`texts` are none: there must be at least one.")
+    ids, spans = _encode(texts, tokenizer)
+    nats = _nats_of_documents(model, [start + document for document in ids], batch_size, bptt_length)
+    lengths = [len(document) for document in ids]
+    decoded = {token: tokenizer.decode([token]) for token in set().union(*ids)}
+    spans = numpy.concatenate(spans)
+    return pandas.DataFrame(
+        {
+            "text": numpy.repeat(numpy.arange(len(texts)), lengths),
+            "token": [decoded[token] for document in ids for token in document],
+            "start": spans[:, 0],
+            "end": spans[:, 1],
+            "surprisal": numpy.concatenate([costs[len(start) :] for costs in nats]) / math.log(base),
+        }
+    )
+
+
+def word_surprisal(tokens, texts: Sequence[str], regions: Sequence[Sequence[tuple[int, int]]] | None = None):
+    """
+    The surprisal of each word, or each given region, of texts: the sum over its tokens.
+
+    Words are what stands between white space. White space belongs to the word behind it, as it does in the pieces of
+    GPT-2's kind, so that the sums of characters and of pieces mean the same; white space at the end of a text belongs to
+    its last word. A token that spells parts of several words or regions counts for the first of them. A sum that lacks
+    the first token of a text, because nothing predicted it, is NaN.
+
+    Args:
+        tokens (`pandas.DataFrame`): What [`surprisal`] returned.
+        texts (`Sequence[str]`): The same texts.
+        regions (`Sequence[Sequence[tuple[int, int]]]`, *optional*):
+            For each text the regions, as where they begin and end in it, in characters; by default its words.
+
+    Returns:
+        `pandas.DataFrame`: a row per word or region, with `text`, `word` (what it is), `start` and `end` (in characters),
+        `tokens` (how many) and `surprisal` (in the unit of `tokens`).
+
+    Raises:
+        ValueError: if a region is empty or reaches beyond its text, or there are not as many lists of regions as texts.
+    """
+    import pandas
+
+    if regions is not None and len(regions) != len(texts):
+        raise ValueError(
+            f"`regions` are given for {len(regions)} texts, and there are {len(texts)}: one list for each."
+        )
+    starts, costs, numbers = (tokens[name].to_numpy() for name in ("start", "surprisal", "text"))
+    if len(numbers) > 0 and numbers[-1] != len(texts) - 1:
+        raise ValueError(
+            f"`tokens` are those of {numbers[-1] + 1} texts, and there are {len(texts)}: give the same texts."
+        )
+    text_bounds = numpy.searchsorted(numbers, numpy.arange(len(texts) + 1))
+    rows = []
+    for number, text in enumerate(texts):
+        own = slice(text_bounds[number], text_bounds[number + 1])
+        words = [match.span() for match in re.finditer(r"\S+", text)] or [(0, len(text))]
+        first, last = numpy.array(words).T
+        # of each token the word it begins in, or else the next one, which white space belongs to; they ascend
+        word_of = numpy.minimum(numpy.searchsorted(last, starts[own], side="right"), len(words) - 1)
+        if regions is None:
+            spans, keys, bounds = words, word_of, [(index, index + 1) for index in range(len(words))]
+        else:
+            spans = bounds = [_checked_region(region, text, number) for region in regions[number]]
+            keys = numpy.maximum(starts[own], first[word_of])
+        for (start, end), (low, high) in zip(spans, numpy.searchsorted(keys, bounds).tolist(), strict=True):
+            rows.append((number, text[start:end], start, end, high - low, costs[own][low:high].sum()))
+    return pandas.DataFrame(rows, columns=["text", "word", "start", "end", "tokens", "surprisal"])
+
+
+def minimal_pairs(model, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[dict], start_token: str | None = None):
+    """
+    Whether a model finds the good sentence of each pair more probable than the bad one (Warstadt et al. 2020, BLiMP).
+
+    Args:
+        model, tokenizer, start_token: As in [`surprisal`]. Where nothing predicts the first token, it does not count.
+        pairs (`Iterable[dict]`): Each with `sentence_good` and `sentence_bad`, and any other fields.
+
+    Returns:
+        `pandas.DataFrame`: a row per pair, with its fields, `log_probability_good` and `log_probability_bad` (nats) and
+        `correct`, which is False for a tie. Its `["correct"].mean()` is the accuracy, and its
+        `groupby("field")["correct"].mean()` that of each field.
+
+    Raises:
+        ValueError: for a pair without the two sentences, or a sentence of which nothing is predicted.
+    """
+    import pandas
+
+    pairs = list(pairs)
+    names = ("sentence_good", "sentence_bad")
+    for number, pair in enumerate(pairs):
+        for name in names:
+            if not isinstance(pair.get(name), str):
+                raise ValueError(
+                    f"Pair {number} has no text in `{name}`, only the fields {', '.join(map(str, pair))}: each needs both "
+                    "`sentence_good` and `sentence_bad`."
+                )
+    tokens = surprisal(model, tokenizer, [pair[name] for name in names for pair in pairs], math.e, start_token)
+    predicted = tokens.dropna().groupby("text")["surprisal"]
+    sums, counts = (-predicted.sum()).reindex(range(2 * len(pairs))), predicted.size()
+    for index in range(2 * len(pairs)):
+        if index not in counts.index:
+            kind, number = divmod(index, len(pairs))
+            raise ValueError(
+                f"Nothing predicts the single token of `{names[kind]}` of pair {number}: give longer sentences, or a "
+                "`start_token`."
+            )
+    good, bad = sums.to_numpy().reshape(2, -1)
+    scores = {"log_probability_good": good, "log_probability_bad": bad, "correct": good > bad}
+    return pandas.DataFrame(pairs).assign(**scores)
+
+
+def check_tokenizer(model, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` where a tokenizer cannot be the one that a model was trained with."""
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say where in a text its tokens stand: a fast tokenizer is needed."
+        )
+    most = max(tokenizer.get_vocab().values())
+    if most >= model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has ids up to {most}, and the model a vocabulary of {model.config.vocab_size}: give the "
+            "tokenizer that the model was trained with."
+        )
+
+
+def _start_of(start_token: str | None, tokenizer) -> list[int]:
+    """The tokens before each text: one or none."""
+    if start_token is None:
+        return []
+    if start_token not in tokenizer.get_vocab():
+        raise ValueError(f"`start_token` ({start_token!r}) is no token of the tokenizer: name one that it has.")
+    return [tokenizer.get_vocab()[start_token]]
+
+
+def _checked_region(region: tuple[int, int], text: str, number: int) -> tuple[int, int]:
+    start, end = region
+    if not 0 <= start < end <= len(text):
+        raise ValueError(
+            f"Region {start} to {end} lies outside text {number}, which has {len(text)} characters: it must begin at 0 or "
+            "later, and end behind its beginning and not behind the text."
+        )
+    return start, end
+
+
+def _encode(texts: list[str], tokenizer) -> tuple[list[list[int]], list[numpy.ndarray]]:
+    """The tokens of each text, and where they stand in it, `(tokens, 2)`; as [`TokenStream`] reads them, in pieces."""
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or text == "":
+            raise ValueError(f"Text {number} is {text!r}: it must hold characters. Leave it out.")
+    pieces = [(number, piece) for number, text in enumerate(texts) for piece in pieces_of(text)]
+    encoded = tokenizer(
+        [piece for _, piece in pieces],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_offsets_mapping=True,
+        verbose=False,
+    )
+    ids, spans, lengths = [[] for _ in texts], [[] for _ in texts], [0] * len(texts)
+    for (number, piece), tokens, offsets in zip(pieces, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        ids[number] += tokens
+        spans[number].append(numpy.array(offsets, dtype=numpy.int64).reshape(-1, 2) + lengths[number])
+        lengths[number] += len(piece)
+    for number, tokens in enumerate(ids):
+        if not tokens:
+            raise ValueError(f"Text {number}, {texts[number]!r}, becomes no token: there is nothing to predict.")
+    return ids, [numpy.concatenate(parts) for parts in spans]
+
+
+@torch.no_grad()
+def _nats_of_documents(model, documents: list[list[int]], batch_size: int, bptt_length: int) -> list[numpy.ndarray]:
+    """
+    What each token costs in nats, NaN for the first of each document. The documents stand one behind the other, cut
+    into `batch_size` parts between two of them: the model reads a part as so many documents that it packs side by side.
+    """
+    lengths = torch.tensor([len(document) for document in documents])
+    ends = lengths.cumsum(0)
+    stream = stream_for(model, TokenStream(numpy.concatenate([*documents, [0]]), ends - lengths))
+    even = torch.arange(1, batch_size + 1) * ends[-1] / batch_size
+    part_ends = torch.unique(ends[torch.searchsorted(ends, even.ceil().long()).clamp(max=len(ends) - 1)])
+    firsts = torch.cat([torch.zeros(1, dtype=torch.long), part_ends[:-1]])
+
+    nats = numpy.full(len(stream), numpy.nan)
+    state = DynamicCache(config=model.config)
+    with evaluating(model):
+        for chunk in read_chunks(stream, firsts, part_ends, bptt_length, reset_at_documents=True):
+            logits = predict(model, chunk, state).logits[chunk.scored.to(model.device)].float()
+            nats[chunk.indices[chunk.scored].numpy() + 1] = nats_of(logits, chunk).numpy()
+    nats[stream.document_starts.numpy()] = numpy.nan  # what the end of one document says of the next
+    return numpy.split(nats[:-1], ends[:-1].numpy())

@@ -1,0 +1,195 @@
+"""What a model does at test time is what the papers' equations say, and never changes the model."""
+
+import math
+
+import pytest
+import torch
+from conftest import make_ids, make_model
+from torch.nn import functional as F
+
+from hf_lstm import TokenStream, evaluate_stream
+from hf_lstm.evaluation import DynamicEvaluation, NeuralCache, fit_temperature, gradient_rms
+
+TOKENS = make_ids(1, 40)[0]
+
+
+def log_probabilities(model, tokens):
+    return model(tokens[None]).logits[0].log_softmax(dim=-1)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_logits_are_divided_by_the_temperature(temperature):
+    model = make_model()
+    expected = F.cross_entropy(model(TOKENS[None]).logits[0, :-1] / temperature, TOKENS[1:]).item()
+
+    assert evaluate_stream(model, TOKENS, temperature=temperature)["loss"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_the_best_temperature_is_found():
+    """The text is the model's own, written at another temperature than 1."""
+    model = make_model()
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 1.7, "top_k": 0, "eos_token_id": None}
+    tokens = model.generate(TOKENS[None, :1], attention_mask=torch.ones(1, 1), max_new_tokens=600, **options)[0]
+
+    temperature = fit_temperature(model, tokens, bptt_length=100)
+
+    assert temperature == pytest.approx(1.7, rel=0.1)
+    best = evaluate_stream(model, tokens, temperature=temperature)["loss"]
+    for factor in (0.98, 1.02):
+        assert best < evaluate_stream(model, tokens, temperature=factor * temperature)["loss"]
+
+
+def test_a_text_without_a_best_temperature_is_refused():
+    with pytest.raises(ValueError, match="No temperature is the best"):
+        fit_temperature(make_model(), TOKENS)  # a random text: the flatter, the better
+
+
+@pytest.mark.parametrize("bptt_length", [1, 7, 100])
+@pytest.mark.parametrize("size", [1, 5, 1000])
+def test_the_cache_is_that_of_the_equations(size, bptt_length):
+    model, theta, weight = make_model(), 0.3, 0.2
+    hidden = model.model(TOKENS[None]).last_hidden_state[0]
+    expected = 0.0
+    for t in range(39):
+        p_model = log_probabilities(model, TOKENS)[t].exp()[TOKENS[t + 1]]
+        seen = range(max(0, t - size), t)
+        likeness = {i: math.exp(theta * (hidden[t] @ hidden[i]).item()) for i in seen}
+        p = p_model.item()
+        if likeness:
+            hits = sum(value for i, value in likeness.items() if TOKENS[i + 1] == TOKENS[t + 1])
+            p = (1 - weight) * p + weight * hits / sum(likeness.values())
+        expected -= math.log(p) / 39
+
+    result = evaluate_stream(model, TOKENS, bptt_length=bptt_length, neural_cache=NeuralCache(size, theta, weight))
+
+    assert result["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_cache_reaches_no_further_back_than_the_state():
+    """Documents, parts and regular resets: what is read alone gets the numbers it gets among others."""
+    model, cache = make_model(), NeuralCache(7, 0.3, 0.2)
+    alone = [evaluate_stream(model, TOKENS[a : a + 14], neural_cache=cache)["loss"] for a in (0, 13, 26)]
+    stream = TokenStream(TOKENS, torch.tensor([0, 13, 26]))
+
+    for options in ({"batch_size": 3}, {"reset_every": 13}, {"reset_at_documents": True}):
+        result = evaluate_stream(model, stream, bptt_length=5, neural_cache=cache, **options)
+        assert result["loss"] == pytest.approx(sum(alone) / 3, rel=1e-6)
+
+
+def learn_by_hand(model, tokens, length, step):
+    """Score a segment, then change the weights by the gradient of its mean loss; the state runs on."""
+    nats, cache = 0.0, None
+    for start in range(0, len(tokens) - 1, length):
+        ids, targets = tokens[None, start : start + length], tokens[start + 1 : start + length + 1]
+        output = model(ids[:, : len(targets)], past_key_values=cache, use_cache=True)
+        loss = F.cross_entropy(output.logits[0], targets)
+        gradients = torch.autograd.grad(loss, list(model.parameters()))
+        nats += loss.item() * len(targets)
+        cache = output.past_key_values
+        for layer in cache.layers:
+            layer.detach_()
+        with torch.no_grad():
+            for (name, parameter), gradient in zip(model.named_parameters(), gradients, strict=True):
+                step(name, parameter, gradient)
+    return nats / (len(tokens) - 1)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_plain_steps_are_those_of_the_equations(decay):
+    model, by_hand = make_model(), make_model()
+    trained = {name: parameter.detach().clone() for name, parameter in by_hand.named_parameters()}
+
+    def step(name, parameter, gradient):
+        parameter += decay * (trained[name] - parameter) - 0.01 * gradient
+
+    expected = learn_by_hand(by_hand, TOKENS, 6, step)
+
+    options = DynamicEvaluation(learning_rate=0.01, decay=decay, segment_length=6)
+    assert evaluate_stream(model, TOKENS, dynamic_evaluation=options)["loss"] == pytest.approx(expected, rel=1e-5)
+    assert expected != pytest.approx(evaluate_stream(model, TOKENS)["loss"], rel=1e-3)
+
+
+def test_scaled_steps_are_those_of_the_equations():
+    model, by_hand = make_model(), make_model()
+    rms = gradient_rms(model, make_ids(1, 200, seed=2)[0], lanes=4, segment_length=6)
+    trained = {name: parameter.detach().clone() for name, parameter in by_hand.named_parameters()}
+    mean = torch.cat([tensor.flatten() for tensor in rms.values()]).mean()
+
+    def step(name, parameter, gradient):
+        pull = (0.3 * rms[name] / mean).clamp(max=1)
+        parameter += pull * (trained[name] - parameter) - 0.003 * gradient / (rms[name] + 1e-3)
+
+    expected = learn_by_hand(by_hand, TOKENS, 6, step)
+
+    options = DynamicEvaluation(rms, learning_rate=0.003, decay=0.3, epsilon=1e-3, segment_length=6)
+    assert evaluate_stream(model, TOKENS, dynamic_evaluation=options)["loss"] == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_root_mean_square_is_that_of_the_segments_of_the_lanes():
+    model, tokens = make_model(), make_ids(1, 25)[0]  # two lanes of twelve, in segments of five, five and two
+    squares, segments = {}, 0
+    cache = None
+    for start in (0, 5, 10):
+        ids = torch.stack([tokens[lane + start : lane + min(start + 5, 12)] for lane in (0, 12)])
+        targets = torch.stack([tokens[lane + start + 1 : lane + min(start + 5, 12) + 1] for lane in (0, 12)])
+        output = model(ids, past_key_values=cache, use_cache=True)
+        loss = F.cross_entropy(output.logits.flatten(0, 1), targets.flatten())
+        for name, gradient in zip(
+            dict(model.named_parameters()), torch.autograd.grad(loss, list(model.parameters())), strict=True
+        ):
+            squares[name] = squares.get(name, 0) + gradient.square()
+        segments, cache = segments + 1, output.past_key_values
+        for layer in cache.layers:
+            layer.detach_()
+
+    rms = gradient_rms(model, tokens, lanes=2, segment_length=5)
+
+    for name, square in squares.items():
+        torch.testing.assert_close(rms[name], (square / 3).sqrt(), rtol=1e-4, atol=1e-7)
+
+
+def test_all_of_them_at_once_change_nothing_in_the_model():
+    model = make_model().train()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+
+    results = [
+        evaluate_stream(
+            model,
+            TOKENS,
+            temperature=1.5,
+            neural_cache=NeuralCache(10, 0.2, 0.1),
+            dynamic_evaluation=DynamicEvaluation(gradient_rms(model, TOKENS, lanes=3, segment_length=4)),
+        )
+        for _ in range(2)
+    ]
+
+    assert results[0] == results[1]
+    assert model.training
+    assert all(p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def test_the_defaults_are_the_papers():
+    assert vars(NeuralCache()) == {"size": 500, "theta": 1.0, "weight": 0.1}
+    plain, scaled = DynamicEvaluation(), DynamicEvaluation({})
+    assert (plain.learning_rate, plain.decay) == (0.1, 0.0)
+    assert (scaled.learning_rate, scaled.decay, scaled.epsilon, scaled.segment_length) == (2e-4, 8e-3, 2e-5, 20)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: NeuralCache(size=0), r"`size` \(0\) must be at least 1"),
+        (lambda: NeuralCache(weight=1.0), r"`weight` \(1.0\) must lie in \[0, 1\)"),
+        (lambda: NeuralCache(theta=math.nan), r"`theta` \(nan\) must be a number"),
+        (lambda: DynamicEvaluation(learning_rate=-1), r"`learning_rate` \(-1\) must be a number of at least 0"),
+        (lambda: DynamicEvaluation(decay=2), r"`decay` \(2\) must lie in \[0, 1\]"),
+        (lambda: DynamicEvaluation(segment_length=0), r"`segment_length` \(0\) must be at least 1"),
+        (lambda: DynamicEvaluation({"x": torch.ones(1)}).learner(make_model()), "is not that of this model"),
+        (lambda: gradient_rms(make_model(), TOKENS), "40 tokens make no 100 lanes in segments of 20"),
+        (lambda: fit_temperature(make_model(), TOKENS[:1]), "holds 1 tokens"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

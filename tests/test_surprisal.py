@@ -1,0 +1,258 @@
+"""Surprisal is -log of the probability, of each token, word, region and sentence, however it is computed."""
+
+import math
+from itertools import product
+
+import numpy
+import pytest
+import reference
+import torch
+from conftest import make_model
+
+from hf_lstm import (
+    bpe_tokenizer,
+    byte_tokenizer,
+    char_tokenizer,
+    evaluate_stream,
+    minimal_pairs,
+    surprisal,
+    word_surprisal,
+    word_tokenizer,
+)
+
+TEXTS = ["the horse raced past the barn fell", "the barn", "a", " horse  fell "]
+CHARACTERS = char_tokenizer(TEXTS)
+
+
+def model_for(tokenizer, **config):
+    return make_model(vocab_size=len(tokenizer), **config)
+
+
+def expected_nats(model, ids, start=()):
+    """Each text read alone, token by token."""
+    ids = torch.tensor([*start, *ids])
+    logits = model(ids[None]).logits[0].log_softmax(dim=-1)
+    return -logits[:-1].gather(1, ids[1:, None])[:, 0]
+
+
+def test_the_sum_is_the_probability_by_brute_force():
+    """Every text of up to three letters: its probability by the equations, letter by letter."""
+    tokenizer = char_tokenizer(["abc"])
+    model = model_for(tokenizer)
+    texts = ["".join(letters) for length in (1, 2, 3) for letters in product("abc", repeat=length)]
+
+    frame = surprisal(model, tokenizer, texts, start_token="<eos>")
+
+    sums = frame.groupby("text")["surprisal"].sum()
+    for number, text in enumerate(texts):
+        ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
+        logits, _ = reference.language_model(ids, reference.weights_of(model))
+        probability = 1.0
+        for scores, token in zip(logits, ids[1:], strict=False):
+            exponentials = [math.exp(score.value) for score in scores]
+            probability *= exponentials[token] / sum(exponentials)
+        assert sums[number] == pytest.approx(-math.log2(probability), rel=1e-6)
+
+
+@pytest.mark.parametrize("start_token", [None, "<eos>"])
+@pytest.mark.parametrize(("batch_size", "bptt_length"), [(1, 1000), (2, 7), (8, 256), (100, 1)])
+def test_how_texts_are_batched_changes_nothing(start_token, batch_size, bptt_length):
+    model = model_for(CHARACTERS).train()
+    options = {"batch_size": batch_size, "bptt_length": bptt_length}
+
+    frame = surprisal(model, CHARACTERS, TEXTS, math.e, start_token, **options)
+
+    assert model.training
+    model.eval()
+    assert frame["text"].value_counts(sort=False).tolist() == [len(text) for text in TEXTS]
+    assert "".join(frame["token"]) == "".join(TEXTS)
+    for number, text in enumerate(TEXTS):
+        rows, ids = frame[frame["text"] == number], CHARACTERS(text)["input_ids"]
+        assert rows["start"].tolist() == list(range(len(text)))
+        assert rows["end"].tolist() == list(range(1, len(text) + 1))
+        actual = torch.tensor(rows["surprisal"].to_numpy())
+        start = [] if start_token is None else [CHARACTERS.eos_token_id]
+        if start_token is None:
+            assert actual[0].isnan()
+            actual = actual[1:]
+        torch.testing.assert_close(actual, expected_nats(model, ids, start), rtol=1e-5, atol=1e-5)
+
+
+def test_many_texts_of_many_lengths():
+    generator = numpy.random.default_rng(0)
+    texts = ["".join(generator.choice(list("abc "), size=generator.integers(1, 40))) for _ in range(200)]
+    tokenizer = char_tokenizer(["abc "])
+    model = model_for(tokenizer)
+
+    frames = [surprisal(model, tokenizer, texts, batch_size=size, bptt_length=23) for size in (1, 6, 300)]
+
+    for frame in frames[1:]:
+        numpy.testing.assert_allclose(frame["surprisal"], frames[0]["surprisal"], rtol=1e-5)
+
+
+def test_the_mean_is_the_loss_of_the_stream():
+    model = model_for(CHARACTERS)
+    tokens = torch.tensor(CHARACTERS(TEXTS[0])["input_ids"])
+
+    frame = surprisal(model, CHARACTERS, TEXTS[:1])
+
+    assert frame["surprisal"].mean() == pytest.approx(evaluate_stream(model, tokens)["bits_per_token"], rel=1e-6)
+
+
+def test_a_long_text_is_read_in_pieces(monkeypatch):
+    text = "one two three four\nfive six seven"
+    tokenizer = bpe_tokenizer([text] * 4, vocab_size=265)
+    model = model_for(tokenizer)
+    whole = surprisal(model, tokenizer, [text])
+
+    monkeypatch.setattr("hf_lstm.tokenizers.PIECE_LENGTH", 20)
+    pieces = surprisal(model, tokenizer, [text])
+
+    assert len(whole) > 10
+    assert pieces.equals(whole)
+
+
+def test_white_space_belongs_to_the_word_behind_it():
+    model = model_for(CHARACTERS)
+    tokens = surprisal(model, CHARACTERS, TEXTS, start_token="<eos>")
+
+    words = word_surprisal(tokens, TEXTS)
+
+    assert words["word"].tolist() == [word for text in TEXTS for word in text.split()]
+    assert [TEXTS[row.text][row.start : row.end] for row in words.itertuples()] == words["word"].tolist()
+    assert words["tokens"].tolist() == [3, 6, 6, 5, 4, 5, 5, 3, 5, 1, 6, 7]  # " horse", "  fell "
+    costs = tokens[tokens["text"] == 0]["surprisal"]
+    assert words["surprisal"][1] == pytest.approx(costs[3:9].sum())
+    for number in range(len(TEXTS)):
+        total = tokens[tokens["text"] == number]["surprisal"].sum()
+        assert words[words["text"] == number]["surprisal"].sum() == pytest.approx(total)
+
+
+def test_pieces_of_a_word_are_summed():
+    texts = ["the unhappiest horse", "of them"]
+    tokenizer = bpe_tokenizer(texts * 3, vocab_size=270)
+    tokens = surprisal(model_for(tokenizer), tokenizer, texts)
+
+    words = word_surprisal(tokens, texts)
+
+    assert words["word"].tolist() == ["the", "unhappiest", "horse", "of", "them"]
+    assert words["tokens"].sum() == len(tokens) > 5
+    assert words["surprisal"].isna().tolist() == [True, False, False, True, False]  # nothing predicts the first token
+    unhappiest = tokens[(tokens["text"] == 0) & (tokens["start"] >= 3) & (tokens["end"] <= 14)]
+    assert "".join(unhappiest["token"]) == " unhappiest"
+    assert words["surprisal"][1] == pytest.approx(unhappiest["surprisal"].sum())
+
+
+def test_regions_are_summed_wherever_their_borders_stand():
+    """With the space before a region or without it: the same region, the same sum."""
+    model = model_for(CHARACTERS)
+    tokens = surprisal(model, CHARACTERS, TEXTS, start_token="<eos>")
+    costs = tokens[tokens["text"] == 0]["surprisal"]
+
+    regions = word_surprisal(tokens, TEXTS, [[(4, 15), (15, 34)], [], [(0, 1)], [(0, 13), (1, 6)]])
+    others = word_surprisal(tokens, TEXTS, [[(3, 15), (16, 34)], [], [(0, 1)], []])
+
+    assert regions["word"].tolist() == ["horse raced", " past the barn fell", "a", TEXTS[3], "horse"]
+    assert regions["surprisal"][0] == pytest.approx(costs[3:15].sum())
+    assert regions["surprisal"][1] == pytest.approx(costs[15:].sum())
+    numpy.testing.assert_allclose(regions["surprisal"][:3], others["surprisal"])
+    costs = tokens[tokens["text"] == 3]["surprisal"].to_numpy()
+    assert regions["surprisal"][3] == pytest.approx(costs.sum())  # regions may overlap
+    assert regions["surprisal"][4] == pytest.approx(costs[:6].sum())
+
+
+def test_every_tokenizer_says_where_its_tokens_stand():
+    text = "to be 床 to be"
+    for tokenizer in (byte_tokenizer(), word_tokenizer([text]), bpe_tokenizer([text], 262)):
+        tokens = surprisal(model_for(tokenizer), tokenizer, [text], start_token="<eos>")
+
+        words = word_surprisal(tokens, [text])
+
+        assert words["word"].tolist() == ["to", "be", "床", "to", "be"]
+        assert words["tokens"].min() >= 1
+        assert words["surprisal"].sum() == pytest.approx(tokens["surprisal"].sum())
+
+
+def test_an_unknown_word_is_shown_as_such():
+    tokenizer = word_tokenizer(["to be"])
+
+    tokens = surprisal(model_for(tokenizer), tokenizer, ["to sleep"])
+
+    assert tokens["token"].tolist() == ["to", "<unk>"]
+
+
+PAIRS = [
+    {"sentence_good": "the barn", "sentence_bad": "barn the", "field": "syntax", "UID": "x"},
+    {"sentence_good": "horse past", "sentence_bad": "past horse the", "field": "semantics", "UID": "y"},
+    {"sentence_good": "the fell", "sentence_bad": "the fell", "field": "syntax", "UID": "y"},
+]
+
+
+@pytest.mark.parametrize("start_token", [None, "<eos>"])
+def test_the_more_probable_sentence_is_chosen(start_token):
+    model = model_for(CHARACTERS)
+    start = [] if start_token is None else [CHARACTERS.eos_token_id]
+    good, bad = (
+        [-expected_nats(model, CHARACTERS(pair[name])["input_ids"], start).sum().item() for pair in PAIRS]
+        for name in ("sentence_good", "sentence_bad")
+    )
+
+    frame = minimal_pairs(model, CHARACTERS, PAIRS, start_token)
+
+    numpy.testing.assert_allclose(frame["log_probability_good"], good, rtol=1e-5)
+    numpy.testing.assert_allclose(frame["log_probability_bad"], bad, rtol=1e-5)
+    assert frame["correct"].tolist() == [good[0] > bad[0], good[1] > bad[1], False]  # a tie is no success
+    assert frame["UID"].tolist() == ["x", "y", "y"]
+    assert frame.groupby("field")["correct"].count().to_dict() == {"semantics": 1, "syntax": 2}
+
+
+SMALL = word_tokenizer(["a b"])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda m: surprisal(m, CHARACTERS, "the barn"), "`texts` is one str"),
+        (lambda m: surprisal(m, CHARACTERS, []), "`texts` are none"),
+        (lambda m: surprisal(m, CHARACTERS, ["a", ""]), "Text 1 is '': it must hold characters"),
+        (lambda m: surprisal(m, CHARACTERS, [None]), "Text 0 is None"),
+        (lambda m: surprisal(m, SMALL, ["a", " "]), "Text 1, ' ', becomes no token"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], base=1), r"`base` \(1\) must be above 1"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], batch_size=0), r"`batch_size` \(0\) must be at least 1"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], start_token="<s>"), r"`start_token` \('<s>'\) is no token"),
+        (lambda m: surprisal(m, byte_tokenizer(), ["a"]), r"ids up to 259, and the model a vocabulary of \d+"),
+        (lambda m: minimal_pairs(m, CHARACTERS, [*PAIRS, {"good": "a"}]), "Pair 3 has no text in `sentence_good`"),
+        (
+            lambda m: minimal_pairs(m, CHARACTERS, [{"sentence_good": "th", "sentence_bad": "a"}]),
+            "single token of `sentence_bad` of pair 0",
+        ),
+    ],
+)
+def test_what_has_no_surprisal_is_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(model_for(CHARACTERS))
+
+
+@pytest.mark.parametrize("region", [(0, 9), (-1, 3), (3, 3), (5, 4)])
+def test_a_region_outside_its_text_is_refused(region):
+    tokens = surprisal(model_for(CHARACTERS), CHARACTERS, TEXTS)
+
+    with pytest.raises(ValueError, match=f"Region {region[0]} to {region[1]} lies outside text 1, which has 8"):
+        word_surprisal(tokens, TEXTS, [[], [region], [], []])
+
+
+def test_other_texts_than_those_of_the_tokens_are_refused():
+    tokens = surprisal(model_for(CHARACTERS), CHARACTERS, TEXTS)
+
+    with pytest.raises(ValueError, match="those of 4 texts, and there are 3"):
+        word_surprisal(tokens, TEXTS[:3])
+    with pytest.raises(ValueError, match="for 1 texts, and there are 4"):
+        word_surprisal(tokens, TEXTS, [[]])
+
+
+def test_a_prediction_that_is_no_number_is_named():
+    model = model_for(CHARACTERS)
+    model.lm_head.weight.data[5] = math.nan
+
+    with pytest.raises(ValueError, match="is not a number"):
+        surprisal(model, CHARACTERS, TEXTS)

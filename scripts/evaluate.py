@@ -1,58 +1,115 @@
-"""Measure how well a model predicts a text, with its state carried from beginning to end.
+"""Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it goes on learning.
 
-python scripts/evaluate.py --model runs/first
-python scripts/evaluate.py --model runs/shakespeare --file tinyshakespeare.txt --split validation --reset_every 256
+python scripts/evaluate.py stream --model runs/shakespeare --file tinyshakespeare.txt --split validation
+python scripts/evaluate.py surprisal --model runs/shakespeare --text "The horse raced past the barn fell." --by word
+python scripts/evaluate.py pairs --model runs/shakespeare --file blimp.jsonl
+python scripts/evaluate.py adapt --model runs/shakespeare --train_file tinyshakespeare.txt
+
+The result goes to the standard output, as JSON or CSV, and to `--output_file`; what is said beside it does not.
+`python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
 """
 
 import json
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_lstm import TokenStream, evaluate_stream, load_corpus
-from hf_lstm.data import joined, load_documents
+from hf_lstm import TokenStream, evaluate_stream, load_corpus, minimal_pairs, surprisal, word_surprisal
+from hf_lstm.data import joined, load_documents, read_records, read_text
+from hf_lstm.evaluation import (
+    DynamicEvaluation,
+    NeuralCache,
+    check_tokenizer,
+    fit_temperature,
+    gradient_rms,
+    losses_by_position,
+)
+
+
+def flag(help, default=None, **options):
+    return field(default=default, metadata={"help": help}, **options)
 
 
 @dataclass
 class Arguments:
-    """What to measure."""
+    """What every task needs."""
 
     model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
-    file: str | None = field(
-        default=None, metadata={"help": "Text, .jsonl, .csv or .parquet file; Python's standard library without it."}
-    )
-    split: str | None = field(
-        default=None,
-        metadata={
-            "help": "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
-        },
-    )
-    text_column: str = field(default="text", metadata={"help": "The column of the records that holds the text."})
-    join_records: bool = field(
-        default=False, metadata={"help": "Whether the records are pieces of one text, as in training."}
-    )
-    batch_size: int = field(
-        default=1, metadata={"help": "Parts read side by side, each without a history: 1 is exact."}
-    )
-    bptt_length: int = field(default=1024, metadata={"help": "Tokens read at once: memory, not the result."})
-    reset_at_documents: bool = field(default=False, metadata={"help": "Start every document from a zero state."})
-    reset_every: int | None = field(default=None, metadata={"help": "Start from a zero state after so many tokens."})
-    output_file: str | None = field(default=None, metadata={"help": "Where to write the result as JSON too."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
+    trust_remote_code: bool = flag("Whether to run code that comes with the model.", False)
+    output_file: str | None = flag("Where to write the result too.")
 
 
-def main(arguments: Arguments) -> None:
-    if arguments.output_file is not None and not Path(arguments.output_file).parent.is_dir():
-        raise ValueError(f"`--output_file` {arguments.output_file} lies in no folder: make the folder first.")
-    folder = Path(arguments.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
+@dataclass
+class Stream(Arguments):
+    """The loss of a corpus, with the state carried from beginning to end."""
+
+    file: str | None = flag("Text, .jsonl, .csv or .parquet file; Python's standard library without it.")
+    split: str | None = flag(
+        "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
     )
+    text_column: str = flag("The column of the records that holds the text.", "text")
+    join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
+    batch_size: int = flag("Parts read side by side, each without a history: 1 is exact.", 1)
+    bptt_length: int = flag("Tokens read at once: memory, not the result.", 1024)
+    reset_at_documents: bool = flag("Start every document from a zero state.", False)
+    reset_every: int | None = flag("Start from a zero state after so many tokens.")
+    temperature: float = flag("What the logits are divided by.", 1.0)
+    picture: str | None = flag(
+        "Where to draw the loss by the tokens read since the state began from zero: what the memory is worth."
+    )
+
+
+@dataclass
+class Surprisal(Arguments):
+    """How unexpected each token, word or region of texts is."""
+
+    text: str | None = flag("The text, instead of a file.")
+    file: str | None = flag("Texts: one in each line of a text file, or of each record of a .jsonl file.")
+    text_column: str = flag("The field of the records that holds the text.", "text")
+    whole: bool = flag("Whether a text file is one text, line ends included, and not one in each line.", False)
+    by: str = flag("`token`, `word` or `region`: a field `regions` of the records, as [[start, end], ...].", "word")
+    base: str = flag("`2` for bits, `e` for nats.", "2")
+    start_token: str | None = flag(
+        "What the first token is predicted from, such as <eos>, which documents follow; without it it has no surprisal."
+    )
+    picture: str | None = flag("Where to draw the surprisal over the first text.")
+
+
+@dataclass
+class Pairs(Arguments):
+    """How often a model finds the good sentence of a pair more probable than the bad one, as in BLiMP."""
+
+    file: str | None = flag("A .jsonl file whose records have `sentence_good` and `sentence_bad`.")
+    start_token: str | None = flag("What the first token is predicted from, such as <eos>, which documents follow.")
+
+
+@dataclass
+class Adapt(Arguments):
+    """What a fitted temperature, a neural cache and dynamic evaluation are worth, on test text."""
+
+    train_file: str | None = flag("What the model was trained on, in whose gradients dynamic evaluation is scaled.")
+    validation_file: str | None = flag("As in training. The temperature is fitted on it,")
+    test_file: str | None = flag(
+        "and this is what is measured; without it the second half of the validation text, and the first half is fitted."
+    )
+    text_column: str = flag("The column of the records that holds the text.", "text")
+    join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
+    reset_at_documents: bool = flag("Start every document from a zero state.", False)
+    cache_size: int = flag("Tokens that the cache remembers.", NeuralCache.size)
+    cache_theta: float = flag("How much the likeness of states counts in it.", NeuralCache.theta)
+    cache_weight: float = flag("The share of the cache in each prediction.", NeuralCache.weight)
+    rule: str = flag("`rms`: steps scaled by the gradients of the training text; `sgd`: plain ones.", "rms")
+    learning_rate: float | None = flag("Of dynamic evaluation; by default the papers'.")
+    decay: float | None = flag("How much of the way back to the trained weights each step goes.")
+    segment_length: int = flag("Tokens between two steps.", DynamicEvaluation.segment_length)
+    max_segments: int = flag("Segments of training text whose gradients are looked at.", 200)
+
+
+def stream(arguments: Stream, model, tokenizer) -> str:
     if arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
         corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
@@ -61,30 +118,240 @@ def main(arguments: Arguments) -> None:
         split = arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
-    stream = TokenStream.from_documents(corpus[split], tokenizer)
-    counts = stream.counts(model.config.vocab_size)
-    unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) else 0
-    if unknown:
-        print(
-            f"{unknown:,} of {len(stream):,} tokens are unknown to the tokenizer: bits per byte mean little",
-            file=sys.stderr,
-        )
+    tokens = stream_of(corpus[split], model, tokenizer)
+    resets = {"reset_at_documents": arguments.reset_at_documents, "reset_every": arguments.reset_every}
+    if arguments.picture is not None and not any(resets.values()):
+        raise ValueError("`--picture` shows what follows a zero state: add `--reset_at_documents` or `--reset_every`.")
     result = evaluate_stream(
         model,
-        stream,
+        tokens,
         batch_size=arguments.batch_size,
         bptt_length=arguments.bptt_length,
-        reset_at_documents=arguments.reset_at_documents,
-        reset_every=arguments.reset_every,
+        temperature=arguments.temperature,
+        **resets,
     )
-    text = json.dumps(result, indent=2)
+    for name, value in result.items():
+        say(f"{name:>24}  " + (f"{value:.4f}" if isinstance(value, float) else f"{value}"))
+    if result["loss"] > math.log(model.config.vocab_size):
+        say("The model does worse than one that finds all tokens equally likely: are text and tokenizer its own?")
+    if arguments.picture is not None:
+        nats, counts = losses_by_position(model, tokens, bptt_length=arguments.bptt_length, **resets)
+        draw_positions(nats, counts, arguments.picture)
+    return json.dumps(result, indent=2)
+
+
+def surprisals(arguments: Surprisal, model, tokenizer) -> str:
+    if arguments.base not in ("2", "e"):
+        raise ValueError(f"`--base` {arguments.base} must be `2` or `e`.")
+    if arguments.by not in ("token", "word", "region"):
+        raise ValueError(f"`--by` {arguments.by} must be `token`, `word` or `region`.")
+    texts, regions = read_texts(arguments)
+    base = 2 if arguments.base == "2" else math.e
+    rows = surprisal(model, tokenizer, texts, base, arguments.start_token)
+    if arguments.by != "token":
+        rows = word_surprisal(rows, texts, regions)
+    unit = "bits" if base == 2 else "nats"
+    say(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
+    if arguments.picture is not None:
+        draw_surprisal(rows[rows["text"] == 0], arguments.by, unit, arguments.picture)
+    return rows.to_csv(index=False).rstrip("\n")
+
+
+def read_texts(arguments: Surprisal) -> tuple[list[str], list | None]:
+    """The texts, and the regions of each if they are asked for."""
+    if (arguments.text is None) == (arguments.file is None):
+        raise ValueError("Give either a `--text` or a `--file`.")
+    records = arguments.file is not None and arguments.file.endswith((".jsonl", ".ndjson"))
+    if arguments.by == "region" and not records:
+        raise ValueError("`--by` region needs a .jsonl `--file` whose records have `regions`, as [[start, end], ...].")
+    if arguments.text is not None:
+        return [arguments.text], None
+    if not records:
+        text = read_text(arguments.file)
+        return ([text] if arguments.whole else text.splitlines()), None
+    texts, regions = [], []
+    for number, record in read_records(arguments.file):
+        if not isinstance(record.get(arguments.text_column), str):
+            raise ValueError(f"Line {number} of {arguments.file} has no text in `{arguments.text_column}`: add it.")
+        texts.append(record[arguments.text_column])
+        regions.append(record.get("regions"))
+        if arguments.by == "region" and not is_regions(regions[-1]):
+            raise ValueError(
+                f"`regions` in line {number} of {arguments.file} is {json.dumps(regions[-1])[:50]}: it must be "
+                "[[start, end], ...], in characters."
+            )
+    return texts, regions if arguments.by == "region" else None
+
+
+def is_regions(value) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(region, list) and len(region) == 2 and all(type(number) is int for number in region)
+        for region in value
+    )
+
+
+def pairs(arguments: Pairs, model, tokenizer) -> str:
+    if arguments.file is None:
+        raise ValueError("`--file` is missing: name a .jsonl file of pairs.")
+    records = [record for _, record in read_records(arguments.file)]
+    rows = minimal_pairs(model, tokenizer, records, arguments.start_token)
+    result = {"accuracy": float(rows["correct"].mean()), "pairs": len(rows)}
+    for name in ("field", "linguistics_term", "UID"):
+        if name in rows:
+            groups = rows.groupby(name)["correct"].agg(["mean", "count"])
+            result[name] = {
+                str(key): {"accuracy": float(row["mean"]), "pairs": int(row["count"])}
+                for key, row in groups.iterrows()
+            }
+            for key, group in result[name].items():
+                say(f"{key:>60}  {group['accuracy']:7.2%} of {group['pairs']:,}")
+    say(f"{'all':>60}  {result['accuracy']:7.2%} of {len(rows):,}")
+    return json.dumps(result, indent=2)
+
+
+def adapt(arguments: Adapt, model, tokenizer) -> str:
+    if arguments.rule not in ("rms", "sgd"):
+        raise ValueError(f"`--rule` {arguments.rule} must be `rms` or `sgd`.")
+    options = {"learning_rate": arguments.learning_rate, "decay": arguments.decay}
+    options["segment_length"] = arguments.segment_length
+    DynamicEvaluation(**options)  # refuses what cannot be before any work
+    cache = NeuralCache(arguments.cache_size, arguments.cache_theta, arguments.cache_weight)
+    corpus = load_corpus(
+        arguments.train_file,
+        validation_file=arguments.validation_file,
+        test_file=arguments.test_file,
+        text_column=arguments.text_column,
+        join_records=arguments.join_records,
+    )
+    validation = stream_of(corpus["validation"], model, tokenizer)
+    if "test" in corpus:
+        test = stream_of(corpus["test"], model, tokenizer)
+    else:
+        validation, test = halves(validation)
+    resets = {"reset_at_documents": arguments.reset_at_documents}
+    temperature = fit_temperature(model, validation, **resets)
+    if arguments.rule == "rms":
+        training = stream_of(corpus["train"], model, tokenizer)
+        lanes = min(100, max(1, (len(training) - 1) // arguments.segment_length))
+        options["gradient_rms"] = gradient_rms(
+            model, training, lanes, arguments.segment_length, arguments.max_segments
+        )
+    dynamic = DynamicEvaluation(**options)
+    ways = {
+        "plain": {},
+        f"temperature {temperature:.4f}": {"temperature": temperature},
+        "neural cache": {"neural_cache": cache},
+        "dynamic evaluation": {"dynamic_evaluation": dynamic},
+        "all": {"temperature": temperature, "neural_cache": cache, "dynamic_evaluation": dynamic},
+    }
+    say(f"{'':>24}  nats per token  perplexity  95 % interval of the loss")
+    results = {}
+    for name, way in ways.items():
+        results[name] = result = evaluate_stream(model, test, **resets, **way)
+        low, high = result["loss_interval"]
+        say(f"{name:>24}  {result['loss']:14.4f}  {result['perplexity']:10.3f}  {low:.4f} to {high:.4f}")
+    return json.dumps(results, indent=2)
+
+
+def halves(tokens: TokenStream) -> tuple[TokenStream, TokenStream]:
+    """A stream cut in two, between documents if there are several."""
+    starts = tokens.document_starts
+    if len(starts) == 1:
+        middle = len(tokens) // 2
+        return TokenStream(tokens[:middle]), TokenStream(tokens[middle:])
+    middle = int(starts[len(starts) // 2])
+    first, second = starts[starts < middle], starts[starts >= middle] - middle
+    return TokenStream(tokens[: middle + 1], first), TokenStream(tokens[middle:], second)
+
+
+def stream_of(texts, model, tokenizer) -> TokenStream:
+    """The tokens of texts; what the tokenizer does not know is said."""
+    tokens = TokenStream.from_documents(texts, tokenizer)
+    counts = tokens.counts(model.config.vocab_size)
+    unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) else 0
+    if unknown:
+        say(f"{unknown:,} of {len(tokens):,} tokens are unknown to the tokenizer: bits per byte mean little")
+    return tokens
+
+
+def draw_positions(nats: numpy.ndarray, counts: numpy.ndarray, path: str) -> None:
+    """The loss by the tokens that were read since a zero state, in groups that double in width."""
+    edges = numpy.unique(numpy.geomspace(1, len(nats) + 1, 2 * int(math.log2(len(nats) + 1)) + 1).astype(int))
+    sums, numbers = (numpy.add.reduceat(values, edges[:-1] - 1) for values in (nats, counts))
+    figure, axes, pyplot = new_figure((7, 4))
+    middles = numpy.sqrt(edges[:-1] * (edges[1:] - 1))
+    axes.plot(middles, sums / numbers, "o-")
+    axes.set(xscale="log", xlabel="tokens read since the state began from zero", ylabel="nats per token")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    save(figure, path, pyplot)
+
+
+def draw_surprisal(rows, by: str, unit: str, path: str) -> None:
+    """A bar for each token or word of a text, in its order."""
+    rows, labels = rows.iloc[:80], rows["token" if by == "token" else "word"].iloc[:80]
+    figure, axes, pyplot = new_figure((max(4, 0.35 * len(rows) + 1), 4))
+    axes.bar(range(len(rows)), rows["surprisal"])
+    axes.set_xticks(range(len(rows)), [label.replace("$", r"\$") for label in labels], rotation=60, ha="right")
+    axes.set(ylabel=f"surprisal, {unit}", xlim=(-0.6, len(rows) - 0.4))
+    axes.grid(axis="y", alpha=0.3)
+    save(figure, path, pyplot)
+
+
+def new_figure(size):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return *pyplot.subplots(figsize=size, layout="constrained"), pyplot
+
+
+def save(figure, path: str, pyplot) -> None:
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    say(f"The picture is in {path}")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+TASKS = {
+    "stream": (Stream, stream),
+    "surprisal": (Surprisal, surprisals),
+    "pairs": (Pairs, pairs),
+    "adapt": (Adapt, adapt),
+}
+
+
+def main(task: str, arguments: Arguments) -> None:
+    for name in ("output_file", "picture"):
+        path = getattr(arguments, name, None)
+        if path is not None and not Path(path).parent.is_dir():
+            raise ValueError(f"`--{name}` {path} lies in no folder: make the folder first.")
+    folder = Path(arguments.model)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
+    )
+    check_tokenizer(model, tokenizer)
+    text = TASKS[task][1](arguments, model, tokenizer)
     print(text)
     if arguments.output_file is not None:
-        Path(arguments.output_file).write_text(text + "\n")
+        Path(arguments.output_file).write_text(text + "\n", encoding="utf-8")
+        say(f"The result is in {arguments.output_file}")
 
 
 if __name__ == "__main__":
+    task = sys.argv[1] if len(sys.argv) > 1 else None
+    if task in ("--help", "-h"):
+        sys.exit(print(__doc__))
+    if task not in TASKS:
+        sys.exit(f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}.")
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(task, *HfArgumentParser(TASKS[task][0]).parse_args_into_dataclasses(sys.argv[2:]))
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -337,22 +337,22 @@ def test_evaluation_finds_the_figure_of_the_training(run, trained, tmp_path):
     file = trained.parent / "beer.txt"
 
     printed = run(
-        *("evaluate.py", "--model", trained, "--file", file, "--split", "validation"),
+        *("evaluate.py", "stream", "--model", trained, "--file", file, "--split", "validation"),
         *("--output_file", tmp_path / "result.json"),
     )
 
     result = json.loads(printed)
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert {f"eval_{name}": value for name, value in result.items()}.items() <= metrics.items()
-    assert json.loads(run("evaluate.py", "--model", trained, "--file", file))["tokens"] == len(TEXT) - 1
+    assert json.loads(run("evaluate.py", "stream", "--model", trained, "--file", file))["tokens"] == len(TEXT) - 1
 
 
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
         ("generate.py", ["--model", "."], "generate.py: . holds no config.json"),
-        ("evaluate.py", ["--model", "."], "evaluate.py: . holds no config.json"),
-        ("evaluate.py", ["--modle", "x"], None),
+        ("evaluate.py", ["stream", "--model", "."], "evaluate.py: . holds no config.json"),
+        ("evaluate.py", ["stream", "--modle", "x"], None),
         ("generate.py", [], None),
     ],
 )
@@ -377,5 +377,5 @@ def test_evaluation_refuses_what_it_cannot_read(run, trained, monkeypatch):
         (["--file", trained.parent / "beer.txt", "--batch_size", 0], r"`batch_size` (0) must be at least 1"),
     ):
         with pytest.raises(SystemExit) as stopped:
-            run("evaluate.py", "--model", trained, *arguments)
+            run("evaluate.py", "stream", "--model", trained, *arguments)
         assert message in str(stopped.value)

@@ -1,6 +1,6 @@
 """From texts to batches: corpora, streams of tokens, lanes and documents."""
 
-from .corpora import joined, load_corpus, load_documents, one_split, read_text, standard_library
+from .corpora import joined, load_corpus, load_documents, one_split, read_records, read_text, standard_library
 from .lanes import DocumentDataset, LaneDataset
 from .streaming import StreamingLanes
 from .streams import TokenStream, as_stream
@@ -15,6 +15,7 @@ __all__ = [
     "load_corpus",
     "load_documents",
     "one_split",
+    "read_records",
     "read_text",
     "standard_library",
 ]

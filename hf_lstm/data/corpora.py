@@ -12,6 +12,7 @@ import json
 import os
 import sysconfig
 import tokenize
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -264,9 +265,10 @@ def _check_file(path):
         raise ValueError(f"{path} is empty: there is nothing to read.")
 
 
-def _line_rows(path, text_column, key=None):
-    """The texts of a file with a record in each line."""
-    number, found = 0, False
+def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
+    """The records of a file with a JSON object in each line, and the numbers of their lines. Raises `ValueError`."""
+    path, number, found = Path(path), 0, False
+    _check_file(path)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -278,24 +280,33 @@ def _line_rows(path, text_column, key=None):
                 raise CorpusError(f"{where} is not JSON ({error}): mend or remove it.") from error
             if not isinstance(record, dict):
                 raise CorpusError(f"{where} is no record but {type(record).__name__}: put an object in each line.")
-            if text_column not in record:
-                raise CorpusError(
-                    f"{path} has no `{text_column}` in line {number}, only {', '.join(record) or 'nothing'}: name the one "
-                    "that holds the text with `text_column`, and give it to every record."
-                )
-            text = record[text_column]
-            if text is not None and not isinstance(text, str):
-                raise CorpusError(
-                    f"The column `{text_column}` of {path} holds {json.dumps(text)[:50]} in line {number}: it must hold text."
-                )
-            try:
-                (text or "").encode()
-            except UnicodeEncodeError as error:
-                raise CorpusError(f"{where} holds half of a character ({error.reason}): mend or remove it.") from error
             found = True
-            yield {"text": text or ""}
+            yield number, record
     if not found:
         raise CorpusError(f"{path} holds no record in its {number} lines: there is nothing to read.")
+
+
+def _line_rows(path, text_column, key=None):
+    """The texts of a file with a record in each line."""
+    for number, record in read_records(path):
+        if text_column not in record:
+            raise CorpusError(
+                f"{path} has no `{text_column}` in line {number}, only {', '.join(record) or 'nothing'}: name the one "
+                "that holds the text with `text_column`, and give it to every record."
+            )
+        text = record[text_column]
+        if text is not None and not isinstance(text, str):
+            raise CorpusError(
+                f"The column `{text_column}` of {path} holds {json.dumps(text)[:50]} in line {number}: it must hold text."
+            )
+        try:
+            (text or "").encode()
+        except UnicodeEncodeError as error:
+            raise CorpusError(
+                f"{path} cannot be read as jsonl: line {number} holds half of a character ({error.reason}): mend or "
+                "remove it."
+            ) from error
+        yield {"text": text or ""}
 
 
 def _text_column(rows, text_column, name):

@@ -110,6 +110,29 @@ def evaluate_stream(
     return result
 
 
+@torch.no_grad()
+def losses_by_position(
+    model, tokens, bptt_length: int = 1024, reset_at_documents: bool = False, reset_every: int | None = None
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """
+    What the tokens cost that are predicted from 1, 2, ... P tokens since the state began from zero: the sum of the nats
+    of each number, and how many there are, both `(P,)`. The quotient shows what a memory so long is worth.
+    """
+    stream = stream_for(model, tokens)
+    targets = len(stream) - 1
+    nats, counts = torch.zeros(2, targets, dtype=torch.float64)
+    state = DynamicCache(config=model.config)
+    with evaluating(model):
+        for chunk in read_chunks(
+            stream, torch.tensor([0]), torch.tensor([targets]), bptt_length, reset_at_documents, reset_every
+        ):
+            costs = nats_of(predict(model, chunk, state).logits.flatten(0, 1).float(), chunk)
+            nats.index_add_(0, chunk.positions.flatten(), costs)
+            counts.index_add_(0, chunk.positions.flatten(), torch.ones_like(costs))
+    reached = int(counts.nonzero().max()) + 1
+    return nats[:reached].numpy(), counts[:reached].numpy()
+
+
 def _interval(nats: numpy.ndarray, tokens: numpy.ndarray) -> list[float]:
     """Between which two losses 95 % of those lie that as many blocks have, drawn with replacement."""
     drawn = numpy.random.default_rng(0).integers(len(nats), size=(DRAWS, len(nats)))

@@ -56,6 +56,10 @@ def surprisal(
     for name, value in (("batch_size", batch_size), ("bptt_length", bptt_length)):
         if value < 1:
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
+    if not tokenizer.is_fast:
+        raise ValueError(
+            f"{type(tokenizer).__name__} does not say where in a text its tokens stand: a fast tokenizer is needed."
+        )
     check_tokenizer(model, tokenizer)
     start = _start_of(start_token, tokenizer)
     texts = list(texts)
@@ -172,10 +176,6 @@ def minimal_pairs(model, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[dic
 
 def check_tokenizer(model, tokenizer: PreTrainedTokenizerBase) -> None:
     """Raise `ValueError` where a tokenizer cannot be the one that a model was trained with."""
-    if not tokenizer.is_fast:
-        raise ValueError(
-            f"{type(tokenizer).__name__} does not say where in a text its tokens stand: a fast tokenizer is needed."
-        )
     most = max(tokenizer.get_vocab().values())
     if most >= model.config.vocab_size:
         raise ValueError(

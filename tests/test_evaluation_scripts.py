@@ -1,0 +1,222 @@
+"""scripts/evaluate.py: each of its tasks gives the library's figures, and refuses what it cannot measure."""
+
+import csv
+import io
+import json
+import math
+
+import numpy
+import pytest
+import torch
+from conftest import TEXT, run_script
+
+from hf_lstm import (
+    LSTMConfig,
+    LSTMForCausalLM,
+    TokenStream,
+    char_tokenizer,
+    evaluate_stream,
+    surprisal,
+    word_surprisal,
+)
+from hf_lstm.evaluation import losses_by_position
+
+SENTENCES = ["99 bottles of beer", "98 bottles of beer on the wall", "take one down"]
+TOKENIZER = char_tokenizer([TEXT])
+
+
+@pytest.fixture(scope="module")
+def model():
+    """One that has learnt a little: what it says is worth a temperature."""
+    torch.manual_seed(0)
+    model = LSTMForCausalLM(LSTMConfig(vocab_size=len(TOKENIZER), hidden_size=24, num_hidden_layers=1))
+    ids = torch.tensor([TOKENIZER(TEXT)["input_ids"][:400]])
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(15):
+        model(ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def folder(model, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    TOKENIZER.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def evaluate(run, folder):
+    return lambda task, *arguments: run("evaluate.py", task, "--model", folder, *arguments)
+
+
+def rows_of(printed):
+    return list(csv.DictReader(io.StringIO(printed)))
+
+
+def lines(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def test_a_corpus_is_measured_and_drawn(folder, model, text_file, tmp_path, capsys):
+    options = ["--reset_every", 50, "--picture", tmp_path / "loss.png", "--output_file", tmp_path / "result.json"]
+
+    run_script("evaluate.py", "stream", "--model", folder, "--file", text_file, *options)
+
+    printed = capsys.readouterr()
+    result = json.loads(printed.out)
+    stream = TokenStream.from_documents([TEXT], TOKENIZER)
+    assert result == json.loads((tmp_path / "result.json").read_text())
+    assert result["loss"] == pytest.approx(evaluate_stream(model, stream, reset_every=50)["loss"], rel=1e-6)
+    assert result["tokens_without_history"] == math.ceil((len(TEXT) - 1) / 50)
+    assert (tmp_path / "loss.png").stat().st_size > 5_000
+    assert f"bits_per_character  {result['bits_per_character']:.4f}" in printed.err
+
+
+def test_the_loss_by_position_adds_up(model):
+    stream = TokenStream.from_documents([TEXT], TOKENIZER)
+
+    nats, counts = losses_by_position(model, stream, bptt_length=37, reset_every=50)
+
+    assert counts.tolist() == [len(range(first, len(TEXT) - 1, 50)) for first in range(50)]
+    expected = evaluate_stream(model, stream, reset_every=50)["loss"]
+    assert nats.sum() / counts.sum() == pytest.approx(expected, rel=1e-6)
+    firsts = torch.arange(0, len(TEXT) - 1, 50)
+    tokens = stream[:]
+    alone = model(tokens[firsts][:, None]).logits[:, 0].log_softmax(dim=-1)
+    assert nats[0] == pytest.approx(-alone.gather(1, tokens[firsts + 1][:, None]).sum().item(), rel=1e-5)
+
+
+def test_a_model_of_another_text_is_told(folder, tmp_path, capsys):
+    (tmp_path / "other.txt").write_text("0123456789" * 20)
+
+    run_script("evaluate.py", "stream", "--model", folder, "--file", tmp_path / "other.txt")
+
+    assert "worse than one that finds all tokens equally likely" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("by", "base"), [("token", "2"), ("word", "e")])
+def test_each_line_is_a_text(evaluate, model, tmp_path, by, base):
+    (tmp_path / "sentences.txt").write_text("\n".join(SENTENCES) + "\n")
+    options = ["--by", by, "--base", base, "--start_token", "<eos>", "--picture", tmp_path / "bars.png"]
+
+    rows = rows_of(evaluate("surprisal", "--file", tmp_path / "sentences.txt", *options))
+
+    expected = surprisal(model, TOKENIZER, SENTENCES, 2 if base == "2" else math.e, "<eos>")
+    if by == "word":
+        expected = word_surprisal(expected, SENTENCES)
+    assert [row[by] for row in rows] == expected[by].tolist()
+    numpy.testing.assert_allclose([float(row["surprisal"]) for row in rows], expected["surprisal"], rtol=1e-5)
+    assert (tmp_path / "bars.png").stat().st_size > 5_000
+
+
+def test_a_text_on_the_command_line_and_a_whole_file(evaluate, tmp_path):
+    (tmp_path / "text.txt").write_text("99 bottles\nof beer")
+
+    typed = rows_of(evaluate("surprisal", "--text", "99 bottles\nof beer"))
+    read = rows_of(evaluate("surprisal", "--file", tmp_path / "text.txt", "--whole", "true"))
+
+    assert typed == read
+    assert [row["word"] for row in typed] == ["99", "bottles", "of", "beer"]
+    assert typed[0]["surprisal"] == ""  # nothing predicts the first token
+
+
+def test_regions_come_with_their_texts(evaluate, tmp_path):
+    records = [{"sentence": "99 bottles of beer", "regions": [[0, 10], [11, 18]]}, {"sentence": "on", "regions": []}]
+    file = lines(tmp_path / "items.jsonl", records)
+
+    rows = rows_of(evaluate("surprisal", "--file", file, "--text_column", "sentence", "--by", "region"))
+
+    assert [(row["text"], row["word"], row["tokens"]) for row in rows] == [
+        ("0", "99 bottles", "10"),
+        ("0", "of beer", "8"),
+    ]
+
+
+def test_pairs_are_counted_by_their_fields(evaluate, tmp_path):
+    records = [
+        {"sentence_good": "bottles of beer", "sentence_bad": "xqxqxqxqxqxqxqx", "field": "syntax", "UID": "a"},
+        {"sentence_good": "zzzzzzzzzzzz", "sentence_bad": "of beer", "field": "semantics", "UID": "b"},
+    ]
+
+    result = json.loads(evaluate("pairs", "--file", lines(tmp_path / "pairs.jsonl", records)))
+
+    assert result == {
+        "accuracy": 0.5,
+        "pairs": 2,
+        "field": {"semantics": {"accuracy": 0.0, "pairs": 1}, "syntax": {"accuracy": 1.0, "pairs": 1}},
+        "UID": {"a": {"accuracy": 1.0, "pairs": 1}, "b": {"accuracy": 0.0, "pairs": 1}},
+    }
+
+
+@pytest.mark.parametrize("options", [[], ["--rule", "sgd", "--learning_rate", 0.05]], ids=["rms", "sgd"])
+def test_what_adapting_is_worth(evaluate, model, text_file, options):
+    results = json.loads(evaluate("adapt", "--train_file", text_file, "--max_segments", 3, *options))
+
+    names = list(results)
+    assert names[0] == "plain"
+    assert names[1].startswith("temperature ")
+    assert names[2:] == ["neural cache", "dynamic evaluation", "all"]
+    losses = [result["loss"] for result in results.values()]
+    assert len(set(losses)) == 5
+    assert all(result["tokens"] == results["plain"]["tokens"] for result in results.values())
+    assert losses[3] < losses[0]  # the text repeats itself: learning from it helps
+
+
+def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
+    file = lines(tmp_path / "documents.jsonl", [{"text": f"{number} bottles of beer"} for number in range(10, 90)])
+    options = ["--reset_at_documents", "true", "--max_segments", 2, "--rule", "sgd"]
+
+    results = json.loads(evaluate("adapt", "--train_file", file, *options))
+
+    assert results["plain"]["tokens"] == 4 * (len("10 bottles of beer") + 1)  # half of a tenth, held out
+    assert results["plain"]["tokens_without_history"] == 4
+
+
+@pytest.mark.parametrize(
+    ("task", "arguments", "message"),
+    [
+        ("stream", ["--temperature", "0"], "`temperature` (0.0) must be a number above 0"),
+        ("stream", ["--picture", "x.png"], "`--picture` shows what follows a zero state"),
+        ("stream", ["--output_file", "nowhere/x.json"], "`--output_file` nowhere/x.json lies in no folder"),
+        ("surprisal", [], "Give either a `--text` or a `--file`"),
+        ("surprisal", ["--text", "a", "--file", "b"], "Give either a `--text` or a `--file`"),
+        ("surprisal", ["--text", ""], "Text 0 is ''"),
+        ("surprisal", ["--text", "a", "--by", "letter"], "`--by` letter must be"),
+        ("surprisal", ["--text", "a", "--base", "10"], "`--base` 10 must be `2` or `e`"),
+        ("surprisal", ["--text", "a", "--by", "region"], "`--by` region needs a .jsonl"),
+        ("surprisal", ["--text", "a", "--start_token", "<s>"], "`start_token` ('<s>') is no token"),
+        ("surprisal", ["--file", "blank.txt"], "Text 1 is ''"),
+        ("surprisal", ["--file", "nowhere.txt"], "The file nowhere.txt does not exist"),
+        ("surprisal", ["--file", "regions.jsonl", "--by", "region"], "Region 0 to 90 lies outside text 0"),
+        ("surprisal", ["--file", "broken.jsonl", "--by", "region"], "`regions` in line 1 of broken.jsonl is [1]"),
+        ("surprisal", ["--file", "regions.jsonl", "--text_column", "x"], "Line 1 of regions.jsonl has no text in `x`"),
+        ("pairs", [], "`--file` is missing"),
+        ("pairs", ["--file", "regions.jsonl"], "Pair 0 has no text in `sentence_good`, only the fields text, regions"),
+        ("pairs", ["--file", "blank.txt"], "blank.txt cannot be read as jsonl: line 1 is not JSON"),
+        ("adapt", ["--rule", "adam"], "`--rule` adam must be"),
+        ("adapt", ["--decay", "2"], "`decay` (2.0) must lie in [0, 1]"),
+        ("adapt", ["--cache_weight", "1"], "`weight` (1.0) must lie in [0, 1)"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(evaluate, tmp_path, monkeypatch, task, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "blank.txt").write_text("a line\n\nanother")
+    lines(tmp_path / "regions.jsonl", [{"text": "a line", "regions": [[0, 90]]}])
+    lines(tmp_path / "broken.jsonl", [{"text": "a line", "regions": [1]}])
+
+    with pytest.raises(SystemExit) as stopped:
+        evaluate(task, *arguments)
+
+    assert str(stopped.value).startswith("evaluate.py: ")
+    assert message in str(stopped.value)
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_task_is_named_first(run):
+    for arguments in ([], ["--model", "x"], ["measure"]):
+        with pytest.raises(SystemExit, match="must be one of stream, surprisal, pairs, adapt"):
+            run("evaluate.py", *arguments)

@@ -19,6 +19,7 @@ def describe_run(
     procedure: str,
     command: str,
     reset_at_documents: bool = False,
+    resets: dict[int, float] | None = None,
     sample: str | None = None,
     start: str = "",
 ) -> dict:
@@ -33,6 +34,8 @@ def describe_run(
         procedure (`str`): How it was trained, in words: sentences with units.
         command (`str`): The command that trained it.
         reset_at_documents (`bool`, defaults to `False`): Whether the state started anew with every document.
+        resets (`dict[int, float]`, *optional*):
+            The loss of the validation text, nats per token, if the state starts anew after so many tokens.
         sample (`str`, *optional*): A text the model wrote.
         start (`str`, defaults to `""`): What the snippet lets the model continue.
     """
@@ -48,6 +51,7 @@ def describe_run(
         "procedure": procedure,
         "command": command,
         "state": "starting anew with every document" if reset_at_documents else "carried through the whole split",
+        "resets": {str(tokens): loss for tokens, loss in (resets or {}).items()},
         "sample": sample,
         "start": start,
         "versions": {"Python": platform.python_version()} | {name: version(name) for name in PACKAGES},

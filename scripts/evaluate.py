@@ -109,7 +109,7 @@ class Adapt(Arguments):
     max_segments: int = flag("Segments of training text whose gradients are looked at.", 200)
 
 
-def stream(arguments: Stream, model, tokenizer) -> str:
+def stream(arguments: Stream, model, tokenizer) -> None:
     if arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
         corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
@@ -131,16 +131,17 @@ def stream(arguments: Stream, model, tokenizer) -> str:
         **resets,
     )
     for name, value in result.items():
-        say(f"{name:>24}  " + (f"{value:.4f}" if isinstance(value, float) else f"{value}"))
+        numbers = value if isinstance(value, list) else [value]
+        say(f"{name:>24}  " + " to ".join(f"{n:.4f}" if isinstance(n, float) else f"{n:,}" for n in numbers))
     if result["loss"] > math.log(model.config.vocab_size):
         say("The model does worse than one that finds all tokens equally likely: are text and tokenizer its own?")
+    give(as_json(result), arguments)
     if arguments.picture is not None:
         nats, counts = losses_by_position(model, tokens, bptt_length=arguments.bptt_length, **resets)
         draw_positions(nats, counts, arguments.picture)
-    return json.dumps(result, indent=2)
 
 
-def surprisals(arguments: Surprisal, model, tokenizer) -> str:
+def surprisals(arguments: Surprisal, model, tokenizer) -> None:
     if arguments.base not in ("2", "e"):
         raise ValueError(f"`--base` {arguments.base} must be `2` or `e`.")
     if arguments.by not in ("token", "word", "region"):
@@ -152,9 +153,9 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> str:
         rows = word_surprisal(rows, texts, regions)
     unit = "bits" if base == 2 else "nats"
     say(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
+    give(rows.to_csv(index=False).rstrip("\n"), arguments)
     if arguments.picture is not None:
         draw_surprisal(rows[rows["text"] == 0], arguments.by, unit, arguments.picture)
-    return rows.to_csv(index=False).rstrip("\n")
 
 
 def read_texts(arguments: Surprisal) -> tuple[list[str], list | None]:
@@ -168,7 +169,12 @@ def read_texts(arguments: Surprisal) -> tuple[list[str], list | None]:
         return [arguments.text], None
     if not records:
         text = read_text(arguments.file)
-        return ([text] if arguments.whole else text.splitlines()), None
+        lines = [text] if arguments.whole else text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+        if "" in lines:
+            raise ValueError(
+                f"Line {lines.index('') + 1} of {arguments.file} is empty: remove it, or read it `--whole`."
+            )
+        return lines, None
     texts, regions = [], []
     for number, record in read_records(arguments.file):
         if not isinstance(record.get(arguments.text_column), str):
@@ -190,7 +196,7 @@ def is_regions(value) -> bool:
     )
 
 
-def pairs(arguments: Pairs, model, tokenizer) -> str:
+def pairs(arguments: Pairs, model, tokenizer) -> None:
     if arguments.file is None:
         raise ValueError("`--file` is missing: name a .jsonl file of pairs.")
     records = [record for _, record in read_records(arguments.file)]
@@ -206,12 +212,14 @@ def pairs(arguments: Pairs, model, tokenizer) -> str:
             for key, group in result[name].items():
                 say(f"{key:>60}  {group['accuracy']:7.2%} of {group['pairs']:,}")
     say(f"{'all':>60}  {result['accuracy']:7.2%} of {len(rows):,}")
-    return json.dumps(result, indent=2)
+    give(as_json(result), arguments)
 
 
-def adapt(arguments: Adapt, model, tokenizer) -> str:
+def adapt(arguments: Adapt, model, tokenizer) -> None:
     if arguments.rule not in ("rms", "sgd"):
         raise ValueError(f"`--rule` {arguments.rule} must be `rms` or `sgd`.")
+    if arguments.train_file is None and (arguments.validation_file is not None or arguments.test_file is not None):
+        raise ValueError("`--train_file` is missing: name the text that the model was trained on, as in training.")
     options = {"learning_rate": arguments.learning_rate, "decay": arguments.decay}
     options["segment_length"] = arguments.segment_length
     DynamicEvaluation(**options)  # refuses what cannot be before any work
@@ -229,7 +237,11 @@ def adapt(arguments: Adapt, model, tokenizer) -> str:
     else:
         validation, test = halves(validation)
     resets = {"reset_at_documents": arguments.reset_at_documents}
-    temperature = fit_temperature(model, validation, **resets)
+    temperature = 1.0
+    try:
+        temperature = fit_temperature(model, validation, **resets)
+    except ValueError as error:
+        say(f"The temperature stays 1. {error}")
     if arguments.rule == "rms":
         training = stream_of(corpus["train"], model, tokenizer)
         lanes = min(100, max(1, (len(training) - 1) // arguments.segment_length))
@@ -239,18 +251,20 @@ def adapt(arguments: Adapt, model, tokenizer) -> str:
     dynamic = DynamicEvaluation(**options)
     ways = {
         "plain": {},
-        f"temperature {temperature:.4f}": {"temperature": temperature},
+        "temperature": {"temperature": temperature},
         "neural cache": {"neural_cache": cache},
         "dynamic evaluation": {"dynamic_evaluation": dynamic},
         "all": {"temperature": temperature, "neural_cache": cache, "dynamic_evaluation": dynamic},
     }
+    say(f"The best temperature for the validation text is {temperature:.4f}")
     say(f"{'':>24}  nats per token  perplexity  95 % interval of the loss")
     results = {}
     for name, way in ways.items():
-        results[name] = result = evaluate_stream(model, test, **resets, **way)
+        result = evaluate_stream(model, test, **resets, **way)
+        results[name] = {"fitted_temperature": way["temperature"]} | result if "temperature" in way else result
         low, high = result["loss_interval"]
         say(f"{name:>24}  {result['loss']:14.4f}  {result['perplexity']:10.3f}  {low:.4f} to {high:.4f}")
-    return json.dumps(results, indent=2)
+    give(as_json(results), arguments)
 
 
 def halves(tokens: TokenStream) -> tuple[TokenStream, TokenStream]:
@@ -313,10 +327,24 @@ def save(figure, path: str, pyplot) -> None:
     say(f"The picture is in {path}")
 
 
+def as_json(result: dict) -> str:
+    """With null for what is beyond a float, which JSON has no word for."""
+    return json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None), indent=2)
+
+
+def give(text: str, arguments: Arguments) -> None:
+    """The result, before anything is drawn."""
+    print(text)
+    if arguments.output_file is not None:
+        Path(arguments.output_file).write_text(text + "\n", encoding="utf-8")
+        say(f"The result is in {arguments.output_file}")
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
+PICTURES = (".png", ".svg", ".pdf", ".jpg")
 TASKS = {
     "stream": (Stream, stream),
     "surprisal": (Surprisal, surprisals),
@@ -330,6 +358,8 @@ def main(task: str, arguments: Arguments) -> None:
         path = getattr(arguments, name, None)
         if path is not None and not Path(path).parent.is_dir():
             raise ValueError(f"`--{name}` {path} lies in no folder: make the folder first.")
+    if (picture := getattr(arguments, "picture", None)) is not None and Path(picture).suffix not in PICTURES:
+        raise ValueError(f"`--picture` {picture} must end in one of {', '.join(PICTURES)}.")
     folder = Path(arguments.model)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
@@ -338,11 +368,10 @@ def main(task: str, arguments: Arguments) -> None:
         arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
     )
     check_tokenizer(model, tokenizer)
-    text = TASKS[task][1](arguments, model, tokenizer)
-    print(text)
-    if arguments.output_file is not None:
-        Path(arguments.output_file).write_text(text + "\n", encoding="utf-8")
-        say(f"The result is in {arguments.output_file}")
+    known = max(tokenizer.get_vocab().values()) + 1
+    if known < model.config.vocab_size:
+        say(f"The tokenizer has {known:,} tokens and the model {model.config.vocab_size:,}: is it the model's own?")
+    TASKS[task][1](arguments, model, tokenizer)
 
 
 if __name__ == "__main__":

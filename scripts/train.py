@@ -216,7 +216,7 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
     duration = ""
     if args.resume_from_checkpoint is None:  # what Trainer measured is all there was
         metrics["train_runtime"] = seconds
-        duration = f" in {seconds:.0f} s on {machine()}"
+        duration = f", in {seconds:.0f} s on {machine()}"
     (folder / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
     draw_learning_curve(trainer.state.log_history, folder / "learning_curve.png")
     text = sample(model, tokenizer, data_args.prompt)
@@ -233,11 +233,12 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         folder,
         model,
         data=Path(data_args.train_file).name if data_args.train_file else data_args.dataset_name or STANDARD_LIBRARY,
-        results=results | {f"validation, the state reset every {RESET_EVERY} tokens": short},
+        results=results,
         procedure=f"{trainer.state.global_step:,} {steps}{duration}; {method}; seed {args.seed}. "
         f"The weights are those of step {trainer.state.best_global_step or trainer.state.global_step:,}.",
         command=command_of(sys.argv[1:]),
         reset_at_documents=reset_at_documents,
+        resets={RESET_EVERY: short["loss"]},
         sample=text,
         start=data_args.prompt,
     )

@@ -114,7 +114,7 @@ def test_scaled_steps_are_those_of_the_equations():
     model, by_hand = make_model(), make_model()
     rms = gradient_rms(model, make_ids(1, 200, seed=2)[0], lanes=4, segment_length=6)
     trained = {name: parameter.detach().clone() for name, parameter in by_hand.named_parameters()}
-    mean = torch.cat([tensor.flatten() for tensor in rms.values()]).mean()
+    mean = sum(tensor.mean() for tensor in rms.values()) / len(rms)
 
     def step(name, parameter, gradient):
         pull = (0.3 * rms[name] / mean).clamp(max=1)
@@ -169,6 +169,135 @@ def test_all_of_them_at_once_change_nothing_in_the_model():
     assert all(p.grad is None and torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
 
 
+def test_learning_sees_the_plain_prediction_and_the_cache_the_tempered_one():
+    model, by_hand = make_model(), make_model()
+    temperature, theta, weight, length = 1.5, 0.2, 0.3, 6
+    hidden, nats, cache = torch.zeros(0, 12), 0.0, None
+    for start in range(0, 39, length):
+        targets = TOKENS[start + 1 : start + length + 1]
+        output = by_hand(
+            TOKENS[None, start : start + len(targets)],
+            past_key_values=cache,
+            use_cache=True,
+            output_hidden_states=True,
+        )
+        logits, states = output.logits[0], output.hidden_states[-1][0].detach()
+        hidden = torch.cat([hidden, states])
+        for step, target in enumerate(targets):
+            p = (logits[step] / temperature).softmax(dim=-1)[target].item()
+            now = start + step
+            if now > 0:
+                shares = (theta * hidden[:now] @ hidden[now]).softmax(dim=0)
+                p = (1 - weight) * p + weight * shares[TOKENS[1 : now + 1] == target].sum().item()
+            nats -= math.log(p)
+        gradients = torch.autograd.grad(F.cross_entropy(logits, targets), list(by_hand.parameters()))
+        cache = output.past_key_values
+        for layer in cache.layers:
+            layer.detach_()
+        with torch.no_grad():
+            for parameter, gradient in zip(by_hand.parameters(), gradients, strict=True):
+                parameter -= 0.01 * gradient
+
+    result = evaluate_stream(
+        model,
+        TOKENS,
+        temperature=temperature,
+        neural_cache=NeuralCache(100, theta, weight),
+        dynamic_evaluation=DynamicEvaluation(learning_rate=0.01, segment_length=length),
+    )
+
+    assert result["loss"] == pytest.approx(nats / 39, rel=1e-5)
+
+
+def test_several_parts_learn_together_from_zero_states():
+    """Three parts of 14, 14 and 11 targets: one step for what is read side by side, as far as each goes."""
+    model, by_hand = make_model(), make_model()
+    stream = TokenStream(TOKENS, torch.tensor([0, 13, 20, 38]))
+    first = torch.tensor([0, 14, 28])[:, None]
+    nats, cache = 0.0, None
+    for start in range(0, 14, 5):
+        indices = first + torch.arange(start, min(start + 5, 14))
+        starts = torch.maximum(first, stream.starts_of(indices))
+        read = indices < 39
+        ids, targets = (TOKENS[(indices + shift).clamp(max=39)] for shift in (0, 1))
+        output = by_hand(ids, position_ids=indices - starts, past_key_values=cache, use_cache=True)
+        loss = F.cross_entropy(output.logits[read], targets[read])
+        nats += loss.item() * read.sum().item()
+        gradients = torch.autograd.grad(loss, list(by_hand.parameters()))
+        cache = output.past_key_values
+        for layer in cache.layers:
+            layer.detach_()
+        with torch.no_grad():
+            for parameter, gradient in zip(by_hand.parameters(), gradients, strict=True):
+                parameter -= 0.01 * gradient
+
+    result = evaluate_stream(
+        model,
+        stream,
+        batch_size=3,
+        reset_at_documents=True,
+        dynamic_evaluation=DynamicEvaluation(learning_rate=0.01, segment_length=5),
+    )
+
+    assert read.sum().item() < read.numel()  # the last part ends earlier
+    assert result["tokens"] == 39
+    assert result["tokens_without_history"] == 5
+    assert result["loss"] == pytest.approx(nats / 39, rel=1e-5)
+
+
+def test_half_precision_learns_in_single():
+    model = make_model(torch.bfloat16)
+    rms = gradient_rms(model, TOKENS, lanes=3, segment_length=4)
+    learner = DynamicEvaluation(rms).learner(model)
+
+    assert {tensor.dtype for tensor in rms.values()} == {torch.float32}
+    assert {parameter.dtype for parameter in learner.model.parameters()} == {torch.float32}
+    assert model.dtype == torch.bfloat16
+    single = evaluate_stream(
+        make_model(torch.float32), TOKENS, dynamic_evaluation=DynamicEvaluation(rms, segment_length=4)
+    )
+    half = evaluate_stream(model, TOKENS, dynamic_evaluation=DynamicEvaluation(rms, segment_length=4))
+    assert half["loss"] == pytest.approx(single["loss"], rel=0.05)
+
+
+def test_few_segments_are_the_first_of_each_lane():
+    model, tokens = make_model(), make_ids(1, 41)[0]
+    firsts = torch.cat([tokens[:5], tokens[20:25], tokens[40:]])  # two lanes of 20, of which 4 targets each
+
+    few = gradient_rms(model, tokens, lanes=2, segment_length=4, max_segments=1)
+
+    by_hand = torch.autograd.grad(
+        F.cross_entropy(
+            model(torch.stack([firsts[:4], firsts[5:9]])).logits.flatten(0, 1), torch.cat([firsts[1:5], firsts[6:10]])
+        ),
+        list(model.parameters()),
+    )
+    for tensor, gradient in zip(few.values(), by_hand, strict=True):
+        torch.testing.assert_close(tensor, gradient.abs(), rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize("call", [fit_temperature, lambda model, tokens: gradient_rms(model, tokens, lanes=2)])
+def test_predictions_that_are_no_numbers_are_refused(call):
+    model = make_model()
+    model.lm_head.weight.data[5] = math.nan
+
+    with pytest.raises(ValueError, match="token 1 is not a number"):
+        call(model.train(), TOKENS)
+    assert model.training
+
+
+def test_a_large_offset_of_all_logits_changes_no_temperature(monkeypatch):
+    model = make_model()
+    torch.manual_seed(0)
+    options = {"do_sample": True, "temperature": 1.7, "top_k": 0, "eos_token_id": None}
+    tokens = model.generate(TOKENS[None, :1], attention_mask=torch.ones(1, 1), max_new_tokens=100, **options)[0]
+    expected = fit_temperature(model, tokens)
+    head = model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: head(x).float() + 1e4)
+
+    assert fit_temperature(model, tokens) == pytest.approx(expected, rel=0.01)
+
+
 def test_the_defaults_are_the_papers():
     assert vars(NeuralCache()) == {"size": 500, "theta": 1.0, "weight": 0.1}
     plain, scaled = DynamicEvaluation(), DynamicEvaluation({})
@@ -186,7 +315,13 @@ def test_the_defaults_are_the_papers():
         (lambda: DynamicEvaluation(decay=2), r"`decay` \(2\) must lie in \[0, 1\]"),
         (lambda: DynamicEvaluation(segment_length=0), r"`segment_length` \(0\) must be at least 1"),
         (lambda: DynamicEvaluation({"x": torch.ones(1)}).learner(make_model()), "is not that of this model"),
-        (lambda: gradient_rms(make_model(), TOKENS), "40 tokens make no 100 lanes in segments of 20"),
+        (lambda: gradient_rms(make_model(), TOKENS), r"`lanes` \(100\) must be fewer than the 40 tokens"),
+        (lambda: gradient_rms(make_model(), TOKENS, lanes=0), r"`lanes` \(0\) must be at least 1"),
+        (lambda: gradient_rms(make_model(), TOKENS, 2, 3, 0), r"`max_segments` \(0\) must be at least 1"),
+        (
+            lambda: evaluate_stream(make_model(), TOKENS, bptt_length=7, dynamic_evaluation=DynamicEvaluation()),
+            r"`bptt_length` \(7\) and `dynamic_evaluation` exclude each other",
+        ),
         (lambda: fit_temperature(make_model(), TOKENS[:1]), "holds 1 tokens"),
     ],
 )

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import reference
 import torch
-from conftest import make_ids, make_model
+from conftest import CONFIGS, make_ids, make_model
 
 from hf_lstm import TokenStream, byte_tokenizer, char_tokenizer, evaluate_stream
 
@@ -21,6 +21,16 @@ def expected_nats(model, documents):
         nats -= log_probabilities.gather(1, document[1:, None]).sum().item()
         correct += (log_probabilities.argmax(dim=-1) == document[1:]).sum().item()
     return nats, correct
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_last_hidden_state_is_what_the_output_layer_takes(name):
+    """The neural cache compares it."""
+    model = make_model(**CONFIGS[name])
+
+    output = model(TOKENS[None], output_hidden_states=True)
+
+    torch.testing.assert_close(model.lm_head(output.hidden_states[-1]), output.logits)
 
 
 def test_the_loss_is_that_of_the_equations():
@@ -101,6 +111,7 @@ def test_documents_can_be_read_from_a_zero_state(bptt_length):
     assert result["accuracy"] == correct / 15
     assert result["bits_per_byte"] == pytest.approx(nats / math.log(2) / 11, rel=1e-6)
     assert result["word_perplexity"] == pytest.approx(math.exp(nats / 4), rel=1e-6)
+    assert result["bits_per_word"] == pytest.approx(nats / math.log(2) / 4, rel=1e-6)
     assert result["tokens_without_history"] == 4
 
 
@@ -166,6 +177,18 @@ def test_a_prediction_that_is_no_number_is_named():
 
     with pytest.raises(ValueError, match=r"token 21 is not a number \(NaN\)"):
         evaluate_stream(model, tokens, bptt_length=7)
+
+
+def test_what_the_model_holds_impossible_costs_infinitely_much(monkeypatch):
+    model = make_model()
+    head = model.lm_head.forward
+    impossible = torch.zeros(31).index_fill(0, TOKENS[9], -math.inf)
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: head(x) + impossible)
+
+    result = evaluate_stream(model, TOKENS)
+
+    assert (result["loss"], result["perplexity"]) == (math.inf, math.inf)
+    assert result["loss_interval"] == [math.inf, math.inf]
 
 
 def test_a_model_without_a_state_is_refused():

@@ -157,13 +157,13 @@ def test_what_adapting_is_worth(evaluate, model, text_file, options):
     results = json.loads(evaluate("adapt", "--train_file", text_file, "--max_segments", 3, *options))
 
     names = list(results)
-    assert names[0] == "plain"
-    assert names[1].startswith("temperature ")
-    assert names[2:] == ["neural cache", "dynamic evaluation", "all"]
+    assert names == ["plain", "temperature", "neural cache", "dynamic evaluation", "all"]
+    assert results["temperature"]["fitted_temperature"] == results["all"]["fitted_temperature"] > 0
     losses = [result["loss"] for result in results.values()]
     assert len(set(losses)) == 5
     assert all(result["tokens"] == results["plain"]["tokens"] for result in results.values())
-    assert losses[3] < losses[0]  # the text repeats itself: learning from it helps
+    assert losses[2] < losses[0]  # the text repeats itself: to remember it helps
+    assert losses[3] < losses[0]  # and so does learning from it
 
 
 def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
@@ -189,7 +189,8 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
         ("surprisal", ["--text", "a", "--base", "10"], "`--base` 10 must be `2` or `e`"),
         ("surprisal", ["--text", "a", "--by", "region"], "`--by` region needs a .jsonl"),
         ("surprisal", ["--text", "a", "--start_token", "<s>"], "`start_token` ('<s>') is no token"),
-        ("surprisal", ["--file", "blank.txt"], "Text 1 is ''"),
+        ("surprisal", ["--file", "blank.txt"], "Line 2 of blank.txt is empty: remove it"),
+        ("surprisal", ["--text", "a", "--picture", "x.foo"], "`--picture` x.foo must end in one of .png"),
         ("surprisal", ["--file", "nowhere.txt"], "The file nowhere.txt does not exist"),
         ("surprisal", ["--file", "regions.jsonl", "--by", "region"], "Region 0 to 90 lies outside text 0"),
         ("surprisal", ["--file", "broken.jsonl", "--by", "region"], "`regions` in line 1 of broken.jsonl is [1]"),
@@ -198,6 +199,8 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
         ("pairs", ["--file", "regions.jsonl"], "Pair 0 has no text in `sentence_good`, only the fields text, regions"),
         ("pairs", ["--file", "blank.txt"], "blank.txt cannot be read as jsonl: line 1 is not JSON"),
         ("adapt", ["--rule", "adam"], "`--rule` adam must be"),
+        ("adapt", ["--test_file", "blank.txt"], "`--train_file` is missing"),
+        ("adapt", ["--max_segments", "0"], "`max_segments` (0) must be at least 1"),
         ("adapt", ["--decay", "2"], "`decay` (2.0) must lie in [0, 1]"),
         ("adapt", ["--cache_weight", "1"], "`weight` (1.0) must lie in [0, 1)"),
     ],

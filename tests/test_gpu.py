@@ -5,7 +5,8 @@ import torch
 from conftest import CONFIGS, make_ids, make_model
 from test_tbptt import BPTT, LANES, make_trainer
 
-from hf_lstm import LaneDataset
+from hf_lstm import LaneDataset, byte_tokenizer, evaluate_stream, surprisal
+from hf_lstm.evaluation import DynamicEvaluation, NeuralCache, gradient_rms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
@@ -54,3 +55,17 @@ def test_every_precision_learns_with_regularisation(tmp_path, options):
     trainer.train()
 
     assert sum(losses.train[-20:]) < 0.5 * sum(losses.train[:20])
+
+
+def test_evaluation_finds_what_it_finds_on_a_cpu():
+    results = []
+    for device in ("cpu", "cuda"):
+        model = make_model(vocab_size=260).to(device)
+        learning = DynamicEvaluation(gradient_rms(model, SONG, lanes=5))
+        adapted = evaluate_stream(
+            model, SONG, batch_size=2, neural_cache=NeuralCache(50, 0.1), dynamic_evaluation=learning
+        )
+        sentences = surprisal(model, byte_tokenizer(), ["to be", "or not to be"], start_token="<eos>")
+        results.append([evaluate_stream(model, SONG)["loss"], adapted["loss"], *sentences["surprisal"]])
+
+    assert results[1] == pytest.approx(results[0], rel=1e-5)

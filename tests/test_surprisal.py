@@ -19,9 +19,10 @@ from hf_lstm import (
     word_surprisal,
     word_tokenizer,
 )
+from hf_lstm.evaluation.surprisal import _part_ends
 
 TEXTS = ["the horse raced past the barn fell", "the barn", "a", " horse  fell "]
-CHARACTERS = char_tokenizer(TEXTS)
+CHARACTERS = char_tokenizer([*TEXTS, "x"])
 
 
 def model_for(tokenizer, **config):
@@ -161,6 +162,35 @@ def test_regions_are_summed_wherever_their_borders_stand():
     assert regions["surprisal"][4] == pytest.approx(costs[:6].sum())
 
 
+def test_the_words_as_regions_are_the_words():
+    tokens = surprisal(model_for(CHARACTERS), CHARACTERS, TEXTS)
+    words = word_surprisal(tokens, TEXTS)
+    spans = [[(row.start, row.end) for row in words[words["text"] == number].itertuples()] for number in range(4)]
+
+    assert word_surprisal(tokens, TEXTS, spans).equals(words)
+
+
+def test_what_no_token_begins_in_is_not_known():
+    """Not 0 bits, which would be certainty: white space, and half of a piece."""
+    text = "the unhappy the unhappy"
+    tokenizer = bpe_tokenizer([text] * 9, vocab_size=300)
+    tokens = surprisal(model_for(tokenizer), tokenizer, [text], start_token="<eos>")
+
+    regions = word_surprisal(tokens, [text], [[(3, 4), (6, 11), (4, 11)]])
+
+    assert " unhappy" in tokens["token"].tolist()
+    assert regions["tokens"].tolist() == [0, 0, 1]
+    assert regions["surprisal"].isna().tolist() == [True, True, False]
+
+
+def test_parts_are_cut_at_the_ends_of_documents_however_many_tokens():
+    ends = torch.tensor([2**24, 2**24 + 1])  # more than float32 counts
+
+    assert _part_ends(ends, 8).tolist() == ends.tolist()
+    assert _part_ends(torch.tensor([4, 5, 6, 12]), 2).tolist() == [6, 12]
+    assert _part_ends(torch.tensor([3]), 8).tolist() == [3]
+
+
 def test_every_tokenizer_says_where_its_tokens_stand():
     text = "to be 床 to be"
     for tokenizer in (byte_tokenizer(), word_tokenizer([text]), bpe_tokenizer([text], 262)):
@@ -217,6 +247,11 @@ SMALL = word_tokenizer(["a b"])
         (lambda m: surprisal(m, CHARACTERS, ["a", ""]), "Text 1 is '': it must hold characters"),
         (lambda m: surprisal(m, CHARACTERS, [None]), "Text 0 is None"),
         (lambda m: surprisal(m, SMALL, ["a", " "]), "Text 1, ' ', becomes no token"),
+        (lambda m: minimal_pairs(m, CHARACTERS, []), "`pairs` are none"),
+        (
+            lambda m: minimal_pairs(m, CHARACTERS, [*PAIRS, {"sentence_good": "a", "sentence_bad": ""}]),
+            "Pair 3 has no text in `sentence_bad`",
+        ),
         (lambda m: surprisal(m, CHARACTERS, ["a"], base=1), r"`base` \(1\) must be above 1"),
         (lambda m: surprisal(m, CHARACTERS, ["a"], batch_size=0), r"`batch_size` \(0\) must be at least 1"),
         (lambda m: surprisal(m, CHARACTERS, ["a"], start_token="<s>"), r"`start_token` \('<s>'\) is no token"),
@@ -246,13 +281,19 @@ def test_other_texts_than_those_of_the_tokens_are_refused():
 
     with pytest.raises(ValueError, match="those of 4 texts, and there are 3"):
         word_surprisal(tokens, TEXTS[:3])
+    with pytest.raises(ValueError, match="those of 3 texts, and there are 4"):
+        word_surprisal(tokens[tokens["text"] != 1], TEXTS)
     with pytest.raises(ValueError, match="for 1 texts, and there are 4"):
         word_surprisal(tokens, TEXTS, [[]])
 
 
-def test_a_prediction_that_is_no_number_is_named():
-    model = model_for(CHARACTERS)
-    model.lm_head.weight.data[5] = math.nan
+@pytest.mark.parametrize("start_token", [None, "<eos>"])
+def test_a_prediction_that_is_no_number_is_named(start_token):
+    model = model_for(CHARACTERS, tie_word_embeddings=False).train()
+    model.model.embed_tokens.weight.data[CHARACTERS.vocab["x"]] = math.nan
+    texts = ["the horse", "the barn", "a xa", "fell x"]
 
-    with pytest.raises(ValueError, match="is not a number"):
-        surprisal(model, CHARACTERS, TEXTS)
+    with pytest.raises(ValueError, match=f"token {3 if start_token is None else 4} of text 2 is not a number"):
+        surprisal(model, CHARACTERS, texts, start_token=start_token)
+    assert model.training
+    surprisal(model, CHARACTERS, [texts[3]])  # nothing is predicted from the last token

@@ -5,10 +5,11 @@ import math
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional as F
 from transformers import DynamicCache
 
-from .reading import Chunk, evaluating, predict, read_chunks, stream_for
+from hf_lstm.model.kernels_lstm import at_least_float32
+
+from .reading import Chunk, evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
 
 
 @dataclass
@@ -98,8 +99,9 @@ class DynamicEvaluation:
         decay (`float`, *optional*): λ: by default 8e-3, or 0 without `gradient_rms`.
         epsilon (`float`, defaults to 2e-5): ε.
         segment_length (`int`, defaults to 20):
-            Tokens of a segment. The first defaults are Krause's published ones for 5 words, 5e-5 and 2e-3, scaled to 20
-            tokens as he scales them: another length asks for others.
+            Tokens of a segment. The defaults beside `gradient_rms` are those of the authors' code for 5 words, 5e-5 and
+            2e-3, scaled to 20 tokens as its search scales them: another length asks for others. As there, mean(r) is the
+            mean over the parameter tensors of the mean of each.
     """
 
     gradient_rms: dict[str, torch.Tensor] | None = None
@@ -128,9 +130,10 @@ class DynamicEvaluation:
 
 class _Learner:
     def __init__(self, options: DynamicEvaluation, model):
-        self.options, self.model = options, copy.deepcopy(model).requires_grad_(True)
+        self.model, self.learning_rate = _trainable_copy(model), options.learning_rate
         self.parameters = dict(self.model.named_parameters())
         self.trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+        self.scale, self.pull = dict.fromkeys(self.parameters, 1.0), dict.fromkeys(self.parameters, options.decay)
         if (rms := options.gradient_rms) is not None:
             if {name: tensor.shape for name, tensor in rms.items()} != {
                 n: p.shape for n, p in self.parameters.items()
@@ -138,7 +141,7 @@ class _Learner:
                 raise ValueError(
                     "`gradient_rms` is not that of this model: call `gradient_rms(model, training_tokens)`."
                 )
-            mean = sum(tensor.sum() for tensor in rms.values()) / sum(tensor.numel() for tensor in rms.values())
+            mean = sum(tensor.mean() for tensor in rms.values()) / len(rms)
             self.scale = {name: 1 / (tensor + options.epsilon) for name, tensor in rms.items()}
             self.pull = {name: (options.decay * tensor / mean).clamp(max=1) for name, tensor in rms.items()}
 
@@ -147,16 +150,18 @@ class _Learner:
         gradients = _gradients(logits, chunk, state, self.parameters)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
-                adaptive = self.options.gradient_rms is not None
-                pull = self.pull[name] if adaptive else self.options.decay
-                step = gradients[name] * self.scale[name] if adaptive else gradients[name]
-                parameter += pull * (self.trained[name] - parameter) - self.options.learning_rate * step
+                step = self.learning_rate * self.scale[name] * gradients[name]
+                parameter += self.pull[name] * (self.trained[name] - parameter) - step
+
+
+def _trainable_copy(model):
+    """In float32 at least: steps are too small for half precision."""
+    return copy.deepcopy(model).to(at_least_float32(model.dtype)).requires_grad_(True)
 
 
 def _gradients(logits, chunk, state, parameters) -> dict[str, torch.Tensor]:
     """Those of the mean loss of a chunk; the state is cut from its past."""
-    loss = F.cross_entropy(logits, chunk.targets[chunk.scored].to(logits.device))
-    gradients = torch.autograd.grad(loss, list(parameters.values()))
+    gradients = torch.autograd.grad(nats_of(logits, chunk).mean(), list(parameters.values()))
     for layer in state.layers:
         layer.detach_()
     return dict(zip(parameters, gradients, strict=True))
@@ -177,21 +182,25 @@ def gradient_rms(
         max_segments (`int`, *optional*): Segments to read: some hundred say nearly the same as all.
 
     Raises:
-        ValueError: if the text is too short for the lanes, or its ids lie outside the vocabulary.
+        ValueError: for numbers below 1, more lanes than targets, ids outside the vocabulary, or predictions that are not
+            numbers.
     """
     stream = stream_for(model, tokens)
+    for name, value in (("lanes", lanes), ("segment_length", segment_length), ("max_segments", max_segments)):
+        if value is not None and value < 1:
+            raise ValueError(f"`{name}` ({value}) must be at least 1.")
     part = (len(stream) - 1) // lanes
-    if part < 1 or segment_length < 1:
-        raise ValueError(f"{len(stream):,} tokens make no {lanes} lanes in segments of {segment_length}: take fewer.")
+    if part < 1:
+        raise ValueError(f"`lanes` ({lanes}) must be fewer than the {len(stream):,} tokens.")
     if max_segments is not None:
         part = min(part, max_segments * segment_length)
     firsts = torch.arange(lanes) * ((len(stream) - 1) // lanes)
-    reader = copy.deepcopy(model).requires_grad_(True)
+    reader = _trainable_copy(model)
     parameters, state = dict(reader.named_parameters()), DynamicCache(config=model.config)
     squares, segments = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}, 0
     with evaluating(reader), torch.enable_grad():
-        for chunk in read_chunks(stream, firsts, firsts + part, segment_length):
-            logits = predict(reader, chunk, state).logits.flatten(0, 1).float()
+        for chunk in read_chunks(stream, firsts, firsts + part, segment_length, description="taking gradients"):
+            logits = scored_logits(predict(reader, chunk, state).logits, chunk)
             for name, gradient in _gradients(logits, chunk, state, parameters).items():
                 squares[name] += gradient.square()
             segments += 1
@@ -205,8 +214,8 @@ def fit_temperature(model, tokens, bptt_length: int = 1024, reset_at_documents: 
     in 1 / T. Fit it on validation text, and use it on another.
 
     Raises:
-        ValueError: if there are fewer than two tokens, or no temperature is the best: all predictions are right, or all
-            the more wrong the surer they are.
+        ValueError: if there are fewer than two tokens, predictions are not numbers, or no temperature is the best: the
+            surest predictions are, or the flattest.
     """
     stream = stream_for(model, tokens)
     sharpness, targets = 1.0, len(stream) - 1  # 1 / T
@@ -215,9 +224,12 @@ def fit_temperature(model, tokens, bptt_length: int = 1024, reset_at_documents: 
         state = DynamicCache(config=model.config)
         with evaluating(model):
             for chunk in read_chunks(
-                stream, torch.tensor([0]), torch.tensor([targets]), bptt_length, reset_at_documents
+                *(stream, torch.tensor([0]), torch.tensor([targets]), bptt_length, reset_at_documents),
+                description="fitting the temperature",
             ):
-                logits = predict(model, chunk, state).logits.flatten(0, 1).float()  # (N, V)
+                logits = scored_logits(predict(model, chunk, state).logits, chunk)  # (N, V)
+                nats_of(logits, chunk)  # refuses what is not a number
+                logits = logits - logits.max(dim=-1, keepdim=True).values
                 shares = (sharpness * logits).softmax(dim=-1)
                 mean = (shares * logits).sum(dim=-1)
                 right = logits.gather(1, chunk.targets.flatten()[:, None].to(logits.device))[:, 0]
@@ -232,5 +244,6 @@ def fit_temperature(model, tokens, bptt_length: int = 1024, reset_at_documents: 
         if not 1e-3 < sharpness < 1e3:
             break
     raise ValueError(
-        "No temperature is the best for this text: the loss falls for ever. Is it a text the model was not trained on?"
+        f"No temperature is the best for this text: at {1 / sharpness:.3g} the loss still falls. Is it a text the model "
+        "knows nothing of, or one that it knows by heart?"
     )

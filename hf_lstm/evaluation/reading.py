@@ -3,7 +3,7 @@
 Shapes: B parts of the stream that are read side by side, T tokens of each in a chunk, N targets of a chunk, V vocabulary.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_lstm.data.streams import TokenStream, as_stream
 from hf_lstm.model.configuration_lstm import LSTMConfig
+from hf_lstm.model.kernels_lstm import at_least_float32
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Chunk:
     """Tensors of shape `(B, T)`."""
 
     indices: torch.LongTensor  # where in the stream
-    starts: torch.LongTensor  # where the state began from zero that a token finds
+    starts: torch.LongTensor  # where the state that a token finds began, from zero
     inputs: torch.LongTensor
     targets: torch.LongTensor  # the tokens behind the inputs
     scored: torch.BoolTensor  # False behind the end of a part
@@ -56,6 +57,7 @@ def read_chunks(
     bptt_length: int,
     reset_at_documents: bool = False,
     reset_every: int | None = None,
+    description: str = "evaluating",
 ) -> Iterator[Chunk]:
     """
     Read parts of a stream side by side, with a progress bar.
@@ -67,10 +69,11 @@ def read_chunks(
         bptt_length (`int`): Tokens of a chunk, T; the last chunk may be shorter.
         reset_at_documents (`bool`, defaults to `False`): Whether the state starts anew with every document.
         reset_every (`int`, *optional*): Start the state anew after so many tokens.
+        description (`str`, defaults to `"evaluating"`): What the progress bar says.
     """
     firsts, ends = firsts[:, None], ends[:, None]  # (B, 1)
     longest = int((ends - firsts).max())
-    for column in logging.tqdm(range(0, longest, bptt_length), desc="evaluating", leave=False):
+    for column in logging.tqdm(range(0, longest, bptt_length), desc=description, leave=False):
         indices = firsts + torch.arange(column, min(column + bptt_length, longest))
         starts = firsts.expand_as(indices)
         if reset_at_documents:
@@ -94,19 +97,27 @@ def predict(model, chunk: Chunk, cache, **options):
     )
 
 
-def nats_of(scores: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+def scored_logits(logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
+    """Those of the targets that are scored, `(N, V)`, of `(B, T, V)`; in float32 at least."""
+    logits = logits.flatten(0, 1) if chunk.scored.all() else logits[chunk.scored.to(logits.device)]
+    return logits.to(at_least_float32(logits.dtype))
+
+
+def nats_of(
+    scores: torch.Tensor, chunk: Chunk, name: Callable[[int], str] = lambda index: f"token {index:,}"
+) -> torch.Tensor:
     """
     What each target costs, `(N,)`, in nats, of the logits or log-probabilities `(N, V)` of those that are scored.
 
     Raises:
-        ValueError: if one is not a number.
+        ValueError: if one is not a number; `name` says what the token at an index of the stream is called.
     """
     nats = F.cross_entropy(scores, chunk.targets[chunk.scored].to(scores.device), reduction="none").double().cpu()
     if nats.isnan().any():
-        index = int(chunk.indices[chunk.scored][nats.isnan()][0])
+        index = int(chunk.indices[chunk.scored][nats.isnan()][0]) + 1
         raise ValueError(
-            f"What the model says of token {index + 1:,} is not a number (NaN), so no average would mean anything: look "
-            "at its weights, or load it in a wider type, such as float32."
+            f"What the model says of {name(index)} is not a number (NaN), so no average would mean anything: look at its "
+            "weights, or load it in a wider type, such as float32."
         )
     return nats
 

@@ -11,7 +11,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from hf_lstm.data.streams import TokenStream
 from hf_lstm.tokenizers import pieces_of
 
-from .reading import evaluating, nats_of, predict, read_chunks, stream_for
+from .reading import evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
 
 
 def surprisal(
@@ -87,8 +87,8 @@ def word_surprisal(tokens, texts: Sequence[str], regions: Sequence[Sequence[tupl
 
     Words are what stands between white space. White space belongs to the word behind it, as it does in the pieces of
     GPT-2's kind, so that the sums of characters and of pieces mean the same; white space at the end of a text belongs to
-    its last word. A token that spells parts of several words or regions counts for the first of them. A sum that lacks
-    the first token of a text, because nothing predicted it, is NaN.
+    its last word. A token that spells parts of several words or regions counts for the first of them. NaN is what is not
+    known: the sum of a word or region in which no token begins, or whose first token nothing predicted.
 
     Args:
         tokens (`pandas.DataFrame`): What [`surprisal`] returned.
@@ -110,9 +110,10 @@ def word_surprisal(tokens, texts: Sequence[str], regions: Sequence[Sequence[tupl
             f"`regions` are given for {len(regions)} texts, and there are {len(texts)}: one list for each."
         )
     starts, costs, numbers = (tokens[name].to_numpy() for name in ("start", "surprisal", "text"))
-    if len(numbers) > 0 and numbers[-1] != len(texts) - 1:
+    if not numpy.array_equal(numpy.unique(numbers), numpy.arange(len(texts))):
         raise ValueError(
-            f"`tokens` are those of {numbers[-1] + 1} texts, and there are {len(texts)}: give the same texts."
+            f"`tokens` are those of {len(numpy.unique(numbers))} texts, and there are {len(texts)}: give the same texts, and "
+            "all of their tokens."
         )
     text_bounds = numpy.searchsorted(numbers, numpy.arange(len(texts) + 1))
     rows = []
@@ -120,15 +121,13 @@ def word_surprisal(tokens, texts: Sequence[str], regions: Sequence[Sequence[tupl
         own = slice(text_bounds[number], text_bounds[number + 1])
         words = [match.span() for match in re.finditer(r"\S+", text)] or [(0, len(text))]
         first, last = numpy.array(words).T
-        # of each token the word it begins in, or else the next one, which white space belongs to; they ascend
+        # Where each token counts: at its first character, but white space in the next word, or the last; they ascend.
         word_of = numpy.minimum(numpy.searchsorted(last, starts[own], side="right"), len(words) - 1)
-        if regions is None:
-            spans, keys, bounds = words, word_of, [(index, index + 1) for index in range(len(words))]
-        else:
-            spans = bounds = [_checked_region(region, text, number) for region in regions[number]]
-            keys = numpy.maximum(starts[own], first[word_of])
-        for (start, end), (low, high) in zip(spans, numpy.searchsorted(keys, bounds).tolist(), strict=True):
-            rows.append((number, text[start:end], start, end, high - low, costs[own][low:high].sum()))
+        places = numpy.clip(starts[own], first[word_of], last[word_of] - 1)
+        spans = words if regions is None else [_checked_region(region, text, number) for region in regions[number]]
+        for (start, end), (low, high) in zip(spans, numpy.searchsorted(places, spans).tolist(), strict=True):
+            cost = costs[own][low:high].sum() if high > low else numpy.nan
+            rows.append((number, text[start:end], start, end, high - low, cost))
     return pandas.DataFrame(rows, columns=["text", "word", "start", "end", "tokens", "surprisal"])
 
 
@@ -151,10 +150,12 @@ def minimal_pairs(model, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[dic
     import pandas
 
     pairs = list(pairs)
+    if not pairs:
+        raise ValueError("`pairs` are none: there must be at least one.")
     names = ("sentence_good", "sentence_bad")
     for number, pair in enumerate(pairs):
         for name in names:
-            if not isinstance(pair.get(name), str):
+            if not isinstance(pair.get(name), str) or pair[name] == "":
                 raise ValueError(
                     f"Pair {number} has no text in `{name}`, only the fields {', '.join(map(str, pair))}: each needs both "
                     "`sentence_good` and `sentence_bad`."
@@ -227,6 +228,12 @@ def _encode(texts: list[str], tokenizer) -> tuple[list[list[int]], list[numpy.nd
     return ids, [numpy.concatenate(parts) for parts in spans]
 
 
+def _part_ends(ends: torch.LongTensor, parts: int) -> torch.LongTensor:
+    """At which ends of documents to cut, to get at most so many parts of nearly the same length."""
+    even = torch.arange(1, parts + 1) * ends[-1] // parts
+    return torch.unique(ends[torch.searchsorted(ends, even)])
+
+
 @torch.no_grad()
 def _nats_of_documents(model, documents: list[list[int]], batch_size: int, bptt_length: int) -> list[numpy.ndarray]:
     """
@@ -235,16 +242,22 @@ def _nats_of_documents(model, documents: list[list[int]], batch_size: int, bptt_
     """
     lengths = torch.tensor([len(document) for document in documents])
     ends = lengths.cumsum(0)
-    stream = stream_for(model, TokenStream(numpy.concatenate([*documents, [0]]), ends - lengths))
-    even = torch.arange(1, batch_size + 1) * ends[-1] / batch_size
-    part_ends = torch.unique(ends[torch.searchsorted(ends, even.ceil().long()).clamp(max=len(ends) - 1)])
+    starts = ends - lengths
+    stream = stream_for(model, TokenStream(numpy.concatenate([*documents, [0]]), starts))
+    part_ends = _part_ends(ends, batch_size)
     firsts = torch.cat([torch.zeros(1, dtype=torch.long), part_ends[:-1]])
+    predicted = torch.ones(len(stream), dtype=torch.bool)
+    predicted[starts] = predicted[-1] = False  # what the end of one document says of the next
+
+    def name(index):
+        number = int(torch.searchsorted(starts, index, right=True)) - 1
+        return f"token {index - int(starts[number])} of text {number}"
 
     nats = numpy.full(len(stream), numpy.nan)
     state = DynamicCache(config=model.config)
     with evaluating(model):
         for chunk in read_chunks(stream, firsts, part_ends, bptt_length, reset_at_documents=True):
-            logits = predict(model, chunk, state).logits[chunk.scored.to(model.device)].float()
-            nats[chunk.indices[chunk.scored].numpy() + 1] = nats_of(logits, chunk).numpy()
-    nats[stream.document_starts.numpy()] = numpy.nan  # what the end of one document says of the next
+            chunk.scored &= predicted[(chunk.indices + 1).clamp(max=len(stream) - 1)]
+            logits = scored_logits(predict(model, chunk, state).logits, chunk)
+            nats[chunk.indices[chunk.scored].numpy() + 1] = nats_of(logits, chunk, name).numpy()
     return numpy.split(nats[:-1], ends[:-1].numpy())

@@ -17,7 +17,7 @@ TEXTS = [
     "the horse raced past the barn fell",
     "the old man the boat",
     "a horse is a horse",
-    "the barn fell on the old man, the boat and the horse; " * 60,  # longer than any window
+    "the barn fell on the old man, the boat and the horse; " * 60,  # a long one
 ]
 QUESTIONS = [
     {"question": "the old man the", "choices": [" boat", " barn fell"], "gold": 0},

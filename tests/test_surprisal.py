@@ -19,7 +19,7 @@ from hf_lstm import (
     word_surprisal,
     word_tokenizer,
 )
-from hf_lstm.evaluation.surprisal import _part_ends
+from hf_lstm.evaluation.sentences import _part_ends
 
 TEXTS = ["the horse raced past the barn fell", "the barn", "a", " horse  fell "]
 CHARACTERS = char_tokenizer([*TEXTS, "x"])
@@ -89,6 +89,19 @@ def test_many_texts_of_many_lengths():
 
     for frame in frames[1:]:
         numpy.testing.assert_allclose(frame["surprisal"], frames[0]["surprisal"], rtol=1e-5)
+
+
+def test_a_large_vocabulary_is_read_in_small_pieces(monkeypatch):
+    model = model_for(CHARACTERS)
+    expected = surprisal(model, CHARACTERS, TEXTS)
+    shapes, head = [], model.lm_head.forward
+    monkeypatch.setattr(model.lm_head, "forward", lambda x: shapes.append(x.shape[:2].numel()) or head(x))
+    monkeypatch.setattr("hf_lstm.evaluation.sentences.MAX_LOGITS", 8 * 3 * len(CHARACTERS))
+
+    frame = surprisal(model, CHARACTERS, TEXTS)
+
+    assert max(shapes) <= 8 * 3
+    numpy.testing.assert_allclose(frame["surprisal"], expected["surprisal"], rtol=1e-6)
 
 
 def test_the_mean_is_the_loss_of_the_stream():

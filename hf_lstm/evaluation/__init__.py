@@ -1,8 +1,8 @@
 """How well a model predicts: a corpus, a sentence, one of two sentences; and how it goes on learning meanwhile."""
 
 from .adaptation import DynamicEvaluation, NeuralCache, fit_temperature, gradient_rms
+from .sentences import check_tokenizer, minimal_pairs, surprisal, word_surprisal
 from .stream import evaluate_stream, losses_by_position
-from .surprisal import check_tokenizer, minimal_pairs, surprisal, word_surprisal
 
 __all__ = [
     "DynamicEvaluation",

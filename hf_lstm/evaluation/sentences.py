@@ -13,6 +13,8 @@ from hf_lstm.tokenizers import pieces_of
 
 from .reading import evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
 
+MAX_LOGITS = 2**26  # numbers that a call may compute at once
+
 
 def surprisal(
     model,
@@ -21,7 +23,7 @@ def surprisal(
     base: float = 2,
     start_token: str | None = None,
     batch_size: int = 8,
-    bptt_length: int = 256,
+    bptt_length: int | None = None,
 ):
     """
     -log p of every token given all before it in its text. Each text is read from a zero state, whatever its length.
@@ -34,9 +36,10 @@ def surprisal(
         start_token (`str`, *optional*):
             What the first token is predicted from: a token that the model has seen before its texts, `"<eos>"` if it was
             trained on documents of a `TokenStream`. Without it nothing predicts the first token: its surprisal is NaN.
-        batch_size, bptt_length (`int`, default to 8 and 256):
-            Texts that are read side by side, one behind the other, and tokens of each that are read at once; they change
-            time and memory, not the numbers.
+        batch_size (`int`, defaults to 8): Parts of all texts that are read side by side: time, not the numbers.
+        bptt_length (`int`, *optional*):
+            Tokens of each part that are read at once: memory, not the numbers. By default 1024, or as many as have logits
+            of a quarter of a gigabyte.
 
     Returns:
         `pandas.DataFrame`: a row per token, with `text` (its number, from 0), `token` (what it decodes to), `start` and
@@ -54,7 +57,7 @@ def surprisal(
     if not base > 1:
         raise ValueError(f"`base` ({base}) must be above 1: 2 for bits, `math.e` for nats.")
     for name, value in (("batch_size", batch_size), ("bptt_length", bptt_length)):
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
     if not tokenizer.is_fast:
         raise ValueError(
@@ -66,6 +69,8 @@ def surprisal(
     if not texts:
         raise ValueError("`texts` are none: there must be at least one.")
     ids, spans = _encode(texts, tokenizer)
+    if bptt_length is None:
+        bptt_length = min(1024, max(1, MAX_LOGITS // (batch_size * model.config.vocab_size)))
     nats = _nats_of_documents(model, [start + document for document in ids], batch_size, bptt_length)
     lengths = [len(document) for document in ids]
     decoded = {token: tokenizer.decode([token]) for token in set().union(*ids)}

@@ -4,6 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .data import DocumentDataset, LaneDataset, StreamingLanes, TokenStream, load_corpus, load_documents
 from .evaluation import evaluate_stream, minimal_pairs, surprisal, word_surprisal
+from .generation import load_state, save_state
 from .model.configuration_lstm import LSTMConfig
 from .model.modeling_lstm import LSTMForCausalLM, LSTMModel, LSTMPreTrainedModel
 from .tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
@@ -34,7 +35,9 @@ __all__ = [
     "evaluate_stream",
     "load_corpus",
     "load_documents",
+    "load_state",
     "minimal_pairs",
+    "save_state",
     "surprisal",
     "word_surprisal",
     "word_tokenizer",

@@ -13,10 +13,6 @@ from hf_lstm.evaluation import DynamicEvaluation, NeuralCache, fit_temperature, 
 TOKENS = make_ids(1, 40)[0]
 
 
-def log_probabilities(model, tokens):
-    return model(tokens[None]).logits[0].log_softmax(dim=-1)
-
-
 @pytest.mark.parametrize("temperature", [0.5, 2.0])
 def test_logits_are_divided_by_the_temperature(temperature):
     model = make_model()
@@ -49,10 +45,11 @@ def test_a_text_without_a_best_temperature_is_refused():
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_the_cache_is_that_of_the_equations(size, bptt_length):
     model, theta, weight = make_model(), 0.3, 0.2
-    hidden = model.model(TOKENS[None]).last_hidden_state[0]
+    hidden = model.model(TOKENS[None]).last_hidden_state[0].detach()
+    predictions = model(TOKENS[None]).logits[0].softmax(dim=-1)
     expected = 0.0
     for t in range(39):
-        p_model = log_probabilities(model, TOKENS)[t].exp()[TOKENS[t + 1]]
+        p_model = predictions[t, TOKENS[t + 1]]
         seen = range(max(0, t - size), t)
         likeness = {i: math.exp(theta * (hidden[t] @ hidden[i]).item()) for i in seen}
         p = p_model.item()

@@ -1,0 +1,178 @@
+"""A state is a value: saved, loaded, copied and repeated, it goes on to the bit; and no other model takes it."""
+
+import copy
+import json
+
+import pytest
+import torch
+from conftest import CONFIGS, make_ids, make_model
+from safetensors.torch import load_file, save_file
+from transformers import DynamicCache, StaticCache
+
+from hf_lstm import load_state, save_state
+
+IDS = make_ids(2, 12)
+
+
+def read(model, ids=IDS[:, :7], cache=None):
+    cache = DynamicCache(config=model.config) if cache is None else cache
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    return cache
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_loaded_state_goes_on_to_the_bit(tmp_path, name, dtype):
+    model = make_model(dtype, **CONFIGS[name])
+    cache = read(model)
+
+    save_state(model, cache, tmp_path / "a.state")
+    loaded = load_state(model, tmp_path / "a.state")
+
+    assert loaded.get_seq_length() == 7
+    assert [path.name for path in tmp_path.iterdir()] == ["a.state"]
+    with torch.no_grad():
+        assert torch.equal(
+            model(IDS[:, 7:], past_key_values=loaded).logits, model(IDS[:, 7:], past_key_values=cache).logits
+        )
+
+
+def test_generation_goes_on_from_it(tmp_path):
+    model = make_model()
+    options = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones(2, 12)}
+    expected = model.generate(IDS, max_new_tokens=9, **options)
+    save_state(model, read(model), tmp_path / "state")
+
+    written = model.generate(IDS, max_new_tokens=9, past_key_values=load_state(model, tmp_path / "state"), **options)
+
+    assert written.tolist() == expected.tolist()
+
+
+def test_one_state_goes_on_in_many_ways(tmp_path):
+    model, endings = make_model(), make_ids(5, 4, seed=3)
+    save_state(model, read(model, IDS[:1]), tmp_path / "state")
+    state = load_state(model, tmp_path / "state")
+
+    branches = copy.deepcopy(state)
+    branches.batch_repeat_interleave(5)
+
+    logits = model(endings, past_key_values=branches).logits
+    expected = model(torch.cat([IDS[:1].expand(5, -1), endings], dim=1)).logits[:, 12:]
+    torch.testing.assert_close(logits, expected)
+    torch.testing.assert_close(model(endings[:1], past_key_values=state).logits, expected[:1])  # itself as it was
+
+
+def test_a_static_cache_is_saved_too(tmp_path):
+    model = make_model()
+
+    save_state(model, read(model, cache=StaticCache(model.config, max_cache_len=20)), tmp_path / "state")
+
+    dynamic = read(model)
+    for layer, expected in zip(load_state(model, tmp_path / "state").layers, dynamic.layers, strict=True):
+        assert torch.equal(layer.keys, expected.keys)
+        assert torch.equal(layer.values, expected.values)
+
+
+def test_its_size_is_that_of_the_cells(tmp_path):
+    model = make_model(torch.float32)
+    for length in (1, 12):
+        save_state(model, read(model, IDS[:, :length]), tmp_path / f"{length}")
+
+    sizes = {path.stat().st_size for path in tmp_path.iterdir()}
+
+    assert max(sizes) < 2 * 2 * 2 * 12 * 4 + 1000  # layers, h and c, rows, width, bytes; and who wrote it
+    assert max(sizes) - min(sizes) <= 8
+
+
+def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
+    model = make_model()
+    save_state(model, read(model), tmp_path / "state")
+    before = (tmp_path / "state").read_bytes()
+
+    def interrupted(tensors, path, metadata):
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_lstm.generation.save_file", interrupted)
+    with pytest.raises(OSError, match="No space left"):
+        save_state(model, read(model, IDS), tmp_path / "state")
+
+    assert (tmp_path / "state").read_bytes() == before
+
+
+def test_a_cache_that_has_read_nothing_is_refused(tmp_path):
+    model = make_model()
+
+    with pytest.raises(ValueError, match="a state in 0 of 2 layers, and the model has 2"):
+        save_state(model, DynamicCache(config=model.config), tmp_path / "state")
+    with pytest.raises(ValueError, match="a state in 0 of 0 layers, and the model has 2"):
+        save_state(model, DynamicCache(), tmp_path / "state")
+    with pytest.raises(ValueError, match="`cache` holds states of the shapes"):
+        save_state(model, read(make_model(hidden_size=6)), tmp_path / "state")
+    assert list(tmp_path.iterdir()) == []
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+def changed(path):
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+
+
+def shortened(path):
+    tensors, metadata = load_file(path), metadata_of(path)
+    save_file({name: tensor[:, :6].contiguous() for name, tensor in tensors.items()}, path, metadata=metadata)
+
+
+def metadata_of(path):
+    data = path.read_bytes()
+    return json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])["__metadata__"]
+
+
+def without_metadata(path):
+    save_file(load_file(path), path)
+
+
+def of_later_format(path):
+    save_file(load_file(path), path, metadata=metadata_of(path) | {"format": "hf_lstm state 2"})
+
+
+def with_other_count(path):
+    save_file(load_file(path), path, metadata=metadata_of(path) | {"tokens": "-3"})
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda path: path.unlink(), "does not exist"),
+        (lambda path: path.write_text("not a state"), "is no state, or was cut off"),
+        (lambda path: path.write_bytes(b""), "is no state, or was cut off"),
+        (cut_off, "is no state, or was cut off"),
+        (changed, "was changed after it was saved"),
+        (shortened, "holds states of the shapes"),
+        (without_metadata, "holds no state"),
+        (of_later_format, "holds hf_lstm state 2"),
+        (with_other_count, "was changed after it was saved"),
+    ],
+)
+def test_a_damaged_file_is_refused(tmp_path, damage, message):
+    model = make_model()
+    save_state(model, read(model), tmp_path / "state")
+    damage(tmp_path / "state")
+
+    with pytest.raises(ValueError, match=message):
+        load_state(model, tmp_path / "state")
+
+
+def test_the_state_of_another_model_is_refused(tmp_path):
+    model = make_model()
+    save_state(model, read(model), tmp_path / "state")
+    with torch.no_grad():
+        model.model.layers[0].input_gates.bias[0] += 1e-12
+
+    with pytest.raises(ValueError, match="a model with other weights"):
+        load_state(model, tmp_path / "state")

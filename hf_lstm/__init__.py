@@ -4,7 +4,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from .data import DocumentDataset, LaneDataset, StreamingLanes, TokenStream, load_corpus, load_documents
 from .evaluation import evaluate_stream, minimal_pairs, surprisal, word_surprisal
-from .generation import load_state, save_state
+from .generation import Session, load_state, save_state
 from .model.configuration_lstm import LSTMConfig
 from .model.modeling_lstm import LSTMForCausalLM, LSTMModel, LSTMPreTrainedModel
 from .tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
@@ -27,6 +27,7 @@ __all__ = [
     "LSTMModel",
     "LSTMPreTrainedModel",
     "LaneDataset",
+    "Session",
     "StreamingLanes",
     "TokenStream",
     "bpe_tokenizer",

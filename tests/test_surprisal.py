@@ -19,7 +19,6 @@ from hf_lstm import (
     word_surprisal,
     word_tokenizer,
 )
-from hf_lstm.evaluation.sentences import _part_ends
 
 TEXTS = ["the horse raced past the barn fell", "the barn", "a", " horse  fell "]
 CHARACTERS = char_tokenizer([*TEXTS, "x"])
@@ -194,14 +193,6 @@ def test_what_no_token_begins_in_is_not_known():
     assert " unhappy" in tokens["token"].tolist()
     assert regions["tokens"].tolist() == [0, 0, 1]
     assert regions["surprisal"].isna().tolist() == [True, True, False]
-
-
-def test_parts_are_cut_at_the_ends_of_documents_however_many_tokens():
-    ends = torch.tensor([2**24, 2**24 + 1])  # more than float32 counts
-
-    assert _part_ends(ends, 8).tolist() == ends.tolist()
-    assert _part_ends(torch.tensor([4, 5, 6, 12]), 2).tolist() == [6, 12]
-    assert _part_ends(torch.tensor([3]), 8).tolist() == [3]
 
 
 def test_every_tokenizer_says_where_its_tokens_stand():

@@ -38,7 +38,7 @@ def surprisal(
             trained on documents of a `TokenStream`. Without it nothing predicts the first token: its surprisal is NaN.
         batch_size (`int`, defaults to 8): Parts of all texts that are read side by side: time, not the numbers.
         bptt_length (`int`, *optional*):
-            Tokens of each part that are read at once: memory, not the numbers. By default 1024, or as many as have logits
+            Tokens of each part that are read at once: memory, not the numbers. By default 512, or as many as have logits
             of a quarter of a gigabyte.
 
     Returns:
@@ -70,7 +70,7 @@ def surprisal(
         raise ValueError("`texts` are none: there must be at least one.")
     ids, spans = _encode(texts, tokenizer)
     if bptt_length is None:
-        bptt_length = min(1024, max(1, MAX_LOGITS // (batch_size * model.config.vocab_size)))
+        bptt_length = min(512, max(1, MAX_LOGITS // (batch_size * model.config.vocab_size)))
     nats = _nats_of_documents(model, [start + document for document in ids], batch_size, bptt_length)
     lengths = [len(document) for document in ids]
     decoded = {token: tokenizer.decode([token]) for token in set().union(*ids)}
@@ -233,36 +233,34 @@ def _encode(texts: list[str], tokenizer) -> tuple[list[list[int]], list[numpy.nd
     return ids, [numpy.concatenate(parts) for parts in spans]
 
 
-def _part_ends(ends: torch.LongTensor, parts: int) -> torch.LongTensor:
-    """At which ends of documents to cut, to get at most so many parts of nearly the same length."""
-    even = torch.arange(1, parts + 1) * ends[-1] // parts
-    return torch.unique(ends[torch.searchsorted(ends, even)])
-
-
 @torch.no_grad()
 def _nats_of_documents(model, documents: list[list[int]], batch_size: int, bptt_length: int) -> list[numpy.ndarray]:
     """
-    What each token costs in nats, NaN for the first of each document. The documents stand one behind the other, cut
-    into `batch_size` parts between two of them: the model reads a part as so many documents that it packs side by side.
+    What each token costs in nats, NaN for the first of each document. The documents are dealt out to `batch_size` parts
+    by their length, and stand one behind the other in each: of what is read at once the model packs as many documents
+    side by side as there are, and they are about equally long.
     """
-    lengths = torch.tensor([len(document) for document in documents])
-    ends = lengths.cumsum(0)
-    starts = ends - lengths
-    stream = stream_for(model, TokenStream(numpy.concatenate([*documents, [0]]), starts))
-    part_ends = _part_ends(ends, batch_size)
-    firsts = torch.cat([torch.zeros(1, dtype=torch.long), part_ends[:-1]])
+    by_length = sorted(range(len(documents)), key=lambda number: len(documents[number]))
+    parts = [by_length[part::batch_size] for part in range(min(batch_size, len(documents)))]
+    order = [number for part in parts for number in part]
+    ends = torch.tensor([len(documents[number]) for number in order]).cumsum(0)
+    starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
+    stream = stream_for(model, TokenStream(numpy.concatenate([*(documents[number] for number in order), [0]]), starts))
+    part_ends = ends[torch.tensor([len(part) for part in parts]).cumsum(0) - 1]
+    part_starts = torch.cat([torch.zeros(1, dtype=torch.long), part_ends[:-1]])
     predicted = torch.ones(len(stream), dtype=torch.bool)
     predicted[starts] = predicted[-1] = False  # what the end of one document says of the next
 
     def name(index):
-        number = int(torch.searchsorted(starts, index, right=True)) - 1
-        return f"token {index - int(starts[number])} of text {number}"
+        place = int(torch.searchsorted(starts, index, right=True)) - 1
+        return f"token {index - int(starts[place])} of text {order[place]}"
 
     nats = numpy.full(len(stream), numpy.nan)
     state = DynamicCache(config=model.config)
     with evaluating(model):
-        for chunk in read_chunks(stream, firsts, part_ends, bptt_length, reset_at_documents=True):
+        for chunk in read_chunks(stream, part_starts, part_ends, bptt_length, reset_at_documents=True):
             chunk.scored &= predicted[(chunk.indices + 1).clamp(max=len(stream) - 1)]
             logits = scored_logits(predict(model, chunk, state).logits, chunk)
             nats[chunk.indices[chunk.scored].numpy() + 1] = nats_of(logits, chunk, name).numpy()
-    return numpy.split(nats[:-1], ends[:-1].numpy())
+    dealt = dict(zip(order, numpy.split(nats[:-1], ends[:-1].numpy()), strict=True))
+    return [dealt[number] for number in range(len(documents))]

@@ -223,7 +223,10 @@ def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor],
     path = Path(path)
     unfinished = path.with_name(path.name + ".unfinished")
     metadata = {"format": kind, "model": _digest(dict(model.named_parameters())), "tokens": str(int(length))}
-    save_file(tensors, unfinished, metadata=metadata | {"digest": _digest(tensors)})
+    try:
+        save_file(tensors, unfinished, metadata=metadata | {"digest": _digest(tensors)})
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     os.replace(unfinished, path)
 
 

@@ -99,6 +99,9 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
         save_state(model, read(model, IDS), tmp_path / "state")
 
     assert (tmp_path / "state").read_bytes() == before
+    monkeypatch.undo()
+    with pytest.raises(OSError, match=r"nowhere/state cannot be written: .*No such file"):
+        save_state(model, read(model), tmp_path / "nowhere" / "state")
 
 
 def test_a_cache_that_has_read_nothing_is_refused(tmp_path):

@@ -54,8 +54,8 @@ def surprisal(
 
     if isinstance(texts, str):
         raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
-    if not base > 1:
-        raise ValueError(f"`base` ({base}) must be above 1: 2 for bits, `math.e` for nats.")
+    if not 1 < base < math.inf:
+        raise ValueError(f"`base` ({base}) must be a number above 1: 2 for bits, `math.e` for nats.")
     for name, value in (("batch_size", batch_size), ("bptt_length", bptt_length)):
         if value is not None and value < 1:
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
@@ -160,6 +160,10 @@ def minimal_pairs(model, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[dic
     names = ("sentence_good", "sentence_bad")
     for number, pair in enumerate(pairs):
         for name in names:
+            if not isinstance(pair, dict):
+                raise ValueError(
+                    f"Pair {number} is {pair!r}: it must be a dict with `sentence_good` and `sentence_bad`."
+                )
             if not isinstance(pair.get(name), str) or pair[name] == "":
                 raise ValueError(
                     f"Pair {number} has no text in `{name}`, only the fields {', '.join(map(str, pair))}: each needs both "
@@ -214,6 +218,10 @@ def _encode(texts: list[str], tokenizer) -> tuple[list[list[int]], list[numpy.nd
     for number, text in enumerate(texts):
         if not isinstance(text, str) or text == "":
             raise ValueError(f"Text {number} is {text!r}: it must hold characters. Leave it out.")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"Text {number} holds half of a character ({error.reason}): mend it.") from error
     pieces = [(number, piece) for number, text in enumerate(texts) for piece in pieces_of(text)]
     encoded = tokenizer(
         [piece for _, piece in pieces],

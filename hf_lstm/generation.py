@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_lstm.evaluation import check_tokenizer, start_ids
 from hf_lstm.tokenizers import ends_lines, pieces_of
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
@@ -67,7 +68,7 @@ class Session:
         start_token (`str`, *optional*): What the text begins after, such as `"<eos>"`, which documents follow.
 
     Raises:
-        ValueError: if the model is in training mode, the tokenizer is slow or has no such token.
+        ValueError: if the model is in training mode, the tokenizer is slow, not the model's or has no such token.
     """
 
     def __init__(self, model, tokenizer: PreTrainedTokenizerBase, start_token: str | None = None):
@@ -75,29 +76,23 @@ class Session:
             raise ValueError("The model is in training mode, where dropout is on: call `model.eval()` first.")
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} does not decode piece by piece: a fast tokenizer is needed.")
-        if start_token is not None and start_token not in tokenizer.get_vocab():
-            raise ValueError(f"`start_token` ({start_token!r}) is no token of the tokenizer: name one that it has.")
+        check_tokenizer(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.cache = DynamicCache(config=model.config)
-        self._unread = [] if start_token is None else [tokenizer.get_vocab()[start_token]]  # the last ones of the text
+        self._unread = start_ids(start_token, tokenizer)  # the last ones of the text
 
     def feed(self, text: str) -> None:
         """
         Let the model read on.
 
         Raises:
-            ValueError: if the text becomes no token, or one that the model does not have.
+            ValueError: if the text becomes no token.
         """
         ids = []
         for piece in pieces_of(text):
             ids += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
         if not ids:
             raise ValueError(f"{text!r} becomes no token: there is nothing to read.")
-        if max(ids) >= self.model.config.vocab_size:
-            raise ValueError(
-                f"The tokenizer makes {max(ids)} of a part of the text, and the model has a vocabulary of "
-                f"{self.model.config.vocab_size}: give the tokenizer that the model was trained with."
-            )
         self._unread += ids
         if len(self._unread) > 1:
             self._unread, ids = self._unread[-1:], self._unread[:-1]  # the last one says what comes next: later

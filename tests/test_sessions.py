@@ -160,7 +160,7 @@ def test_characters_are_whole():
         (lambda m: Session(m.train(), TOKENIZER), "in training mode"),
         (lambda m: Session(m, TOKENIZER, start_token="<s>"), r"`start_token` \('<s>'\) is no token"),
         (lambda m: Session(m, TOKENIZER).feed(""), "'' becomes no token"),
-        (lambda m: Session(m, byte_tokenizer()).feed("é"), r"makes \d+ of a part of the text, and the model has"),
+        (lambda m: Session(m, byte_tokenizer()), r"ids up to 259, and the model a vocabulary of \d+"),
         (lambda m: Session(m, TOKENIZER).stream(), "has read nothing: `feed` it"),
         (lambda m: Session(m, TOKENIZER).save("nowhere"), "has read nothing: there is nothing to save"),
         (lambda m: session_of(m).stream(max_new_tokens=0), r"`max_new_tokens` \(0\) must be at least 1"),

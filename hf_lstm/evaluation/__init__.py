@@ -1,7 +1,7 @@
 """How well a model predicts: a corpus, a sentence, one of two sentences; and how it goes on learning meanwhile."""
 
 from .adaptation import DynamicEvaluation, NeuralCache, fit_temperature, gradient_rms
-from .sentences import check_tokenizer, minimal_pairs, surprisal, word_surprisal
+from .sentences import check_tokenizer, minimal_pairs, start_ids, surprisal, word_surprisal
 from .stream import evaluate_stream, losses_by_position
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "gradient_rms",
     "losses_by_position",
     "minimal_pairs",
+    "start_ids",
     "surprisal",
     "word_surprisal",
 ]

@@ -64,7 +64,7 @@ def surprisal(
             f"{type(tokenizer).__name__} does not say where in a text its tokens stand: a fast tokenizer is needed."
         )
     check_tokenizer(model, tokenizer)
-    start = _start_of(start_token, tokenizer)
+    start = start_ids(start_token, tokenizer)
     texts = list(texts)
     if not texts:
         raise ValueError("`texts` are none: there must be at least one.")
@@ -194,8 +194,8 @@ def check_tokenizer(model, tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
-def _start_of(start_token: str | None, tokenizer) -> list[int]:
-    """The tokens before each text: one or none."""
+def start_ids(start_token: str | None, tokenizer) -> list[int]:
+    """The tokens before a text: one or none. Raises `ValueError` for one that the tokenizer lacks."""
     if start_token is None:
         return []
     if start_token not in tokenizer.get_vocab():

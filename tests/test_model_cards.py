@@ -1,0 +1,40 @@
+"""The cards of the recipes are what their runs said of themselves, and README.md repeats their figures."""
+
+import json
+
+import pytest
+from conftest import SCRIPTS
+
+from hf_lstm.model_card import render_model_card
+
+ROOT = SCRIPTS.parent
+RUNS = sorted((ROOT / "model_cards").glob("*.json"))
+
+
+def test_there_are_cards():
+    assert {path.stem for path in RUNS} >= {"quickstart", "shakespeare_cpu", "tang", "residual"}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_a_card_is_rendered_from_its_run(path):
+    run = json.loads(path.read_text(encoding="utf-8"))
+
+    card = render_model_card(run, f"{path.stem}.png")
+
+    assert card == path.with_suffix(".md").read_text(encoding="utf-8"), "run scripts/benchmarks/recipes.py"
+    assert path.with_suffix(".png").stat().st_size > 5_000
+    command = f"python scripts/train.py --recipe scripts/recipes/{path.stem}.args --output_dir runs/{path.stem}"
+    assert run["command"] == command
+    assert (ROOT / "scripts" / "recipes" / f"{path.stem}.args").is_file()
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_the_readme_repeats_the_figures_of_the_card(path):
+    run = json.loads(path.read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+
+    rows = [line for line in readme.splitlines() if line.startswith("|") and f"model_cards/{path.stem}.md" in line]
+
+    assert rows, f"README.md has no table with a link to model_cards/{path.stem}.md"
+    for loss in (run["results"]["validation"]["loss"], run["resets"]["256"]):
+        assert f"{loss:.4f}" in rows[0]

@@ -216,7 +216,7 @@ def fitting_layers(cache: Cache | None, rows: int, num_layers: int, cell_sizes: 
             f"`past_key_values` has {len(cache.layers)} layers and the model {num_layers}: it belongs to another model."
         )
     for layer, size in zip(cache.layers, cell_sizes, strict=False):
-        if layer.is_initialized and len(layer.keys) != rows:
+        if layer.is_initialized and layer.keys.shape[0] != rows:
             raise ValueError(
                 f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}: they must "
                 "be equal. Give each beam or sequence its own state with "

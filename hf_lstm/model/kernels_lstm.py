@@ -34,14 +34,14 @@ def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight
     h, c = h.to(from_input.dtype), c.to(at_least_float32(from_input.dtype))
     outputs, cells = [h[:0]], [c[:0]]  # should there be nothing to read
     for read in from_input.split(batch_sizes):  # (n, 4 H), n of the S sequences go on
-        n = len(read)
+        n = read.shape[0]  # `len` would fix it in an export
         i, f, g, o = (read + hidden_gates(h[:n])).to(c.dtype).chunk(4, dim=-1)
         new_c = f.sigmoid() * c[:n] + i.sigmoid() * g.tanh()
         new_h = (o.sigmoid() * new_c.tanh()).to(h.dtype)
         outputs.append(new_h)
         cells.append(new_c)
-        h = torch.cat([new_h, h[n:]]) if n < len(h) else new_h
-        c = torch.cat([new_c, c[n:]]) if n < len(c) else new_c
+        h = torch.cat([new_h, h[n:]]) if n < h.shape[0] else new_h
+        c = torch.cat([new_c, c[n:]]) if n < c.shape[0] else new_c
     return torch.cat(outputs), cells, h, c
 
 

@@ -279,7 +279,9 @@ class LSTMModel(LSTMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        cache_layers = fitting_layers(past_key_values, len(inputs_embeds), len(self.layers), self.config.cell_sizes)
+        cache_layers = fitting_layers(
+            past_key_values, inputs_embeds.shape[0], len(self.layers), self.config.cell_sizes
+        )
         carried = cache_layers is not None and cache_layers[0].is_initialized
         segments = None
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
@@ -292,7 +294,7 @@ class LSTMModel(LSTMPreTrainedModel):
             if carried:
                 h, c = (state.to(x.device) for state in cache_layer.get_state())
             else:
-                h = x.new_zeros(len(x), layer.hidden_gates.in_features)
+                h = x.new_zeros(x.shape[0], layer.hidden_gates.in_features)
                 c = h.to(at_least_float32(h.dtype))
             if index > 0 and self.config.block_type == "stacked":
                 x = locked_dropout(x, self.config.hidden_dropout, self.training)

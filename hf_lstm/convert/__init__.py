@@ -1,0 +1,1 @@
+"""Models in other formats: one file for each."""

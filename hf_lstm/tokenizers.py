@@ -5,12 +5,14 @@ the words of `word_tokenizer`, text that looks like a special token is text. The
 is as good as infinite. Batches are padded on the left, as `generate()` needs it; training collators pad on their own.
 """
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from itertools import chain
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}  # ids 0 to 3
@@ -163,6 +165,34 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 def ends_lines(tokenizer) -> bool:
     """Whether `<eos>` is what a tokenizer makes of a line end, as `word_tokenizer` does, and not a document's end."""
     return tokenizer("\n", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+
+
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:
+    """
+    What each id below `vocab_size` adds to a text that it continues, in bytes of UTF-8: for those who write text without a
+    tokenizer. Special tokens and ids without a token add nothing; in a text of lines of words, `<unk>` is shown and
+    `<eos>` is the line end.
+    """
+    decoder = str(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's name for each byte
+    special, hidden = set(tokenizer.all_special_ids), not ends_lines(tokenizer)
+    before = next(index for index in range(len(tokenizer)) if index not in special)
+
+    def text_after(ids):
+        return tokenizer.decode([before, *ids], skip_special_tokens=hidden)
+
+    added = []
+    for index in range(vocab_size):
+        token = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
+        if token is None:
+            added.append(b"")
+        elif index in special or not ("ByteLevel" in decoder or ("ByteFallback" in decoder and token in _BYTES)):
+            added.append(text_after([index]).removeprefix(text_after([])).encode())
+        elif "ByteLevel" in decoder:
+            added.append(bytes(letters[letter] for letter in token))
+        else:
+            added.append(bytes([_BYTES.index(token)]))
+    return added
 
 
 def pieces_of(text: str | None) -> Iterator[str]:

@@ -11,7 +11,7 @@ from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizers, word_tokenizer
-from hf_lstm.tokenizers import ends_lines
+from hf_lstm.tokenizers import bytes_of_tokens, ends_lines
 
 TEXTS = [
     "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。",
@@ -41,6 +41,22 @@ def test_seen_text_comes_back(tokenizer, text):
 
     assert tokenizer.decode(ids) == text
     assert tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("text", TEXTS[:3], ids=["chinese", "english", "marks"])
+def test_the_bytes_of_tokens_spell_the_text(tokenizer, text):
+    added = bytes_of_tokens(tokenizer, len(tokenizer) + 2)
+
+    assert b"".join(added[index] for index in tokenizer(text)["input_ids"]) == text.encode()
+    assert added[:4] == [b""] * 4
+    assert added[len(tokenizer) :] == [b""] * 2
+
+
+def test_the_bytes_of_words_that_stand_between_white_space():
+    tokenizer = word_tokenizer(["the cat\nsat"])
+    added = bytes_of_tokens(tokenizer, len(tokenizer))
+
+    assert b"".join(added[index] for index in tokenizer("cat dog\nthe")["input_ids"]) == b" cat <unk>\n the"
 
 
 def test_special_tokens_have_the_first_ids_and_are_not_added(tokenizer):

@@ -1,0 +1,39 @@
+"""Let an exported model write, with onnxruntime and numpy alone.
+
+python run_onnx.py runs/first/onnx "def main("
+python run_onnx.py runs/first/onnx "def main(" _int8
+"""
+
+import json
+import sys
+
+import numpy
+import onnxruntime
+
+folder, prompt, suffix = (*sys.argv[1:], "", "")[:3]
+chunk, step = (onnxruntime.InferenceSession(f"{folder}/{name}{suffix}.onnx") for name in ("chunk", "step"))
+metadata = step.get_modelmeta().custom_metadata_map
+tokens = [token.encode("latin-1") for token in json.loads(metadata["tokens"])]
+ends = json.loads(metadata["ends"])
+
+text, ids = prompt.encode(), []
+while text:  # the longest token that the text goes on with
+    ids.append(max(range(len(tokens)), key=lambda index: len(tokens[index]) * text.startswith(tokens[index])))
+    if not text.startswith(tokens[ids[-1]] or b"?!"):
+        sys.exit(f"run_onnx.py: the model has no token that {text.decode(errors='replace')!r} begins with.")
+    text = text[len(tokens[ids[-1]]) :]
+ids = ids or ends[:1] or [0]
+
+shapes = {part.name: (1, part.shape[1]) for part in step.get_inputs()[1:]}
+state = {name: numpy.zeros(shape, numpy.float32) for name, shape in shapes.items()}
+random, graph = numpy.random.default_rng(0), chunk
+for _ in range(300):
+    logits, *parts = graph.run(None, {"input_ids": numpy.array([ids]), **state})
+    state, graph = dict(zip(state, parts, strict=True)), step
+    shares = numpy.exp((logits[0, -1] - logits[0, -1].max()).astype(float) / 0.8)  # a temperature of 0.8
+    ids = [int(random.choice(len(shares), p=shares / shares.sum()))]
+    if ids[0] in ends:
+        break
+    sys.stdout.buffer.write(tokens[ids[0]])
+    sys.stdout.flush()
+print()

@@ -1,0 +1,107 @@
+"""Exported graphs compute what the model computes, at any size, and write without it."""
+
+import json
+import subprocess
+import sys
+
+import numpy
+import pytest
+import torch
+from conftest import CONFIGS, SCRIPTS, make_model
+
+from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer
+
+pytest.importorskip("onnx", reason="needs the extra `onnx`")
+onnxruntime = pytest.importorskip("onnxruntime")
+
+from hf_lstm.convert.onnx import difference, export_onnx, quantize_onnx
+
+
+def byte_model(**config):
+    return make_model(torch.float32, **{"vocab_size": 260} | config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_graphs_agree_with_the_model(name, tmp_path):
+    model = byte_model(**CONFIGS[name])
+    step, chunk = export_onnx(model, byte_tokenizer(), tmp_path)
+
+    assert (step.name, chunk.name) == ("step.onnx", "chunk.onnx")
+    for path in (step, chunk):
+        for rows, length in ((1, 3), (5, 40)):
+            assert difference(model, path, rows, length) < 1e-3
+
+
+@pytest.mark.parametrize("name", ["stacked", "residual_narrow"])
+def test_one_graph_goes_on_where_the_other_ended(name, tmp_path):
+    model = byte_model(**CONFIGS[name])
+    step, chunk = (onnxruntime.InferenceSession(path) for path in export_onnx(model, byte_tokenizer(), tmp_path))
+    ids = torch.randint(260, (2, 12))
+    state = {part.name: numpy.zeros((2, part.shape[1]), numpy.float32) for part in step.get_inputs()[1:]}
+
+    _, *following = chunk.run(None, {"input_ids": ids[:, :-1].numpy(), **state})
+    logits, *_ = step.run(None, {"input_ids": ids[:, -1:].numpy(), **dict(zip(state, following, strict=True))})
+
+    expected = model(ids).logits[:, -1:].detach().numpy()
+    assert logits.shape == (2, 1, 260)
+    assert abs(logits - expected).max() < 1e-5 * abs(expected).max()
+
+
+def test_eight_bits(tmp_path):
+    model = byte_model(hidden_size=256)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.02)
+
+    for path in export_onnx(model, byte_tokenizer(), tmp_path):
+        quantized = quantize_onnx(path)
+
+        assert quantized.name == f"{path.stem}_int8.onnx"
+        assert quantized.stat().st_size < 0.3 * path.stat().st_size
+        assert 1e-5 < difference(model, quantized) < 0.2
+
+
+def test_an_activation_without_an_operator_is_refused(tmp_path):
+    model = byte_model(**CONFIGS["residual_narrow"] | {"hidden_act": "gelu"})
+
+    with pytest.raises(ValueError, match=r"`hidden_act` \('gelu'\).*silu"):
+        export_onnx(model, byte_tokenizer(), tmp_path)
+
+
+@pytest.mark.parametrize("act", ["relu", "tanh"])
+def test_other_activations(act, tmp_path):
+    model = byte_model(**CONFIGS["residual_narrow"] | {"hidden_act": act})
+
+    assert difference(model, export_onnx(model, byte_tokenizer(), tmp_path)[0]) < 1e-3
+
+
+TEXT = "the cat sat on the mat, 東風吹雁上\n" * 3
+
+
+@pytest.mark.parametrize("make", [char_tokenizer, lambda texts: bpe_tokenizer(texts, 280)], ids=["char", "bpe"])
+def test_the_folder_writes_by_itself(make, tmp_path, run):
+    tokenizer = make([TEXT])
+    model = make_model(torch.float32, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    folder = tmp_path / "onnx"
+
+    printed = run("convert.py", "--to", "onnx", "--model", tmp_path / "model", "--output_dir", folder)
+
+    assert "chunk_int8.onnx, 0.0 MB" in printed
+    metadata = onnxruntime.InferenceSession(folder / "step.onnx").get_modelmeta().custom_metadata_map
+    assert json.loads(metadata["ends"]) == []  # as the model was saved
+    for prompt, code in (("the cat 東", 0), ("the dog", 0 if make is not char_tokenizer else 1)):
+        wrote = subprocess.run([sys.executable, folder / "run_onnx.py", folder, prompt], capture_output=True)
+        assert wrote.returncode == code
+        if code:
+            assert b"the model has no token that 'dog' begins with" in wrote.stderr
+        else:
+            assert wrote.stdout.strip()
+
+
+def test_the_runner_needs_little():
+    lines = (SCRIPTS / "run_onnx.py").read_text().splitlines()
+
+    assert len(lines) < 50
+    assert {line.split()[1] for line in lines if line.startswith("import")} == {"json", "sys", "numpy", "onnxruntime"}

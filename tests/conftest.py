@@ -37,6 +37,7 @@ EXPECTED_LOGS = (
     "arguments do not match the ones in the `trainer_state.json`",  # resumed otherwise on purpose
     "mtime may not be reliable",  # checkpoints written within a second
     "The speedups for torchdynamo",  # on a CPU
+    "[Request received]",  # a server says so of every request
     "LOAD REPORT",  # an LSTMModel leaves the output layer of a language model out
 )
 

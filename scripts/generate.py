@@ -2,8 +2,10 @@
 
 python scripts/generate.py --model runs/first --prompt "def main("
 echo "def main(" | python scripts/generate.py --model runs/first --max_new_tokens 500 --temperature 0.5
+python scripts/generate.py --model runs/first --interactive true
 """
 
+import contextlib
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -11,8 +13,11 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
 
-import hf_lstm  # noqa: F401  registers the model
+from hf_lstm import Session
 from hf_lstm.tokenizers import ends_lines
+
+HELP = """What you type is read as it stands, and the model goes on; an empty line lets it go on, Ctrl-C stops it.
+/save FILE keeps the text that grew so far, /load FILE takes one up, /reset begins anew, /quit or Ctrl-D ends."""
 
 
 @dataclass
@@ -23,6 +28,7 @@ class Arguments:
     prompt: str | None = field(
         default=None, metadata={"help": "What to continue; read from the standard input if that is not a terminal."}
     )
+    interactive: bool = field(default=False, metadata={"help": "Write a text together: you a line, the model a part."})
     seed: int = field(default=0, metadata={"help": "The same seed writes the same text."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
 
@@ -49,6 +55,10 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
     )
+    if arguments.interactive:
+        set_seed(arguments.seed)
+        converse(model, tokenizer, arguments.prompt, sampling)
+        return
     prompt = arguments.prompt
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
@@ -78,6 +88,52 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
         written = model.generate(**options)
     if "streamer" not in options:
         print(tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer)))
+
+
+def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) -> None:
+    """The user's lines and the model's, one text that is never read twice."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401  arrow keys bring back what was typed
+    for name in ("repetition_penalty", "num_beams"):
+        if getattr(sampling, name) not in (None, 1):
+            raise ValueError(
+                f"`{name}` ({getattr(sampling, name)}) looks back at the text, which `interactive` does not keep."
+            )
+    names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
+    options = {name: value for name in names if (value := getattr(sampling, name)) is not None}
+    session = Session(model, tokenizer)
+    print(HELP, flush=True)
+    line = prompt
+    while True:
+        try:
+            line = input("> ") if line is None else line
+            command, _, path = line.partition(" ")
+            if command == "/quit":
+                return
+            if command == "/save":
+                session.save(path)
+                print(f"saved to {path}")
+            elif command == "/load":
+                session = Session.load(model, tokenizer, path)
+                print(f"{session.cache.get_seq_length()} tokens were read so far")
+            elif command == "/reset":
+                session = Session(model, tokenizer)
+            elif command.startswith("/"):
+                print(HELP)
+            else:
+                if line:
+                    session.feed(line)
+                for text in session.stream(**options):
+                    print(text, end="", flush=True)
+                print()
+        except KeyboardInterrupt:
+            print()
+        except EOFError:
+            print()
+            return
+        except (ValueError, OSError) as error:  # of one line: the text so far stays
+            print(error, file=sys.stderr)
+        line = None
 
 
 if __name__ == "__main__":

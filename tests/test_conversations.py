@@ -1,0 +1,109 @@
+"""`scripts/generate.py --interactive true`: the user's lines and the model's grow one text."""
+
+import io
+import sys
+
+import pytest
+import torch
+from conftest import make_model
+
+from hf_lstm import Session, char_tokenizer
+
+TEXT = "the horse raced past the barn fell, and the old man the boat"
+TOKENIZER = char_tokenizer([TEXT])
+GREEDY = ["--do_sample", "false", "--max_new_tokens", "12"]
+
+
+@pytest.fixture
+def model():
+    model = make_model(torch.float32, vocab_size=len(TOKENIZER))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.fixture
+def talk(model, tmp_path, monkeypatch, run):
+    model.save_pretrained(tmp_path / "model")
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+
+    def talk(*lines, options=GREEDY):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        printed = run("generate.py", "--model", "model", "--interactive", "true", *options)
+        return printed.split("Ctrl-D ends.\n", 1)[1].split("> ")[1:]
+
+    return talk
+
+
+def answers(model, *pieces):
+    session = Session(model, TOKENIZER)
+    texts = []
+    for piece in pieces:
+        if piece:
+            session.feed(piece)
+        texts.append("".join(session.stream(max_new_tokens=12, do_sample=False)) + "\n")
+    return texts
+
+
+def test_one_text_grows(talk, model):
+    assert talk("the horse", " fell", "")[:3] == answers(model, "the horse", " fell", "")
+
+
+def test_it_begins_with_the_prompt(talk, model):
+    session = Session(model, TOKENIZER)
+    session.feed("the man")
+    list(session.stream(max_new_tokens=12, do_sample=False))
+
+    said = talk("", options=[*GREEDY, "--prompt", "the man"])
+
+    assert said[0] == answers(model, "the man", "")[1]
+
+
+def test_it_is_kept_and_taken_up(talk, model, tmp_path):
+    first, second, third = answers(model, "the horse", " fell", " and")
+
+    said = talk(
+        "the horse", "/save a.session", " fell", "/reset", "the horse", "/load a.session", " fell", " and", "/quit"
+    )
+
+    assert said == [
+        first,
+        "saved to a.session\n",
+        second,
+        "",
+        first,
+        "20 tokens were read so far\n",
+        second,
+        third,
+        "",
+    ]
+
+
+def test_what_is_wrong_ends_nothing(talk, model, capsys):
+    said = talk("the horse", "/load missing", "/what", "", options=GREEDY)
+
+    first, second = answers(model, "the horse", "")
+    assert (said[0], said[3]) == (first, second)
+    assert said[2].startswith("What you type is read")
+
+
+def test_ctrl_c_stops_what_is_written(talk, model, monkeypatch):
+    stream = Session.stream
+
+    def interrupted(self, **options):
+        for number, text in enumerate(stream(self, **options)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield text
+
+    monkeypatch.setattr(Session, "stream", interrupted)
+
+    said = talk("the horse", "")
+
+    assert len(said[0]) <= 5
+    assert said[1].strip()
+
+
+def test_flags_that_need_the_text(run, tmp_path, talk):
+    with pytest.raises(SystemExit, match=r"`num_beams` \(4\) looks back"):
+        talk(options=["--num_beams", "4"])

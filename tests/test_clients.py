@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import CONFIGS, make_ids, make_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TorchAoConfig
 
 from hf_lstm import byte_tokenizer
 
@@ -89,6 +89,21 @@ def test_int8_weights(block):
     assert "Int8" in type(model.model.layers[0].hidden_gates.weight).__name__
     assert (logits - expected).abs().max() < 0.1 * expected.abs().max()
     assert written.shape == (4, 18)
+
+
+def test_int8_weights_from_a_folder(tmp_path):
+    torchao = pytest.importorskip("torchao.quantization")
+    model = make_model(torch.float32, hidden_size=64)
+    model.save_pretrained(tmp_path)
+
+    quantized = AutoModelForCausalLM.from_pretrained(
+        tmp_path, quantization_config=TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    )
+
+    assert "Int8" in type(quantized.model.layers[1].input_gates.weight).__name__
+    expected = model(IDS).logits
+    assert (quantized(IDS).logits - expected).abs().max() < 0.1 * expected.abs().max()
+    assert quantized.generate(IDS, max_new_tokens=6, do_sample=False, eos_token_id=None).shape == (4, 18)
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -10,6 +10,8 @@ import sys
 import numpy
 import onnxruntime
 
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
 folder, prompt, suffix = (*sys.argv[1:], "", "")[:3]
 chunk, step = (onnxruntime.InferenceSession(f"{folder}/{name}{suffix}.onnx") for name in ("chunk", "step"))
 metadata = step.get_modelmeta().custom_metadata_map

@@ -18,6 +18,7 @@ ORDER = [
     "evaluation",
     "generation",
     "model_card",
+    "hub",
     "convert",
     "training",
 ]

@@ -1,0 +1,324 @@
+"""Push and load through a Hub on the loopback address: everything arrives, nothing private does, failures leave no harm.
+
+Everything here runs in processes of its own, with the addresses and tokens of the environment it is given, so that it
+passes with HF_HUB_OFFLINE=1 around it, too.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SCRIPTS, make_model
+from hub import TOKEN, Failure, Hub
+from safetensors.torch import load_file, save_file
+
+from hf_lstm import byte_tokenizer
+from hf_lstm.hub import files_to_push
+
+ELSEWHERE = """
+import sys
+sys.modules["hf_lstm"] = None  # importing it raises, as where it is not installed
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+name, revision = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained(name, revision=revision, trust_remote_code=True)
+inputs = tokenizer("the horse", return_tensors="pt")
+print(model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)[0].tolist())
+"""
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder as scripts/train.py leaves it, checkpoints and all."""
+    folder = tmp_path_factory.mktemp("runs") / "small"
+    text = folder.parent / "text.txt"
+    text.write_text("the horse raced past the barn fell\n" * 200)
+    command = (
+        f"--train_file {text} --output_dir {folder} --tokenizer byte --hidden_size 16 --max_steps 4 --use_cpu true"
+    )
+    command += " --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --bptt_length 16 --eval_steps 2"
+    command += " --save_steps 2 --logging_steps 2"
+    subprocess.run([sys.executable, SCRIPTS / "train.py", *command.split()], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture
+def model_folder(trained, tmp_path):
+    return Path(shutil.copytree(trained, tmp_path / "small"))
+
+
+@pytest.fixture
+def hub():
+    with Hub() as hub:
+        yield hub
+        hub.shutdown()
+
+
+def environment_of(hub, tmp_path, token=TOKEN):
+    kept = {name: os.environ[name] for name in ("PATH", "MKL_CBWR", "OMP_NUM_THREADS")}
+    kept |= {"HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    return kept | ({"HF_TOKEN": token} if token else {})
+
+
+@pytest.fixture
+def push(hub, tmp_path, model_folder):
+    def push(*flags, token=TOKEN, folder=model_folder):
+        command = [sys.executable, SCRIPTS / "push.py", "--model", folder, "--repo", "author/small", *flags]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment_of(hub, tmp_path, token), timeout=120
+        )
+
+    return push
+
+
+@pytest.fixture
+def load(hub, tmp_path):
+    def load(revision="main", token=None, name="author/small"):
+        command = [sys.executable, "-c", ELSEWHERE, name, revision]
+        return subprocess.run(
+            command, capture_output=True, text=True, env=environment_of(hub, tmp_path, token), timeout=120
+        )
+
+    return load
+
+
+def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folder):
+    from transformers import AutoModelForCausalLM
+
+    pushed, loaded = push(), load()
+
+    assert pushed.returncode == 0, pushed.stderr
+    assert "uploaded: http://127.0.0.1" in pushed.stdout
+    assert loaded.returncode == 0, loaded.stderr
+    inputs = byte_tokenizer()("the horse", return_tensors="pt")
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    expected = model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=None)[0].tolist()
+    assert json.loads(loaded.stdout.splitlines()[-1]) == expected
+    uploaded = hub.files("author/small")
+    assert set(uploaded) - {".gitattributes"} == {
+        path.relative_to(model_folder).as_posix() for path in files_to_push(model_folder)
+    }
+    for name, content in uploaded.items():
+        if name != ".gitattributes":
+            assert content == (model_folder / name).read_bytes()
+
+
+def test_a_dry_run_says_what_would_go_up_and_asks_nobody(push, hub, model_folder):
+    done = push("--dry_run", "true", token=None)
+
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("Nothing was uploaded.\n")
+    assert "model.safetensors" in done.stdout
+    assert not {"checkpoint", "training_args", "optimizer", "state"} & set(done.stdout.replace("-", " ").split())
+    assert hub.requests == []
+
+
+def test_nothing_private_goes_up(push, hub, model_folder):
+    for name in (".env", "training_args.bin", "optimizer.pt", "lanes_0.safetensors", "main.session", "notes.txt"):
+        (model_folder / name).write_text("secret")
+    push()
+
+    assert not [name for name, content in hub.files("author/small").items() if content == b"secret"]
+    assert not [name for name in hub.files("author/small") if name.startswith("checkpoint")]
+    content = b"".join(hub.files("author/small").values())
+    assert TOKEN.encode() not in content
+    assert str(model_folder).encode() not in content
+    assert str(Path.home()).encode() + b"/" not in content
+
+
+@pytest.mark.slow
+def test_private_and_on_a_branch(push, load, hub):
+    done = push("--private", "true", "--revision", "trial")
+
+    assert done.returncode == 0, done.stderr
+    assert hub.repositories["author/small"].private
+    assert set(hub.files("author/small")) == {".gitattributes"}
+    assert "model.safetensors" in hub.files("author/small", "trial")
+    assert load("trial", token=TOKEN).returncode == 0
+    assert load("trial").returncode != 0
+
+
+@pytest.mark.slow
+def test_only_what_changed_is_sent_again(push, hub, model_folder):
+    push()
+    hub.requests.clear()
+    with (model_folder / "README.md").open("a") as card:
+        card.write("\nMore.\n")
+
+    assert push().returncode == 0
+    assert not [request for request in hub.requests if request.startswith("PUT /lfs")]
+    assert hub.files("author/small")["README.md"].endswith(b"More.\n")
+
+
+FAILURES = {
+    "cut upload": Failure("PUT /lfs", "cut", 20),
+    "broken upload": Failure("PUT /lfs", "500", 20),
+    "refused upload": Failure("PUT /lfs", "401", 20),
+    "broken commit": Failure("POST .*/commit/", "500", 20),
+    "cut commit": Failure("POST .*/commit/", "cut", 20),
+    "broken creation": Failure("POST /api/repos/create", "500", 20),
+}
+
+
+@pytest.mark.slow  # huggingface_hub tries again for half a minute before it gives up
+@pytest.mark.parametrize("name", FAILURES)
+def test_a_failure_leaves_no_harm_and_the_same_command_finishes(push, load, hub, name, model_folder):
+    failure = FAILURES[name]
+    hub.failures.append(Failure(failure.pattern, failure.kind, failure.times))
+
+    failed = push()
+
+    assert failed.returncode == 1
+    assert "push.py: " in failed.stderr
+    assert "Traceback" not in failed.stderr
+    assert "the same command finishes it" in failed.stderr
+    if "author/small" in hub.repositories:
+        assert set(hub.files("author/small")) == {".gitattributes"}
+    hub.failures.clear()
+    assert push().returncode == 0
+    assert hub.files("author/small")["model.safetensors"] == (model_folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "failure",
+    [
+        Failure("PUT /lfs", "429"),
+        Failure("PUT /lfs", "slow"),
+        Failure("PUT /lfs", "500"),
+        Failure("/preupload/", "429"),
+    ],
+    ids=lambda failure: f"{failure.kind} {failure.pattern}",
+)
+def test_a_passing_failure_is_waited_for(push, hub, failure):
+    hub.failures.append(failure)
+
+    done = push()
+
+    assert done.returncode == 0, done.stderr
+    assert failure.times == 0
+
+
+def test_without_a_token_nothing_is_created(push, hub):
+    done = push(token=None)
+
+    assert done.returncode == 1
+    assert "401" in done.stderr
+    assert hub.repositories == {}
+
+
+@pytest.mark.slow
+def test_a_cut_download_is_taken_up(push, load, hub):
+    push()
+    hub.failures.append(Failure("GET .*/resolve/.*model.safetensors", "cut"))
+
+    loaded = load()
+
+    assert loaded.returncode == 0, loaded.stderr
+
+
+def damage(name):
+    def decorate(function):
+        DAMAGES[name] = function
+        return function
+
+    return decorate
+
+
+DAMAGES = {}
+
+
+@damage("holds no config.json: name the folder of a saved model")
+def _(folder):
+    (folder / "config.json").unlink()
+
+
+@damage("holds no tokenizer.json")
+def _(folder):
+    (folder / "tokenizer.json").unlink()
+
+
+@damage("holds no README.md: write the model's card")
+def _(folder):
+    (folder / "README.md").unlink()
+
+
+@damage("holds no model.safetensors")
+def _(folder):
+    (folder / "model.safetensors").unlink()
+
+
+@damage("names the code modeling_lstm.py, which is not there")
+def _(folder):
+    (folder / "modeling_lstm.py").unlink()
+
+
+@damage("has no `auto_map`")
+def _(folder):
+    config = json.loads((folder / "config.json").read_text())
+    del config["auto_map"]
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@damage("config.json is no JSON")
+def _(folder):
+    (folder / "config.json").write_text("{")
+
+
+@damage("is no safetensors file, or was cut off")
+def _(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+@damage("that are none (NaN or infinity)")
+def _(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.input_gates.bias"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@damage("holds what looks like an access token (hf_ttt...)")
+def _(folder):
+    (folder / "run.json").write_text(json.dumps({"command": f"--hub_token {TOKEN}"}))
+
+
+@damage("a folder of this machine: take it out")
+def _(folder):
+    (folder / "metrics.json").write_text(json.dumps({"file": str(folder.resolve() / "text.txt")}))
+
+
+@pytest.mark.parametrize("message", DAMAGES)
+def test_what_must_not_go_up_is_refused(model_folder, message):
+    DAMAGES[message](model_folder)
+
+    with pytest.raises(ValueError, match=re.escape(message)):
+        files_to_push(model_folder)
+
+
+def test_what_is_refused_asks_nobody(push, hub, model_folder):
+    (model_folder / "README.md").unlink()
+
+    done = push()
+
+    assert done.returncode == 1
+    assert done.stderr.startswith("push.py: ")
+    assert hub.requests == []
+
+
+@pytest.mark.slow
+def test_a_model_saved_by_hand_goes_up(push, hub, tmp_path):
+    folder = tmp_path / "by hand"
+    make_model(torch.float32, vocab_size=260).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\nA model.\n")
+
+    assert push(folder=folder).returncode == 0
+    assert "modeling_lstm.py" in hub.files("author/small")

@@ -21,7 +21,7 @@ ends = json.loads(metadata["ends"])
 text, ids = prompt.encode(), []
 while text:  # the longest token that the text goes on with
     ids.append(max(range(len(tokens)), key=lambda index: len(tokens[index]) * text.startswith(tokens[index])))
-    if not text.startswith(tokens[ids[-1]] or b"?!"):
+    if not tokens[ids[-1]] or not text.startswith(tokens[ids[-1]]):
         sys.exit(f"run_onnx.py: the model has no token that {text.decode(errors='replace')!r} begins with.")
     text = text[len(tokens[ids[-1]]) :]
 ids = ids or ends[:1] or [0]

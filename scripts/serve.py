@@ -62,6 +62,8 @@ class CheckedCompletions(completion.CompletionHandler):
             value = body.get(name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or value < least):
                 refuse(f"`{name}` ({value!r}) must be a number of at least {least}.")
+        if (body.get("top_p") or 0) > 1:
+            refuse(f"`top_p` ({body['top_p']}) must be at most 1.")
         _, model, tokenizer = self._resolve_model(body)
         ids = tokenizer(body["prompt"])["input_ids"]
         if not ids:

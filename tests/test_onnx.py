@@ -94,10 +94,12 @@ def test_the_folder_writes_by_itself(make, tmp_path, run):
     for prompt, code in (("the cat 東", 0), ("the dog", 0 if make is not char_tokenizer else 1)):
         wrote = subprocess.run([sys.executable, folder / "run_onnx.py", folder, prompt], capture_output=True)
         assert wrote.returncode == code
-        if code:
+        if code:  # and never goes on with a token of no text
             assert b"the model has no token that 'dog' begins with" in wrote.stderr
         else:
             assert wrote.stdout.strip()
+    asked = subprocess.run([sys.executable, folder / "run_onnx.py", folder, "?!"], capture_output=True, timeout=60)
+    assert asked.returncode == (1 if make is char_tokenizer else 0)
 
 
 def test_the_runner_needs_little():

@@ -115,6 +115,7 @@ def test_clients_at_once_get_what_each_gets_alone(ask, model):
         ({"max_tokens": 0}, "`max_tokens` (0) must be"),
         ({"max_tokens": True}, "`max_tokens` (True) must be"),
         ({"temperature": -1}, "`temperature` (-1) must be"),
+        ({"top_p": 5}, "`top_p` (5) must be at most 1"),
         ({"seed": "x"}, "`seed` ('x') must be"),
         ({"model": "another"}, "Server is pinned to"),
     ],

@@ -1,4 +1,6 @@
-"""Which of the two ways a layer is computed: torch's kernel only where the gates are nothing but their weights."""
+"""Which of the three ways a layer is computed: torch's kernels only where the gates are nothing but their weights."""
+
+import copy
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch.nn.utils import prune
 
 from hf_lstm.model import modeling_lstm
+from hf_lstm.model.modeling_lstm import LSTMLayer
 
 IDS = make_ids(2, 20)
 
@@ -16,7 +19,7 @@ IDS = make_ids(2, 20)
 def taken(monkeypatch):
     """The names of the kernels that were run, one for each layer."""
     names = []
-    for name in ("fused_lstm", "explicit_lstm"):
+    for name in ("fused_lstm", "explicit_lstm", "lstm_step"):
         kernel = getattr(modeling_lstm, name)
         monkeypatch.setattr(
             modeling_lstm,
@@ -28,13 +31,60 @@ def taken(monkeypatch):
 
 @pytest.mark.parametrize(
     ("gradients", "length", "expected"),
-    [(True, 1, "fused_lstm"), (True, 20, "fused_lstm"), (False, 15, "explicit_lstm"), (False, 16, "fused_lstm")],
+    [
+        (True, 1, "fused_lstm"),
+        (True, 20, "fused_lstm"),
+        (False, 1, "lstm_step"),
+        (False, 2, "explicit_lstm"),
+        (False, 15, "explicit_lstm"),
+        (False, 16, "fused_lstm"),
+    ],
 )
 def test_the_choice_depends_on_gradients_and_length(taken, gradients, length, expected):
     with torch.set_grad_enabled(gradients):
         make_model()(IDS[:, :length])
 
     assert taken == [expected] * 2
+
+
+def in_bfloat16(model):
+    return model.bfloat16()  # c stays in float32, and torch's cell knows one type
+
+
+def in_training(model):
+    model.config.weight_dropout = 0.5
+    return model.train()
+
+
+@pytest.mark.parametrize("change", [in_bfloat16, in_training])
+@torch.no_grad()
+def test_a_single_step_that_is_more_than_a_cell_is_explicit(taken, change):
+    change(make_model())(IDS[:, :1])
+
+    assert taken == ["explicit_lstm"] * 2
+
+
+@torch.no_grad()
+def test_a_masked_step_and_one_under_autocast_are_explicit(taken):
+    model = make_model(torch.float32)
+    model(IDS[:, :1], attention_mask=torch.tensor([[1], [0]]))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model(IDS[:, :1])
+
+    assert taken == ["explicit_lstm"] * 4
+
+
+@torch.no_grad()
+def test_a_single_step_equals_the_explicit_one(model, monkeypatch):
+    cache = model(IDS[:, :3]).past_key_values
+    expected, taken = model(IDS[:, 3:4], past_key_values=copy.deepcopy(cache)), []
+    monkeypatch.setattr(LSTMLayer, "_is_single_step", lambda self, x, c: taken.append(x))
+    found = model(IDS[:, 3:4], past_key_values=cache)
+
+    assert taken
+    torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
+    for layer, other in zip(cache.layers, expected.past_key_values.layers, strict=True):
+        torch.testing.assert_close(layer.get_state(), other.get_state(), rtol=0, atol=1e-12)
 
 
 def test_states_are_recorded_by_the_explicit_steps(taken):

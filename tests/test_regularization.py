@@ -35,7 +35,7 @@ def test_a_dropped_word_is_dropped_everywhere():
     embeds, p = torch.ones(4, 50, 6), 0.4
     ids = make_ids(4, 50)
 
-    dropped = word_dropout(embeds, ids, 31, p, training=True)
+    dropped = word_dropout(embeds, ids, 31, p)
 
     for word in ids.unique():
         kept = dropped[ids == word]
@@ -44,7 +44,7 @@ def test_a_dropped_word_is_dropped_everywhere():
 
 
 def test_a_locked_mask_is_the_same_at_all_tokens():
-    dropped = locked_dropout(torch.ones(5, 7, 64), 0.3, training=True)
+    dropped = locked_dropout(torch.ones(5, 7, 64), 0.3)
 
     assert (dropped == dropped[:, :1]).all()
     assert (dropped[0] != dropped[1]).any()

@@ -1,4 +1,4 @@
-"""The recurrence of one layer, computed in two ways that agree (tests/test_properties.py).
+"""The recurrence of one layer, computed in three ways that agree (tests/test_properties.py).
 
 Shapes: N tokens in all, S sequences read side by side, D width of the input, H width of the cell.
 """
@@ -59,16 +59,23 @@ def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=No
     return outputs, None, h[0], c[0].to(at_least_float32(c.dtype))
 
 
+def lstm_step(x, h, c, input_gates, hidden_gates):
+    """
+    The same for one token of every sequence, with no call from Python but one: `x` `(S, D)`; returns h and c `(S, H)`.
+    """
+    return torch.lstm_cell(x, (h, c), input_gates.weight, hidden_gates.weight, input_gates.bias)
+
+
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:
     """The type of c, which adds up over thousands of steps, and of sums of squares."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def is_plain(gates: nn.Module) -> bool:
-    """Whether calling `gates` does what its weights say: no adapter, quantiser, pruning, offloading or hook."""
+def is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:
+    """Whether calling `module` does what its weights say: no adapter, quantiser, pruning, offloading or hook."""
     return (
-        type(gates) is nn.Linear
-        and type(gates.weight) in (nn.Parameter, torch.Tensor)
-        and "forward" not in vars(gates)  # accelerate replaces it where weights are offloaded
-        and not (gates._forward_hooks or gates._forward_pre_hooks)
+        type(module) is kind
+        and type(getattr(module, "weight", None)) in (nn.Parameter, torch.Tensor, type(None))
+        and "forward" not in vars(module)  # accelerate replaces it where weights are offloaded
+        and not (module._forward_hooks or module._forward_pre_hooks)
     )

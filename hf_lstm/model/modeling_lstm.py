@@ -37,7 +37,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from .cache_lstm import fitting_layers
 from .configuration_lstm import LSTMConfig
-from .kernels_lstm import FUSED_STEPS, at_least_float32, explicit_lstm, fused_lstm, is_plain
+from .kernels_lstm import FUSED_STEPS, at_least_float32, explicit_lstm, fused_lstm, is_plain, lstm_step
 from .regularization_lstm import locked_dropout, penalty_of_targets, temporal_change, weight_dropout, word_dropout
 from .segments_lstm import Segments, find_segments
 
@@ -64,6 +64,9 @@ class LSTMLayer(GradientCheckpointingLayer):
             token. A padded token leaves h and c as they were.
         """
         rows, length, _ = x.shape
+        if segments is None and length == 1 and not record and self._is_single_step(x, c):
+            h, c = lstm_step(x[:, 0], h, c, self.input_gates, self.hidden_gates)
+            return h[:, None], h, c, None
         if segments is None:
             batch_sizes = [rows] * length
             packed, start = x.transpose(0, 1).flatten(0, 1), (h, c)
@@ -97,6 +100,13 @@ class LSTMLayer(GradientCheckpointingLayer):
             )
         return weight_dropout(self.hidden_gates.weight, p)
 
+    def _is_single_step(self, x, c) -> bool:
+        """Whether to take torch's cell, which reads the weights as `fused_lstm` does, and knows one type of number."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.config.weight_dropout):
+            return False
+        one_type = x.dtype == c.dtype == self.input_gates.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+        return one_type and x.device.type == "cpu" and all(map(is_plain, (self.input_gates, self.hidden_gates)))
+
     def _is_fusable(self, device: str, steps: int, record: bool) -> bool:
         """Whether to take torch's kernel, which reads the weights and would bypass whatever else a module does."""
         plain = all(is_plain(gates) for gates in (self.input_gates, self.hidden_gates))
@@ -117,10 +127,10 @@ class ResidualLSTMLayer(LSTMLayer):
     def forward(self, x, h, c, segments: Segments | None = None, record: bool = False):
         """As `LSTMLayer`, of x and with x of shape `(B, T, H)`."""
         outputs, h, c, states = super().forward(self.norm(x), h, c, segments, record)
-        p = self.config.hidden_dropout
-        x = x + locked_dropout(self.o_proj(outputs), p, self.training)
+        p = self.config.hidden_dropout if self.training else 0
+        x = x + locked_dropout(self.o_proj(outputs), p)
         if self.mlp is not None:
-            x = x + locked_dropout(self.mlp(x), p, self.training)
+            x = x + locked_dropout(self.mlp(x), p)
         return x, h, c, states
 
 
@@ -261,16 +271,16 @@ class LSTMModel(LSTMPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-            p = self.config.embedding_dropout
-            inputs_embeds = word_dropout(inputs_embeds, input_ids, self.config.vocab_size, p, self.training)
+            p = self.config.embedding_dropout if self.training else 0
+            inputs_embeds = word_dropout(inputs_embeds, input_ids, self.embed_tokens.num_embeddings, p)
         if inputs_embeds.ndim != 3:
             raise ValueError(
                 f"The input, of shape {tuple(inputs_embeds.shape[:-1])}, must be of shape (rows, tokens)."
             )
-        if inputs_embeds.shape[-1] != self.config.embedding_size:
+        if inputs_embeds.shape[-1] != self.embed_tokens.embedding_dim:
             raise ValueError(
                 f"`inputs_embeds` ({inputs_embeds.shape[-1]} wide) must be as wide as `embedding_size` "
-                f"({self.config.embedding_size})."
+                f"({self.embed_tokens.embedding_dim})."
             )
         if inputs_embeds.shape[1] == 0:
             raise ValueError(f"The input, of shape {tuple(inputs_embeds.shape[:2])}, must hold at least one token.")
@@ -279,32 +289,32 @@ class LSTMModel(LSTMPreTrainedModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
 
-        cache_layers = fitting_layers(
-            past_key_values, inputs_embeds.shape[0], len(self.layers), self.config.cell_sizes
-        )
+        layers = list(self.layers)[: self.config.num_hidden_layers]  # fewer in an assistant that exits early
+        cell_sizes = [layer.hidden_gates.in_features for layer in layers]
+        cache_layers = fitting_layers(past_key_values, inputs_embeds.shape[0], len(self.layers), cell_sizes)
         carried = cache_layers is not None and cache_layers[0].is_initialized
         segments = None
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         if any(limit is not None for limit in limits):
             segments = find_segments(inputs_embeds.shape[:2], *limits, carried, inputs_embeds.device)
-        x = locked_dropout(inputs_embeds, self.config.input_dropout, self.training)
+        x = locked_dropout(inputs_embeds, self.config.input_dropout if self.training else 0)
         x = self.in_proj(x)
-        for index, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+        for index, layer in enumerate(layers):
             cache_layer = cache_layers[index] if cache_layers is not None else None
             if carried:
                 h, c = (state.to(x.device) for state in cache_layer.get_state())
             else:
-                h = x.new_zeros(x.shape[0], layer.hidden_gates.in_features)
+                h = x.new_zeros(x.shape[0], cell_sizes[index])
                 c = h.to(at_least_float32(h.dtype))
-            if index > 0 and self.config.block_type == "stacked":
-                x = locked_dropout(x, self.config.hidden_dropout, self.training)
+            if self.training and index > 0 and self.config.block_type == "stacked":
+                x = locked_dropout(x, self.config.hidden_dropout)
             record = cache_layer is not None and cache_layer.record_past
             x, h, c, states = layer(x, h, c, segments, record)
             if cache_layer is not None:
                 cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=states)
         if x.shape[-1] != self.layers[-1].hidden_gates.in_features:
             raise ValueError(
-                f"The first {self.config.num_hidden_layers} layers end {x.shape[-1]} wide, and the output layer takes "
+                f"The first {len(layers)} layers end {x.shape[-1]} wide, and the output layer takes "
                 f"{self.layers[-1].hidden_gates.in_features}: `assistant_early_exit` needs cells of equal width."
             )
         x = self.out_proj(self.norm(x))
@@ -388,7 +398,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        hidden = locked_dropout(outputs.last_hidden_state[:, kept], self.config.output_dropout, self.training)
+        hidden = outputs.last_hidden_state[:, kept]
+        hidden = locked_dropout(hidden, self.config.output_dropout if self.training else 0)
         logits = self.lm_head(hidden)
         loss = regularization_loss = None
         if labels is not None or kwargs.get("shift_labels") is not None:
@@ -436,7 +447,12 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
                 f"{input_ids.shape[1]}: pass all tokens from the first on, or the new ones with an `attention_mask` "
                 "as long as all of them."
             )
-        inputs = super().prepare_inputs_for_generation(
+        if not is_first_iteration and next_sequence_length == 1 and past_key_values.get_seq_length() > 0:
+            token = input_ids[:, -1:].to(past_key_values.layers[0].keys.device)
+            token = token.clone(memory_format=torch.contiguous_format)  # else its stride says how long the text is
+            unread = {"attention_mask": None, "position_ids": None}
+            return kwargs | unread | {"input_ids": token, "past_key_values": past_key_values}
+        return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -444,9 +460,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
-        if not is_first_iteration and past_key_values is not None and next_sequence_length == 1:
-            inputs |= {"attention_mask": None, "position_ids": None}
-        return inputs
 
     def _get_static_cache_init_shape(self):
         """`None`: the state of an LSTM has no heads, so a `StaticCache` is filled by the first forward."""

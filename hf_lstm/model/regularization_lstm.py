@@ -15,16 +15,16 @@ from torch.nn import functional as F
 from .kernels_lstm import at_least_float32
 
 
-def word_dropout(embeds, input_ids, vocab_size: int, p: float, training: bool) -> torch.Tensor:
+def word_dropout(embeds, input_ids, vocab_size: int, p: float) -> torch.Tensor:
     """Embeddings `(B, T, D)` of tokens `(B, T)` without some words, each of them wherever it stands in the batch."""
-    if not training or p == 0:
+    if p == 0:
         return embeds
     return embeds * _kept(embeds, (vocab_size, 1), p)[input_ids]
 
 
-def locked_dropout(x: torch.Tensor, p: float, training: bool) -> torch.Tensor:
+def locked_dropout(x: torch.Tensor, p: float) -> torch.Tensor:
     """`x` of shape `(B, T, D)` without some features, which differ between rows and are the same at all T tokens."""
-    return x if not training or p == 0 else x * _kept(x, (x.shape[0], 1, x.shape[2]), p)
+    return x if p == 0 else x * _kept(x, (x.shape[0], 1, x.shape[2]), p)
 
 
 def weight_dropout(weight: torch.Tensor, p: float) -> torch.Tensor:

@@ -30,6 +30,7 @@ FOR_OTHERS = (
     "onnx/*.onnx",
     "onnx/run_onnx.py",
 )
+MODEL_OF_SNIPPET = re.compile(r'(pipeline\("text-generation", model=")[^"\n]*')
 SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{30,}")
 
 
@@ -85,8 +86,9 @@ def push_folder(
     message: str | None = None,
 ) -> CommitInfo:
     """
-    Upload a model's folder, with a progress bar, into a repository that is created if need be. The token comes from the
-    environment (`HF_TOKEN`) or from `hf auth login`. An upload that was interrupted is finished by the same call.
+    Upload a model's folder, with a progress bar, into a repository that is created if need be; the snippet in its card
+    then names the repository. The token comes from the environment (`HF_TOKEN`) or from `hf auth login`. An upload that
+    was interrupted is finished by the same call.
 
     Args:
         folder (`str` or `Path`): The model's folder.
@@ -102,6 +104,8 @@ def push_folder(
     folder, api = Path(folder), HfApi()
     names = [path.relative_to(folder).as_posix() for path in files_to_push(folder)]
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    (folder / "README.md").write_text(MODEL_OF_SNIPPET.sub(rf"\g<1>{repo_id}", card), encoding="utf-8")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     return api.upload_folder(

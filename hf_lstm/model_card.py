@@ -22,6 +22,7 @@ def describe_run(
     resets: dict[int, float] | None = None,
     sample: str | None = None,
     start: str = "",
+    **known,
 ) -> dict:
     """
     All that a card says, as a dict that JSON can hold: a card is rendered from it, today or later.
@@ -38,6 +39,9 @@ def describe_run(
             The loss of the validation text, nats per token, if the state starts anew after so many tokens.
         sample (`str`, *optional*): A text the model wrote.
         start (`str`, defaults to `""`): What the snippet lets the model continue.
+        known (*optional*):
+            What only its author can say, left out where it is unknown or `None`: `license`, the model's, and `language`
+            (`list[str]`), both as the Hub writes them, `data_license`, in words, and `datasets` (`list[str]`), on the Hub.
     """
     folder, config = Path(folder), model.config
     return {
@@ -54,13 +58,16 @@ def describe_run(
         "resets": {str(tokens): loss for tokens, loss in (resets or {}).items()},
         "sample": sample,
         "start": start,
+        "known": {name: value for name, value in known.items() if value},
         "versions": {"Python": platform.python_version()} | {name: version(name) for name in PACKAGES},
     }
 
 
 def render_model_card(run: dict, picture: str = "learning_curve.png") -> str:
     """The card of a run that `describe_run` described, with metadata that the Hub reads; `picture` is its learning curve."""
+    known = run.get("known", {})
     metadata = ModelCardData(
+        **{name: known[name] for name in ("license", "language", "datasets") if name in known},
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf-lstm", "lstm"],
@@ -82,6 +89,7 @@ def render_model_card(run: dict, picture: str = "learning_curve.png") -> str:
         "start": run["start"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         "versions": ", ".join(f"{name} {number}" for name, number in run["versions"].items()),
         "picture": picture,
+        "data_license": known.get("data_license"),
     }
     return str(ModelCard.from_template(metadata, template_path=str(TEMPLATE), **values))
 

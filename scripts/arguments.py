@@ -1,6 +1,7 @@
 """The arguments of train.py: the model, the data, the optimizer, and Trainer's own with other defaults."""
 
 import os
+import re
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,26 @@ class DataArguments:
 
 
 @dataclass
+class CardArguments:
+    """What the model's card cannot know of itself; what is left out is not said."""
+
+    license: str | None = field(
+        default=None, metadata={"help": "The model's licence as the Hub writes it: apache-2.0."}
+    )
+    language: list[str] | None = field(default=None, metadata={"help": "Languages of the text, as codes: en zh."})
+    data_license: str | None = field(default=None, metadata={"help": "The licence of the training data, in words."})
+
+    def __post_init__(self):
+        if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license):
+            raise ValueError(
+                f"`--license` {self.license!r} must be an identifier of the Hub, such as apache-2.0, cc-by-4.0 or other."
+            )
+        for language in self.language or ():
+            if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)*|code|multilingual", language):
+                raise ValueError(f"`--language` {language!r} must be a code of ISO 639, such as en or zh, or `code`.")
+
+
+@dataclass
 class OptimizationArguments:
     """What Trainer's own arguments do not say of the optimizer."""
 
@@ -205,10 +226,17 @@ class TrainArguments(LSTMTrainingArguments):
         default="all", metadata={"help": "Whether to log tokens, and tokens per second."}
     )
     report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
+    push_to_hub: bool = field(default=False, metadata={"help": "Whether to publish the model when it is trained."})
+    hub_strategy: str = field(default="end", metadata={"help": "`every_save`: publish each checkpoint's model, too."})
 
     def __post_init__(self):
         if self.output_dir is None:
             raise ValueError("`--output_dir` is missing: name a folder for the model.")
+        if self.hub_token is not None:
+            raise ValueError(
+                "`--hub_token` would lie in training_args.bin and in the history of your shell: set HF_TOKEN in the "
+                "environment, or call `hf auth login` once."
+            )
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.05}
         super().__post_init__()
@@ -248,8 +276,8 @@ def find_checkpoint(args: TrainArguments, carried: bool) -> None:
 
 
 def parse(arguments: list[str]):
-    """The four groups of arguments; flags override a recipe's."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, OptimizationArguments, TrainArguments))
+    """The five groups of arguments; flags override a recipe's."""
+    parser = HfArgumentParser((ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments))
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
     recipes = finder.parse_known_args(arguments)[0].recipe
@@ -259,7 +287,7 @@ def parse(arguments: list[str]):
     # given the flag without need, transformers would answer `--help` with that flag alone
     flag = "--recipe" if recipes else None
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, args_file_flag=flag)
-    _, data_args, _, training_args = parsed
+    _, data_args, *_, training_args = parsed
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("`--streaming` needs `--max_steps`: a stream does not say when it ends.")
     if data_args.batching != "lanes" and training_args.train_sampling_strategy == "sequential":  # the default of lanes

@@ -12,8 +12,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from httpx2 import HTTPError
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import httpx
 from transformers import HfArgumentParser
 
 from hf_lstm.hub import files_to_push, push_folder
@@ -48,7 +48,7 @@ def main(arguments: Arguments) -> None:
 if __name__ == "__main__":
     try:
         main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
-    except (HfHubHTTPError, HTTPError, RuntimeError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         sys.exit(f"push.py: {cause}\nWhat was uploaded stays: the same command finishes it.")
     except (ValueError, OSError, HFValidationError) as error:

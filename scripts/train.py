@@ -19,18 +19,21 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from arguments import DataArguments, ModelArguments, OptimizationArguments, TrainArguments, parse
+from arguments import CardArguments, DataArguments, ModelArguments, OptimizationArguments, TrainArguments, parse
 from corpus import describe, load_texts, load_tokenizer, make_batches
-from huggingface_hub.errors import StrictDataclassError
+from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
+from huggingface_hub.utils import httpx
 from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream
+from hf_lstm.hub import push_folder
 from hf_lstm.model_card import describe_run, write_model_card
 from hf_lstm.tokenizers import ends_lines
 from hf_lstm.training import (
     NTASGD,
     EMAAdamW,
+    HubCallback,
     MetricsCallback,
     NonMonotonicTrigger,
     TruncatedBPTTCallback,
@@ -157,6 +160,8 @@ def make_trainer(streams, batches, tokenizer, model, data_args, optimization_arg
     ]
     if data_args.batching == "lanes":
         callbacks.insert(0, TruncatedBPTTCallback(data_args.state_drop_probability))
+    if training_args.push_to_hub:
+        callbacks.append(HubCallback())
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
     optimizer_class, options = optimizer_of(model, optimization_args, training_args)
@@ -178,22 +183,33 @@ def make_trainer(streams, batches, tokenizer, model, data_args, optimization_arg
     return trainer
 
 
-def train(trainer: Trainer, streams, tokenizer, data_args: DataArguments) -> None:
-    model = trainer.model
+def train(trainer: Trainer, streams, tokenizer, data_args: DataArguments, card_args: CardArguments) -> None:
+    model, args = trainer.model, trainer.args
     if trainer.is_world_process_zero():
         print(f"{model.num_parameters():,} parameters, vocabulary of {len(tokenizer):,}")
-    outcome = trainer.train(resume_from_checkpoint=trainer.args.resume_from_checkpoint)
+    outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
     if data_args.streaming or len(streams["train"].document_starts) > 1:
         model.generation_config.bos_token_id = tokenizer.eos_token_id  # `generate()` alone begins a document
     if ends_lines(tokenizer):
         model.generation_config.eos_token_id = None  # a text goes on after a line
+    publish, args.push_to_hub = args.push_to_hub, False  # else `save_model` would push, with a card of Trainer's own
     trainer.save_model()
-    if trainer.is_world_process_zero():
-        report(trainer, streams, tokenizer, outcome.metrics["train_runtime"], data_args)
+    if not trainer.is_world_process_zero():
+        return
+    report(trainer, streams, tokenizer, outcome.metrics["train_runtime"], data_args, card_args)
+    if publish:
+        try:
+            commit = push_folder(args.output_dir, trainer.hub_model_id, revision=args.hub_revision)
+        except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:
+            again = f"python scripts/push.py --model {args.output_dir} --repo {trainer.hub_model_id}"
+            sys.exit(
+                f"train.py: {error.__cause__ or error}\nThe model is saved, and not published: `{again}` does it."
+            )
+        print(f"uploaded: {commit.commit_url}")
 
 
-def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments) -> None:
+def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments, card_args: CardArguments) -> None:
     """Measure the saved model on every token, and write it all down."""
     model, args, folder = trainer.model, trainer.args, Path(trainer.args.output_dir)
     reset_at_documents = data_args.reset_at_documents or data_args.batching != "lanes"
@@ -241,6 +257,8 @@ def report(trainer, streams, tokenizer, seconds: float, data_args: DataArguments
         resets={RESET_EVERY: short["loss"]},
         sample=text,
         start=data_args.prompt,
+        datasets=[data_args.dataset_name] if data_args.dataset_name else None,
+        **vars(card_args),
     )
     write_model_card(folder, run)
     print(f"\n{text}\n")
@@ -292,13 +310,15 @@ def draw_learning_curve(history: list[dict], path: Path) -> None:
 
 def main(arguments: list[str]) -> None:
     try:
-        model_args, data_args, optimization_args, training_args = parse(arguments)
+        model_args, data_args, card_args, optimization_args, training_args = parse(arguments)
         streams, batches, tokenizer, model = prepare(model_args, data_args, training_args)
         trainer = make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args)
     except (ValueError, StrictDataclassError) as error:  # a config wraps what it refuses in the second
         sys.exit(f"train.py: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
+    except (HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
+        sys.exit(f"train.py: {error}")
     try:
-        train(trainer, streams, tokenizer, data_args)
+        train(trainer, streams, tokenizer, data_args, card_args)
     except ValueError as error:
         if "hf_lstm" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
             raise  # not in our words

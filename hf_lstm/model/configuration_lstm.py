@@ -82,6 +82,8 @@ class LSTMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 3
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.num_hidden_layers, int) and self.num_hidden_layers > MAX_LAYERS:  # before lists of them
+            raise ValueError(f"`num_hidden_layers` ({self.num_hidden_layers}) must be at most {MAX_LAYERS:,}.")
         if self.embedding_size is None:
             self.embedding_size = self.hidden_size
         if self.initializer_range is None:
@@ -104,6 +106,15 @@ class LSTMConfig(PreTrainedConfig):
         for name in ("vocab_size", "hidden_size", "embedding_size", "num_hidden_layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+
+        width = max(self.hidden_size, self.embedding_size)
+        parameters = self.vocab_size * self.embedding_size + 8 * self.num_hidden_layers * width * width
+        if parameters > MAX_PARAMETERS:
+            raise ValueError(
+                f"`num_hidden_layers` ({self.num_hidden_layers}), `hidden_size` ({self.hidden_size}), `embedding_size` "
+                f"({self.embedding_size}) and `vocab_size` ({self.vocab_size}) make a model of some {parameters:.0e} "
+                f"parameters: at most {MAX_PARAMETERS:.0e} are built."
+            )
 
     def validate_initializer_range(self):
         if self.initializer_range < 0:
@@ -150,6 +161,9 @@ class LSTMConfig(PreTrainedConfig):
         """The fields, and the `auto_map` that lets a saved model load where hf_lstm is not installed."""
         return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
 
+
+# No LSTM was ever so large: a file that asks for more is damaged, or means harm.
+MAX_PARAMETERS, MAX_LAYERS = 10**12, 10_000
 
 DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 

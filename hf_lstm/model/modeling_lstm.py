@@ -21,6 +21,7 @@ import itertools
 from dataclasses import dataclass
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -38,6 +39,7 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_lstm import fitting_layers
 from .configuration_lstm import LSTMConfig
 from .kernels_lstm import FUSED_STEPS, at_least_float32, explicit_lstm, fused_lstm, is_plain, lstm_step
+from .loading_lstm import check_format, check_loaded, explain
 from .regularization_lstm import locked_dropout, penalty_of_targets, temporal_change, weight_dropout, word_dropout
 from .segments_lstm import Segments, find_segments
 
@@ -169,6 +171,27 @@ class LSTMPreTrainedModel(PreTrainedModel):
     def is_custom_code(cls) -> bool:
         """`False`: transformers leaves modules of custom code alone that have no parameters of their own, as a layer."""
         return False
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As every model's, and stricter: nothing is initialised at random in silence.
+
+        Raises:
+            ValueError: if the weights are no whole safetensors file, or there are too few, too many, ones of other
+                shapes or numbers that are none. `output_loading_info=True` and `ignore_mismatched_sizes=True` leave
+                it to whoever asks for them what to do about weights that are too few, too many or of other shapes.
+        """
+        check_format(kwargs.get("use_safetensors"))
+        kwargs["use_safetensors"] = True
+        informed = kwargs.pop("output_loading_info", False)
+        lenient = informed or kwargs.get("ignore_mismatched_sizes", False)
+        try:
+            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        except (SafetensorError, RuntimeError) as error:
+            raise explain(error, pretrained_model_name_or_path) from error
+        check_loaded(*loaded, pretrained_model_name_or_path, lenient)
+        return loaded if informed else loaded[0]
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -17,6 +17,7 @@ import torch
 from conftest import SCRIPTS, make_model
 from hub import TOKEN, Failure, Hub
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from hf_lstm import byte_tokenizer
 from hf_lstm.hub import files_to_push
@@ -90,7 +91,8 @@ def load(hub, tmp_path):
 
 
 def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folder):
-    from transformers import AutoModelForCausalLM
+    for name in (".env", "training_args.bin", "optimizer.pt", "lanes_0.safetensors", "main.session", "notes.txt"):
+        (model_folder / name).write_text("secret")
 
     pushed, loaded = push(), load()
 
@@ -108,29 +110,26 @@ def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folde
     for name, content in uploaded.items():
         if name != ".gitattributes":
             assert content == (model_folder / name).read_bytes()
-
-
-def test_a_dry_run_says_what_would_go_up_and_asks_nobody(push, hub, model_folder):
-    done = push("--dry_run", "true", token=None)
-
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.endswith("Nothing was uploaded.\n")
-    assert "model.safetensors" in done.stdout
-    assert not {"checkpoint", "training_args", "optimizer", "state"} & set(done.stdout.replace("-", " ").split())
-    assert hub.requests == []
-
-
-def test_nothing_private_goes_up(push, hub, model_folder):
-    for name in (".env", "training_args.bin", "optimizer.pt", "lanes_0.safetensors", "main.session", "notes.txt"):
-        (model_folder / name).write_text("secret")
-    push()
-
-    assert not [name for name, content in hub.files("author/small").items() if content == b"secret"]
-    assert not [name for name in hub.files("author/small") if name.startswith("checkpoint")]
-    content = b"".join(hub.files("author/small").values())
+            assert content != b"secret"
+            assert not name.startswith("checkpoint-")
+    content = b"".join(uploaded.values())
     assert TOKEN.encode() not in content
     assert str(model_folder).encode() not in content
     assert str(Path.home()).encode() + b"/" not in content
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """Nobody to ask: whoever does fails."""
+    monkeypatch.setattr("hf_lstm.hub.HfApi", lambda: pytest.fail("the Hub was asked"))
+
+
+def test_a_dry_run_says_what_would_go_up_and_asks_nobody(run, nobody, model_folder):
+    printed = run("push.py", "--model", model_folder, "--repo", "author/small", "--dry_run", "true")
+
+    assert printed.endswith("Nothing was uploaded.\n")
+    assert "model.safetensors" in printed
+    assert not {"checkpoint", "training_args", "optimizer", "state"} & set(printed.replace("-", " ").split())
 
 
 @pytest.mark.slow
@@ -303,14 +302,11 @@ def test_what_must_not_go_up_is_refused(model_folder, message):
         files_to_push(model_folder)
 
 
-def test_what_is_refused_asks_nobody(push, hub, model_folder):
+def test_what_is_refused_asks_nobody(run, nobody, model_folder):
     (model_folder / "README.md").unlink()
 
-    done = push()
-
-    assert done.returncode == 1
-    assert done.stderr.startswith("push.py: ")
-    assert hub.requests == []
+    with pytest.raises(SystemExit, match=r"push.py: .* holds no README\.md"):
+        run("push.py", "--model", model_folder, "--repo", "author/small")
 
 
 @pytest.mark.slow

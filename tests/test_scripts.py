@@ -178,7 +178,7 @@ def test_recipes_are_understood(recipe, monkeypatch, tmp_path):
     from arguments import parse
 
     flags = ["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), "--bf16", "false", "--use_cpu", "true"]
-    model_args, data_args, optimization_args, training_args = parse(flags)
+    model_args, data_args, _, optimization_args, training_args = parse(flags)
 
     config = LSTMConfig(vocab_size=70, **vars(model_args))
     assert LSTMForCausalLM(config).num_parameters() < 21_000_000

@@ -6,6 +6,7 @@ All have 3.9 to 4.3 million parameters and the same vocabulary of 69; the contes
 reported. Without --model the weights are random and the perplexity in 8 bits is not measured.
 """
 
+import copy
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -225,6 +226,40 @@ def long_session(model, tokens: int) -> dict[str, list[float]]:
     return {"ms_per_token": taken, "grown_mb": grown}
 
 
+@torch.inference_mode()
+def late_of_early(model, tokens: int, rounds: int) -> dict[str, float]:
+    """How long 500 tokens take after so many, over the time after 1,000: both in turns, since the machine's own speed changes."""
+    ids, caches, session = torch.tensor([[5]]), {}, Session(model, TOKENIZER)
+    cache = DynamicCache(config=model.config)
+    for count in range(1, tokens + 1):
+        ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+        if count in (1000, tokens):
+            caches[count] = copy.deepcopy(cache)
+
+    def by_model(count):
+        cache, following = copy.deepcopy(caches[count]), ids
+        for _ in range(500):
+            following = model(following, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+
+    def by_session(count):
+        session.cache, session._unread = copy.deepcopy(caches[count]), [5]
+        all(session.stream(max_new_tokens=500, do_sample=False))
+
+    def by_generate(count):
+        read = torch.full((1, count + 1), 5)
+        cache = copy.deepcopy(caches[count])
+        model.generate(
+            read, attention_mask=torch.ones_like(read), past_key_values=cache, max_new_tokens=500, do_sample=False
+        )
+
+    ratios = {}
+    for name, loop in {"model": by_model, "Session": by_session, "generate()": by_generate}.items():
+        contestants = {f"{name}, after {count:,}": partial(loop, count) for count in (1000, tokens)}
+        early, late = turns(contestants, 2 * rounds, scale=2).values()
+        ratios[f"{name}: time after {tokens:,} tokens of that after 1,000"] = late / early
+    return ratios
+
+
 def draw(result: dict, path: Path) -> None:
     figure, panels = plt.subplots(2, 2, figsize=(11, 8))
     bars, batches, latency, memory = panels.flat
@@ -334,9 +369,12 @@ def main(arguments: Arguments) -> None:
     }
     for name, watched in result["long"].items():
         times, grown = watched["ms_per_token"], watched["grown_mb"]
-        first, last = median(times[:5]), median(times[-5:])
-        print(f"  {name}: {first:.3f} ms per token, {last:.3f} at the end, {max(grown):.1f} MB more")
-        result["ratios"][f"{name}: time at the end of that at the beginning"] = last / first
+        print(f"  {name}: {median(times):.3f} ms per token, {max(grown):.1f} MB more")
+    print("The next 500 tokens, per token:")
+    late = late_of_early(ours, arguments.long, arguments.rounds)
+    for name, ratio in late.items():
+        print(f"  {name}: {ratio:.3f}")
+    result["ratios"] |= late
     draw(result, RESULTS / "decode_cpu.png")
     write_result("decode_cpu", result)
 

@@ -1,0 +1,196 @@
+"""How the cost of training and writing grows: with tokens, width, depth, vocabulary, the length of a text, and processes.
+
+python scripts/benchmarks/scaling.py
+
+Along each axis the sizes take turns, and an exponent is fitted to the medians: time ~ size ^ exponent. From the widths follows
+what a billion tokens would take on this machine.
+"""
+
+import copy
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from statistics import median
+from time import perf_counter
+
+import matplotlib.pyplot as plt
+import numpy
+import torch
+from record import RESULTS, write_result
+from transformers import DynamicCache, HfArgumentParser
+from transformers.utils import logging
+
+from hf_lstm import LSTMConfig, LSTMForCausalLM, Session, char_tokenizer
+
+ROWS, TOKENS = 16, 64
+BASE = {"vocab_size": 69, "hidden_size": 512, "num_hidden_layers": 1}
+AXES = {
+    "tokens": [8, 16, 32, 64],  # steps of 1,024 tokens
+    "hidden_size": [256, 512, 1024, 2048],
+    "num_hidden_layers": [1, 2, 4, 8],
+    "vocab_size": [1000, 4000, 16_000, 64_000],
+}
+LENGTHS = [1000, 10_000, 100_000]
+TOKENIZER = char_tokenizer([bytes(range(33, 98)).decode()])
+
+
+@dataclass
+class Arguments:
+    rounds: int = field(default=5, metadata={"help": "Times that each size is timed."})
+    processes: bool = field(default=True, metadata={"help": "Whether two processes are compared with one."})
+
+
+class Training:
+    """A model and its optimizer, called for some steps."""
+
+    def __init__(self, **changes):
+        torch.manual_seed(0)
+        self.model = LSTMForCausalLM(LSTMConfig(**BASE | changes)).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-3, fused=True)
+        self.ids = torch.randint(4, self.model.config.vocab_size, (ROWS, TOKENS + 1))
+
+    def __call__(self, steps: int = 1) -> None:
+        for _ in range(steps):
+            self.model(self.ids[:, :-1], shift_labels=self.ids[:, 1:].contiguous()).loss.backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+def medians(calls: dict, rounds: int) -> dict[int, float]:
+    """Seconds of each call; the first round is not counted."""
+    times = {size: [] for size in calls}
+    for _ in range(rounds + 1):
+        for size, call in calls.items():
+            start = perf_counter()
+            call()
+            times[size].append(perf_counter() - start)
+    return {size: median(taken[1:]) for size, taken in times.items()}
+
+
+def exponent(times: dict[int, float]) -> float:
+    sizes = numpy.log([float(size) for size in times])
+    return float(numpy.polyfit(sizes, numpy.log(list(times.values())), 1)[0])
+
+
+def report(axis: str, times: dict[int, float], unit: str) -> dict:
+    fitted = exponent(times)
+    shown = ", ".join(f"{size:,}: {seconds * 1000:,.3g} ms" for size, seconds in times.items())
+    print(f"  {axis}: time ~ size ^ {fitted:.3f} ({shown} {unit})", flush=True)
+    return {"seconds": {str(size): seconds for size, seconds in times.items()}, "exponent": fitted}
+
+
+def training_axis(axis: str, rounds: int) -> dict:
+    if axis == "tokens":
+        training = Training()
+        calls = {steps * ROWS * TOKENS: partial(training, steps) for steps in AXES[axis]}
+        return report("tokens trained on", medians(calls, rounds), "in all")
+    return report(axis, medians({size: Training(**{axis: size}) for size in AXES[axis]}, rounds), "a step")
+
+
+@torch.inference_mode()
+def writing_axes(rounds: int) -> dict:
+    """Time of 300 tokens after so many."""
+    torch.manual_seed(0)
+    model = LSTMForCausalLM(LSTMConfig(**BASE | {"num_hidden_layers": 2})).eval()
+    model.generation_config.eos_token_id = None
+    caches, read = {}, DynamicCache(config=model.config)
+    for length in LENGTHS:
+        ids = torch.randint(4, BASE["vocab_size"], (1, length - read.get_seq_length()))
+        for chunk in ids.split(1024, dim=1):
+            model(chunk, past_key_values=read, logits_to_keep=1)
+        caches[length] = copy.deepcopy(read)
+    session = Session(model, TOKENIZER)
+
+    def by_model(length):
+        cache, ids = copy.deepcopy(caches[length]), torch.tensor([[5]])
+        for _ in range(300):
+            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
+
+    def by_session(length):
+        session.cache, session._unread = copy.deepcopy(caches[length]), [5]
+        all(session.stream(max_new_tokens=300, do_sample=False))
+
+    def by_generate(length):
+        ids = torch.full((1, length + 1), 5)
+        cache = copy.deepcopy(caches[length])
+        model.generate(
+            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=300, do_sample=False
+        )
+
+    ways = {"model": by_model, "Session": by_session, "generate()": by_generate}
+    return {
+        f"length of the text, {way}": report(
+            f"length of the text, {way}",
+            medians({length: partial(call, length) for length in LENGTHS}, 2 * rounds),
+            "for 300 tokens",
+        )
+        for way, call in ways.items()
+    }
+
+
+def processes() -> dict[str, float]:
+    """Tokens per second of scripts/train.py in one process and in two, each of one thread, with as many lanes in all."""
+    train, rates = Path(__file__).parent.parent / "train.py", {}
+    with tempfile.TemporaryDirectory() as folder:
+        text = Path(folder) / "text.txt"
+        text.write_text("".join(chr(33 + value % 64) for value in torch.randint(0, 64, (200_000,)).tolist()))
+        for count in (1, 2):
+            command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={count}"]
+            command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", str(train), "--train_file"]
+            command += [str(text), "--output_dir", f"{folder}/{count}", "--hidden_size", "512", "--max_steps", "40"]
+            command += [
+                "--per_device_train_batch_size",
+                str(ROWS // count),
+                "--eval_strategy",
+                "no",
+                "--use_cpu",
+                "true",
+            ]
+            command += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "20"]
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+            logged = re.findall(r"'train_tokens_per_second': '?([\d.]+)", done.stdout + done.stderr)
+            rates[str(count)] = float(logged[-1])
+            print(f"  {count} processes of one thread: {rates[str(count)]:,.0f} tokens per second", flush=True)
+    return rates
+
+
+def draw(axes: dict) -> None:
+    figure, panels = plt.subplots(2, 4, figsize=(14, 6), layout="constrained")
+    for panel, (axis, result) in zip(panels.flat, axes.items(), strict=False):
+        sizes = [int(size) for size in result["seconds"]]
+        panel.plot(sizes, [seconds * 1000 for seconds in result["seconds"].values()], "o-")
+        panel.set(xscale="log", yscale="log", title=f"{axis}\ntime ~ size^{result['exponent']:.2f}", ylabel="ms")
+        panel.set_ylim(min(result["seconds"].values()) * 300, max(result["seconds"].values()) * 3000)
+    for panel in panels.flat[len(axes) :]:
+        panel.axis("off")
+    path = RESULTS / "scaling_cpu.png"
+    figure.savefig(path, dpi=110)
+    print(f"drawn in {path}")
+
+
+def main(arguments: Arguments) -> None:
+    logging.set_verbosity_error()
+    print(f"Training, {ROWS} x {TOKENS} tokens a step:")
+    axes = {axis: training_axis(axis, arguments.rounds) for axis in AXES}
+    print("Writing, two layers of 512:")
+    axes |= writing_axes(arguments.rounds)
+    result = {"rows": ROWS, "tokens": TOKENS, "base": BASE, "axes": axes}
+    per_token = {size: seconds / ROWS / TOKENS for size, seconds in axes["hidden_size"]["seconds"].items()}
+    result["days_of_a_billion_tokens"] = {size: seconds * 1e9 / 86_400 for size, seconds in per_token.items()}
+    for size, days in result["days_of_a_billion_tokens"].items():
+        parameters = Training(hidden_size=int(size)).model.num_parameters()
+        print(f"  a billion tokens, one layer of {size} ({parameters:,} parameters): {days:,.1f} days")
+    if arguments.processes:
+        result["tokens_per_second_of_processes"] = processes()
+    draw(axes)
+    write_result("scaling_cpu", result)
+
+
+if __name__ == "__main__":
+    main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())

@@ -1,0 +1,145 @@
+"""Write the README's section on speed from the results of the benchmarks: no figure stands there that no file holds.
+
+python scripts/benchmarks/summary.py
+"""
+
+import json
+from pathlib import Path
+
+from record import RESULTS
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN, END = "<!-- begin: written by scripts/benchmarks/summary.py -->\n", "<!-- end -->\n"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+
+
+def table(head: list[str], rows: list[list]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+def source(name: str, result: dict, command: str) -> str:
+    return (
+        f"`{command}`: {result['machine']}, commit {result['commit']} "
+        f"([figures](scripts/benchmarks/results/{name}.json), [picture](scripts/benchmarks/results/{name}.png)).\n"
+    )
+
+
+def writing() -> str:
+    result = load("decode_cpu")
+    taken, ratios, sizes = result["ms_per_token"], result["ratios"], result["parameters"]
+    tokens = f"{result['long_tokens']:,}"
+    rows = [[name, f"{milliseconds:.2f}"] for name, milliseconds in sorted(taken.items(), key=lambda item: item[1])]
+    grown = {name: max(0.0, *watched["grown_mb"]) for name, watched in result["long"].items()}
+    long = [f"after {tokens} tokens", "time of a token, of that after 1,000", "memory grown by"]
+    late = [
+        [name, f"{ratios[f'{name}: time after {tokens} tokens of that after 1,000']:.3f}", f"{megabytes:.1f} MB"]
+        for name, megabytes in grown.items()
+    ]
+    firsts = result["first_token_ms"]
+    return (
+        f"**Writing.** Ms per token of one text, greedy, {result['tokens']} tokens: two layers of 512 "
+        f"({sizes['LSTM'] / 1e6:.1f} M parameters), and GPT-2 and Mamba of transformers with {sizes['GPT-2'] / 1e6:.1f} and "
+        f"{sizes['Mamba'] / 1e6:.1f} M:\n\n"
+        + table(["", "ms per token"], rows)
+        + f"\nA `Session` writes {ratios['GPT-2 of Session']:.1f} times as fast as GPT-2 does, `generate()` "
+        f"{ratios['GPT-2 of generate()']:.1f} times, and {ratios['Mamba of generate()']:.1f} times as fast as Mamba; eight bits "
+        f"take {ratios['file of ONNX int8 of float32']:.2f} of the file, and the perplexity is "
+        f"{ratios['perplexity of int8 of float32']:.4f} of what it was.\n\n"
+        + table(long, late)
+        + "\n`generate()` itself keeps all ids, and copies them at each token. Ms to the first token:\n\n"
+        + table(
+            ["tokens of the prompt", *(f"{int(length):,}" for length in firsts["LSTM"])],
+            [[name, *(f"{ms:,.0f}" for ms in taken.values())] for name, taken in firsts.items()],
+        )
+        + "\n"
+        + source("decode_cpu", result, "python scripts/benchmarks/decode.py --model MODEL --file tinyshakespeare.txt")
+    )
+
+
+def training() -> str:
+    result = load("training_cpu")
+    rows = []
+    for shape in result["shapes"].values():
+        rates = shape["tokens_per_second"]
+        rows.append(
+            [
+                f"{shape['rows']} x {shape['tokens']}",
+                f"{shape['layers']} x {shape['width']}",
+                *(f"{rates[name]:,.0f}" if name in rates else "" for name in ("Trainer", "bare loop", "nn.LSTM")),
+                f"{shape['Trainer of the bare loop']:.3f}",
+                f"{shape['bare loop of nn.LSTM']:.3f}",
+                *(f"{rates[name]:,.0f}" if name in rates else "" for name in ("GPT-2", "Mamba")),
+            ]
+        )
+    head = [
+        "tokens of a step",
+        "layers",
+        "Trainer",
+        "bare loop",
+        "`nn.LSTM`",
+        "Trainer of bare loop",
+        "bare loop of `nn.LSTM`",
+    ]
+    text = "**Training.** Tokens per second, a vocabulary of 69, the steps of all contestants in turns; GPT-2 and Mamba have as\n"
+    text += "many parameters:\n\n" + table([*head, "GPT-2", "Mamba"], rows)
+    return text + "\n" + source("training_cpu", result, "python scripts/benchmarks/training.py")
+
+
+def memory() -> str:
+    result = load("memory_cpu")
+    loss, states = result["loss"], result["state_bytes"]
+    lengths = list(states["LSTM"])
+    text = (
+        f"**Memory.** With a vocabulary of {result['vocab_size']:,} and {result['rows']} x {result['tokens']} tokens a step, two layers "
+        f"of {result['hidden_size']}, `loss_chunk_size={result['chunk_size']}` brings a training step, AdamW included, from "
+        f"{loss['plain']['mb']:,.0f} to {loss['chunked']['mb']:,.0f} MB ({loss['mb: chunked of plain']:.2f}), and from "
+        f"{loss['plain']['seconds']:.2f} to {loss['chunked']['seconds']:.2f} s. Bytes kept of one text:\n\n"
+    )
+    rows = [[name, *(f"{size:,}" for size in sizes.values())] for name, sizes in states.items()]
+    text += table(["tokens read", *(f"{int(length):,}" for length in lengths)], rows)
+    return text + "\n" + source("memory_cpu", result, "python scripts/benchmarks/memory.py")
+
+
+def scaling() -> str:
+    result = load("scaling_cpu")
+    names = {"tokens": "training, tokens", "hidden_size": "a training step, width of the layer"}
+    names |= {"num_hidden_layers": "a training step, layers", "vocab_size": "a training step, vocabulary"}
+    rows = []
+    for axis, found in result["axes"].items():
+        sizes = list(found["seconds"])
+        rows.append(
+            [
+                names.get(axis, f"300 tokens, {axis}"),
+                f"{int(sizes[0]):,} to {int(sizes[-1]):,}",
+                f"{found['exponent']:.3f}",
+            ]
+        )
+    days = ", ".join(f"{value:,.1f} with {size}" for size, value in result["days_of_a_billion_tokens"].items())
+    text = "**Scaling.** Time grows with a size to the power of:\n\n" + table(
+        ["time of", "from, to", "exponent"], rows
+    )
+    text += f"\nA billion tokens through one layer would take so many days on this machine, by its width: {days}.\n"
+    if "tokens_per_second_of_processes" in result:
+        one, two = result["tokens_per_second_of_processes"].values()
+        text += f"Two processes of one thread each train {two / one:.2f} times as fast as one ({two:,.0f} and {one:,.0f} tokens per second).\n"
+    return text + "\n" + source("scaling_cpu", result, "python scripts/benchmarks/scaling.py")
+
+
+def render() -> str:
+    """The section, between its two marks."""
+    return f"{BEGIN}\n{training()}\n{writing()}\n{memory()}\n{scaling()}\n{END}"
+
+
+def main() -> None:
+    readme = README.read_text(encoding="utf-8")
+    before, rest = readme.split(BEGIN)
+    README.write_text(before + render() + rest.split(END, 1)[1], encoding="utf-8")
+    print(f"written to {README.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -116,7 +116,7 @@ class Session:
         """
         Let the model write on: yields the text as it comes, whole characters at a time, until `max_new_tokens` or the
         end of the document. Whoever stops earlier has a session that has written so far. On a CPU a long text is written
-        with a copy of the layers' weights, which it drops when it ends.
+        with a copy of the layers' weights, made once and dropped when it ends: change no weights in the middle of one.
 
         Args:
             max_new_tokens (`int`, defaults to 200): Tokens to write at most.

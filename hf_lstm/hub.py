@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from huggingface_hub import CommitInfo, HfApi
+from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
 from safetensors import SafetensorError, safe_open
 
 # Nothing else ever goes up: no optimizer states, caches, checkpoints, `.env` or training_args.bin, which is a pickle.
@@ -30,8 +30,10 @@ FOR_OTHERS = (
     "onnx/*.onnx",
     "onnx/run_onnx.py",
 )
-MODEL_OF_SNIPPET = re.compile(r'(pipeline\("text-generation", model=")[^"\n]*')
-SECRET = re.compile(r"hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{30,}|AKIA[A-Z0-9]{16}|sk-[A-Za-z0-9_-]{30,}")
+SECRET = re.compile(
+    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{30,}|hf_oauth_\w{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}"
+    r"|sk-[A-Za-z0-9_-]*[A-Za-z0-9]{20,})"
+)
 
 
 def files_to_push(folder: str | Path) -> list[Path]:
@@ -102,21 +104,26 @@ def push_folder(
         huggingface_hub.errors.HfHubHTTPError: if the Hub refuses, or cannot be reached.
     """
     folder, api = Path(folder), HfApi()
-    names = [path.relative_to(folder).as_posix() for path in files_to_push(folder)]
+    files = files_to_push(folder)
     repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    card = (folder / "README.md").read_text(encoding="utf-8")
-    (folder / "README.md").write_text(MODEL_OF_SNIPPET.sub(rf"\g<1>{repo_id}", card), encoding="utf-8")
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
-    return api.upload_folder(
-        repo_id=repo_id,
-        folder_path=folder,
-        allow_patterns=names,
-        # What the stock Trainer uploads during training, with every argument of its author's in it.
-        delete_patterns=["training_args.bin"],
-        revision=revision,
-        commit_message=message or f"Upload {folder.resolve().name}",
-    )
+    operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
+    card = CommitOperationAdd("README.md", _card_for(folder, repo_id).encode())
+    operations = [card if operation.path_in_repo == "README.md" else operation for operation in operations]
+    # The stock Trainer uploads it during training, with every argument of its author's in it.
+    if api.file_exists(repo_id, "training_args.bin", revision=revision):
+        operations.append(CommitOperationDelete("training_args.bin"))
+    message = message or f"Upload {folder.resolve().name}"
+    return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+
+
+def _card_for(folder: Path, repo_id: str) -> str:
+    """The card, whose snippet names the repository where it named the folder that the model was trained in."""
+    card, run = (folder / "README.md").read_text(encoding="utf-8"), folder / "run.json"
+    if run.is_file() and (trained_in := _json_of(run).get("folder")):
+        card = card.replace(f'model="{trained_in}"', f'model="{repo_id}"')
+    return card
 
 
 def _json_of(path: Path) -> dict:

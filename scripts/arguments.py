@@ -44,6 +44,13 @@ class ModelArguments:
     temporal_activation_regularization: float = field(
         default=0.0, metadata={"help": "Penalty on outputs that change from token to token (TAR)."}
     )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits are held at a time, for large vocabularies; all by default."},
+    )
+    adaptive_softmax_cutoffs: list[int] | None = field(
+        default=None, metadata={"help": "Ids that split the vocabulary of an adaptive softmax: 2000 10000."}
+    )
 
 
 @dataclass
@@ -227,7 +234,7 @@ class TrainArguments(LSTMTrainingArguments):
     )
     report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
     push_to_hub: bool = field(default=False, metadata={"help": "Whether to publish the model when it is trained."})
-    hub_strategy: str = field(default="end", metadata={"help": "`every_save`: publish each checkpoint's model, too."})
+    hub_strategy: str = field(default="end", metadata={"help": "Nothing but `end`: what goes up is checked first."})
 
     def __post_init__(self):
         if self.output_dir is None:
@@ -236,6 +243,11 @@ class TrainArguments(LSTMTrainingArguments):
             raise ValueError(
                 "`--hub_token` would lie in training_args.bin and in the history of your shell: set HF_TOKEN in the "
                 "environment, or call `hf auth login` once."
+            )
+        if self.hub_strategy != "end":
+            raise ValueError(
+                f"`--hub_strategy` {self.hub_strategy} would upload all that lies in `--output_dir`, unchecked: leave it at "
+                "`end`, and the model is published when it is trained."
             )
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.05}

@@ -37,6 +37,7 @@ def main(arguments: Arguments) -> None:
     for path in files:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         print(f"{path.stat().st_size:>12,}  {digest}  {path.relative_to(folder)}")
+    print(f"README.md will name {arguments.repo} where it names the folder.")
     print(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB (size, sha256, name)")
     if arguments.dry_run:
         print("Nothing was uploaded.")

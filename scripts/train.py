@@ -33,7 +33,6 @@ from hf_lstm.tokenizers import ends_lines
 from hf_lstm.training import (
     NTASGD,
     EMAAdamW,
-    HubCallback,
     MetricsCallback,
     NonMonotonicTrigger,
     TruncatedBPTTCallback,
@@ -43,6 +42,7 @@ from hf_lstm.training.tbptt import check_arguments, check_penalties
 
 RESET_EVERY = 256  # the second figure that is reported: what the model knows from so short a past
 SAMPLE_LENGTH = 300
+NOT_REPEATED = ("--resume_from_checkpoint", "--push_to_hub", "--hub_model_id", "--hub_private_repo", "--hub_revision")
 STANDARD_LIBRARY = f"the source of Python {platform.python_version()}'s standard library"
 
 
@@ -160,8 +160,6 @@ def make_trainer(streams, batches, tokenizer, model, data_args, optimization_arg
     ]
     if data_args.batching == "lanes":
         callbacks.insert(0, TruncatedBPTTCallback(data_args.state_drop_probability))
-    if training_args.push_to_hub:
-        callbacks.append(HubCallback())
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
     optimizer_class, options = optimizer_of(model, optimization_args, training_args)
@@ -202,7 +200,8 @@ def train(trainer: Trainer, streams, tokenizer, data_args: DataArguments, card_a
         try:
             commit = push_folder(args.output_dir, trainer.hub_model_id, revision=args.hub_revision)
         except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:
-            again = f"python scripts/push.py --model {args.output_dir} --repo {trainer.hub_model_id}"
+            again = ["python", "scripts/push.py", "--model", args.output_dir, "--repo", trainer.hub_model_id]
+            again = shlex.join(again + (["--revision", args.hub_revision] if args.hub_revision else []))
             sys.exit(
                 f"train.py: {error.__cause__ or error}\nThe model is saved, and not published: `{again}` does it."
             )
@@ -279,10 +278,11 @@ def machine() -> str:
 
 
 def command_of(arguments: list[str]) -> str:
-    """The command of a run as others can repeat it: from the beginning, and without its author's folders."""
+    """The command of a run as others can repeat it: from the beginning, without its author's folders and repository."""
     shown = []
     for flag, argument in itertools.pairwise(["", *arguments]):
-        if "--resume_from_checkpoint" in (flag, argument) or argument.startswith("--resume_from_checkpoint="):
+        is_value = flag in NOT_REPEATED and not argument.startswith("--")
+        if is_value or argument.partition("=")[0] in NOT_REPEATED:
             continue
         name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         shown.append(name + equals + (Path(value).name if value.startswith("/") and Path(value).exists() else value))

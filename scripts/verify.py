@@ -2,7 +2,8 @@
 
 python scripts/verify.py --model author/model
 
-`trust_remote_code=True` runs these files. Each is printed with its sha256 and whether it is the same, and nothing is run.
+`trust_remote_code=True` runs such files, and those that its JSON files name. Each is printed with its sha256 and whether it is
+the same, and so is what the JSON files name; nothing is run.
 """
 
 import hashlib
@@ -29,16 +30,32 @@ class Arguments:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each Python file, by name."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.glob("*.py")}
+    """sha256 of each Python file, wherever it lies."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in folder.rglob("*.py")
+        if path.parent.name != "onnx"  # the runner, which nothing but its user runs
+    }
+
+
+def named_code(folder: Path) -> dict[str, dict]:
+    """What the JSON files name as code, by file and field."""
+    found = {}
+    for path in sorted(folder.glob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        for field_name in ("auto_map", "custom_pipelines"):
+            if isinstance(content, dict) and field_name in content:
+                found[f"{field_name} of {path.name}"] = content[field_name]
+    return found
 
 
 def main(arguments: Arguments) -> None:
     folder = Path(arguments.model)
     if not folder.is_dir():
         folder = Path(
-            snapshot_download(arguments.model, revision=arguments.revision, allow_patterns=["*.py", "config.json"])
+            snapshot_download(arguments.model, revision=arguments.revision, allow_patterns=["*.py", "*.json"])
         )
+        print(f"commit {folder.name}")
     if not (folder / "config.json").is_file():
         raise ValueError(f"{arguments.model} holds no config.json: name a model.")
     found, ours = hashes(folder), hashes(Path(configuration_lstm.__file__).parent)
@@ -47,14 +64,16 @@ def main(arguments: Arguments) -> None:
     verdicts |= dict.fromkeys(ours.keys() - found, "missing") | dict.fromkeys(found.keys() - ours, "not ours")
     for name in sorted(verdicts):
         print(f"{verdicts[name]:<9} {found.get(name, '-' * 64)}  {name}")
-    same_map = json.loads((folder / "config.json").read_text()).get("auto_map") == configuration_lstm.AUTO_MAP
-    print(f"{'same' if same_map else 'differs':<9} {'':64}  auto_map of config.json")
-    if same_map and set(verdicts.values()) == {"same"}:
+    expected, named = {"auto_map of config.json": configuration_lstm.AUTO_MAP}, named_code(folder)
+    for place in sorted(expected | named):
+        verdicts[place] = "same" if named.get(place) == expected.get(place) else "differs"
+        print(f"{verdicts[place]:<9} {'':64}  {place}")
+    if set(verdicts.values()) == {"same"}:
         print(f"All of it is the code of hf-lstm {hf_lstm.__version__}.")
     else:
         sys.exit(
             f"This is not the code of hf-lstm {hf_lstm.__version__}: it was saved by another version, or changed. With "
-            "`import hf_lstm`, and without `trust_remote_code`, none of it runs."
+            "`import hf_lstm`, and without `trust_remote_code=True`, none of it runs."
         )
 
 

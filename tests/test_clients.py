@@ -12,6 +12,21 @@ IDS = make_ids(4, 12)
 TARGETS = {"gates": ["input_gates", "hidden_gates"], "all-linear": "all-linear"}
 
 
+def test_an_adapter_on_the_embedding_reads_and_writes():
+    import peft
+
+    model = make_model(torch.float32)
+    expected = model(IDS).logits
+    adapted = peft.get_peft_model(
+        model, peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["embed_tokens", "input_gates"])
+    )
+
+    torch.testing.assert_close(adapted(input_ids=IDS).logits, expected)
+    adapted.train()(input_ids=IDS, labels=IDS).loss.backward()
+    with torch.no_grad():
+        assert adapted.eval()(input_ids=IDS[:, :1]).logits.shape == (*IDS[:, :1].shape, model.config.vocab_size)
+
+
 @pytest.mark.parametrize("block", ["stacked", "tied_narrow", "residual_narrow"])
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])

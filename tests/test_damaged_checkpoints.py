@@ -73,6 +73,10 @@ def a_hundred_thousand_units(folder):
     change_config(folder, hidden_size=10**5, embedding_size=10**5)  # 640 GB of weights: none is made
 
 
+def a_wide_mlp(folder):
+    change_config(folder, block_type="residual", intermediate_size=10**12)
+
+
 def a_billion_layers(folder):
     change_config(folder, num_hidden_layers=10**9, hidden_size=1, embedding_size=1)
 
@@ -88,6 +92,7 @@ DAMAGES = {
     the_layers_are_fewer: "hold, beside those of the model, model.layers.1.hidden_gates.weight",
     a_billion_units: r"`hidden_size` \(1000000000\).*parameters: at most 1e\+12 are built",
     a_hundred_thousand_units: "have other shapes than its config.json says",
+    a_wide_mlp: r"parameters: at most 1e\+12 are built",
     a_billion_layers: r"`num_hidden_layers` \(1000000000\) must be at most 10,000",
 }
 
@@ -105,10 +110,26 @@ def test_a_pickle_is_never_read(folder):
     (folder / "model.safetensors").unlink()
     torch.save(weights, folder / "pytorch_model.bin")
 
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with pytest.raises((OSError, ValueError), match=r"model\.safetensors|is a pickle"):
         AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match="asks for a pickle"):
+    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
         AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False)
+
+
+def test_a_pickle_that_another_file_names_is_never_read(folder):
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    torch.save(weights, folder / "weights.bin")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, "weights.bin")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+    with pytest.raises(ValueError, match=r"weights\.bin is a pickle"):
+        AutoModelForCausalLM.from_pretrained(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "weights.bin").rename(folder / "adapter_model.bin")
+    change_config(folder, transformers_weights="adapter_model.bin")
+    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle"):
+        AutoModelForCausalLM.from_pretrained(folder)
 
 
 def test_whoever_asks_for_the_report_gets_it(folder):

@@ -47,6 +47,12 @@ def test_a_padded_batch_equals_each_row_alone(model, strategy, side):
         assert together[row, -12:].tolist() == alone[0, -12:].tolist()
 
 
+def test_labels_are_no_matter_of_generation(model):
+    ids = make_ids(2, 5)
+
+    assert torch.equal(model.generate(ids, labels=ids, max_new_tokens=4), model.generate(ids, max_new_tokens=4))
+
+
 def test_greedy_takes_the_most_probable_token(model):
     written = generate(model, IDS, **STRATEGIES["greedy"])
 

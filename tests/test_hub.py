@@ -19,9 +19,11 @@ from hub import TOKEN, Failure, Hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+import hf_lstm
 from hf_lstm import byte_tokenizer
 from hf_lstm.hub import files_to_push
 
+PRIVATE = (".env", "training_args.bin", "optimizer.pt", "lanes_0.safetensors", "main.session", "notes.txt")
 ELSEWHERE = """
 import sys
 sys.modules["hf_lstm"] = None  # importing it raises, as where it is not installed
@@ -91,7 +93,7 @@ def load(hub, tmp_path):
 
 
 def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folder):
-    for name in (".env", "training_args.bin", "optimizer.pt", "lanes_0.safetensors", "main.session", "notes.txt"):
+    for name in PRIVATE:
         (model_folder / name).write_text("secret")
 
     pushed, loaded = push(), load()
@@ -108,7 +110,12 @@ def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folde
         path.relative_to(model_folder).as_posix() for path in files_to_push(model_folder)
     }
     for name, content in uploaded.items():
-        if name != ".gitattributes":
+        if name == "README.md":
+            assert content.decode() == (model_folder / name).read_text().replace(
+                'model="small"', 'model="author/small"'
+            )
+            assert b'model="author/small"' in content
+        elif name != ".gitattributes":
             assert content == (model_folder / name).read_bytes()
             assert content != b"secret"
             assert not name.startswith("checkpoint-")
@@ -118,6 +125,17 @@ def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folde
     assert str(Path.home()).encode() + b"/" not in content
 
 
+@pytest.mark.slow
+def test_what_trainer_uploaded_is_taken_away(push, hub):
+    push()
+    files = hub.files("author/small")
+    hub.repositories["author/small"].commit("main", files | {"training_args.bin": b"secret", "LICENSE": b"mine"})
+
+    assert push().returncode == 0
+    assert "training_args.bin" not in hub.files("author/small")
+    assert hub.files("author/small")["LICENSE"] == b"mine"
+
+
 @pytest.fixture
 def nobody(monkeypatch):
     """Nobody to ask: whoever does fails."""
@@ -125,11 +143,26 @@ def nobody(monkeypatch):
 
 
 def test_a_dry_run_says_what_would_go_up_and_asks_nobody(run, nobody, model_folder):
+    for name in PRIVATE:
+        (model_folder / name).write_text("secret")
+
     printed = run("push.py", "--model", model_folder, "--repo", "author/small", "--dry_run", "true")
 
     assert printed.endswith("Nothing was uploaded.\n")
     assert "model.safetensors" in printed
-    assert not {"checkpoint", "training_args", "optimizer", "state"} & set(printed.replace("-", " ").split())
+    listed = {line.split()[-1] for line in printed.splitlines() if line[:1] == " "}
+    code = {path.name for path in (Path(hf_lstm.__file__).parent / "model").glob("*_lstm.py")}
+    assert listed == code | {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "learning_curve.png",
+        "metrics.json",
+        "model.safetensors",
+        "run.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
 
 
 @pytest.mark.slow
@@ -287,6 +320,11 @@ def _(folder):
 @damage("holds what looks like an access token (hf_ttt...)")
 def _(folder):
     (folder / "run.json").write_text(json.dumps({"command": f"--hub_token {TOKEN}"}))
+
+
+@damage("what looks like an access token (github...)")
+def _(folder):
+    (folder / "run.json").write_text(json.dumps({"command": "github_pat_" + "a" * 40}))
 
 
 @damage("a folder of this machine: take it out")

@@ -75,6 +75,9 @@ def test_one_command_trains_and_publishes_and_another_process_writes(call, hub, 
     for line in ("license: apache-2.0", "- en", "(its licence: public domain)", 'model="author/small"', "## Limits"):
         assert line in card
     assert len(hub.repositories["author/small"].commits) == 2  # the first is the empty repository
+    assert "--push_to_hub" not in card
+    assert "--hub_model_id" not in card
+    assert "--data_license 'public domain'" in card
 
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
@@ -101,6 +104,7 @@ def test_every_push_of_the_stock_trainer_brings_the_code(call, hub, callback):
     ("flags", "message"),
     [
         (["--hub_token", TOKEN], "`--hub_token` would lie in training_args.bin"),
+        (["--hub_strategy", "every_save"], "would upload all that lies in `--output_dir`"),
         (["--license", "Apache 2.0"], "must be an identifier of the Hub"),
         (["--language", "English"], "must be a code of ISO 639"),
     ],
@@ -172,9 +176,28 @@ def point_elsewhere(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
+def write_a_generate(folder):
+    (folder / "custom_generate").mkdir()
+    (folder / "custom_generate" / "generate.py").write_text("import os\n")
+
+
+def name_a_tokenizer(folder):
+    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["x.X", None]}}))
+
+
+def name_a_pipeline(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"custom_pipelines": {"text-generation": {"impl": "x.X"}}})
+    )
+
+
 @pytest.mark.parametrize(
     ("damage", "line"),
     [
+        (write_a_generate, r"not ours  \w{64}  custom_generate/generate\.py"),
+        (name_a_tokenizer, r"differs   \s+auto_map of tokenizer_config\.json"),
+        (name_a_pipeline, r"differs   \s+custom_pipelines of config\.json"),
         (change, r"differs   \w{64}  cache_lstm\.py"),
         (add, r"not ours  \w{64}  more_lstm\.py"),
         (take_away, r"missing   -{64}  kernels_lstm\.py"),
@@ -192,7 +215,7 @@ def test_other_code_is_named(capsys, saved, damage, line):
 
 
 @pytest.mark.slow
-def test_the_code_on_the_hub_can_be_checked(call):
+def test_the_code_on_the_hub_can_be_checked(call, hub):
     trained = call(SCRIPTS / "train.py", *FLAGS.split())
     assert trained.returncode == 0, trained.stderr
 
@@ -201,5 +224,6 @@ def test_the_code_on_the_hub_can_be_checked(call):
 
     assert there.returncode == 0, there.stderr
     assert "All of it is the code of hf-lstm" in there.stdout
+    assert f"commit {hub.repositories['author/small'].branches['main']}" in there.stdout
     assert nowhere.returncode == 1
     assert nowhere.stderr.startswith("verify.py: ")

@@ -78,13 +78,56 @@ def test_a_masked_step_and_one_under_autocast_are_explicit(taken):
 def test_a_single_step_equals_the_explicit_one(model, monkeypatch):
     cache = model(IDS[:, :3]).past_key_values
     expected, taken = model(IDS[:, 3:4], past_key_values=copy.deepcopy(cache)), []
-    monkeypatch.setattr(LSTMLayer, "_is_single_step", lambda self, x, c: taken.append(x))
+    monkeypatch.setattr(LSTMLayer, "_is_single_step", lambda self, x, h, c: taken.append(x))
     found = model(IDS[:, 3:4], past_key_values=cache)
 
     assert taken
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
     for layer, other in zip(cache.layers, expected.past_key_values.layers, strict=True):
         torch.testing.assert_close(layer.get_state(), other.get_state(), rtol=0, atol=1e-12)
+
+
+class Quantised(nn.Module):
+    """As torch's own quantised layers: its `weight` is a method."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
+
+    def weight(self):
+        return self.linear.weight
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+@torch.no_grad()
+def test_gates_without_a_weight_are_called(taken):
+    model = make_model(torch.float32)
+    expected = model(IDS[:, :1]).logits
+    for layer in model.model.layers:
+        layer.input_gates, layer.hidden_gates = Quantised(layer.input_gates), Quantised(layer.hidden_gates)
+    taken.clear()
+
+    torch.testing.assert_close(model(IDS[:, :1]).logits, expected)
+    assert taken == ["explicit_lstm"] * 2
+
+
+@torch.no_grad()
+def test_a_state_of_another_type_goes_on(taken):
+    model = make_model(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cache = model(IDS[:, :3]).past_key_values
+    expected = model(IDS[:, :4]).logits[:, 3]
+
+    torch.testing.assert_close(model(IDS[:, 3:4], past_key_values=cache).logits[:, 0], expected, rtol=0, atol=0.2)
+
+
+@torch.no_grad()
+def test_a_step_has_a_shape_where_it_has_no_numbers():
+    model = make_model(torch.float32).to("meta")
+
+    assert model(IDS[:, :1].to("meta")).logits.shape == (2, 1, model.config.vocab_size)
 
 
 def test_states_are_recorded_by_the_explicit_steps(taken):

@@ -32,8 +32,13 @@ def export_onnx(model, tokenizer, folder: str | Path) -> list[Path]:
         folder (`str` or `Path`): Where to; it is made if need be.
 
     Raises:
-        ValueError: if ONNX has no operator for the activation of the model's MLP.
+        ValueError: if ONNX has no operator for the activation of the model's MLP, or its softmax is adaptive.
     """
+    if model.config.adaptive_softmax_cutoffs is not None:
+        raise ValueError(
+            f"`adaptive_softmax_cutoffs` ({model.config.adaptive_softmax_cutoffs}) makes an output layer that has no graph "
+            "here: train a model without it, or export it by torch (`--to torch`)."
+        )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     tokens = [token.decode("latin-1") for token in bytes_of_tokens(tokenizer, model.config.vocab_size)]

@@ -23,7 +23,7 @@ class Step(nn.Module):
 
     def zero_state(self, rows: int) -> list[torch.Tensor]:
         """What a text begins from."""
-        weight = self.model.lm_head.weight
+        weight = self.model.get_input_embeddings().weight
         return [weight.new_zeros(rows, size) for size in self.model.config.cell_sizes for _ in "hc"]
 
 

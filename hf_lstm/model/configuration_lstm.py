@@ -47,6 +47,13 @@ class LSTMConfig(PreTrainedConfig):
         activation_regularization, temporal_activation_regularization (`float`, default to 0.0):
             Penalties, while training, on the outputs' squares and on those of their changes from token to token, in nats
             per token and unit (Merity, McCann & Socher 2017). AWD-LSTM: 2 and 1.
+        loss_chunk_size (`int`, *optional*):
+            While training, tokens whose logits are held at a time, for large vocabularies (loss_lstm.py): the same loss and
+            gradients in less memory, and no logits are returned. All of them by default.
+        adaptive_softmax_cutoffs (`list[int]`, *optional*):
+            Ids at which an adaptive softmax splits the vocabulary, the most frequent words first, as word tokenizers order
+            them (Grave et al. 2017; loss_lstm.py): less to compute and to hold while training, at some cost in perplexity.
+            For WikiText-103's 267,735 words: 20000, 40000, 200000 (Baevski & Auli 2019).
         use_cache (`bool`, defaults to `True`): Return the state unless the model is training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): The ids of hf_lstm's own tokenizers.
 
@@ -76,6 +83,8 @@ class LSTMConfig(PreTrainedConfig):
     weight_dropout: float | int = 0.0
     activation_regularization: float | int = 0.0
     temporal_activation_regularization: float | int = 0.0
+    loss_chunk_size: int | None = None
+    adaptive_softmax_cutoffs: list[int] | None = None
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
@@ -108,7 +117,8 @@ class LSTMConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
 
         width = max(self.hidden_size, self.embedding_size)
-        parameters = self.vocab_size * self.embedding_size + 8 * self.num_hidden_layers * width * width
+        layer = 8 * width * width + 3 * width * (self.intermediate_size or 0)
+        parameters = self.vocab_size * self.embedding_size + self.num_hidden_layers * layer
         if parameters > MAX_PARAMETERS:
             raise ValueError(
                 f"`num_hidden_layers` ({self.num_hidden_layers}), `hidden_size` ({self.hidden_size}), `embedding_size` "
@@ -145,6 +155,33 @@ class LSTMConfig(PreTrainedConfig):
                 raise ValueError(
                     f"`{name}` ({getattr(self, name)}) is the weight of a penalty: at least 0, and finite."
                 )
+
+    def validate_loss(self):
+        if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
+            raise ValueError(f"`loss_chunk_size` ({self.loss_chunk_size}) must be at least 1 token, or None for all.")
+
+        cutoffs = self.adaptive_softmax_cutoffs
+        if cutoffs is None:
+            return
+        if cutoffs != sorted(set(cutoffs)) or not cutoffs or cutoffs[0] < 1 or cutoffs[-1] >= self.vocab_size:
+            raise ValueError(
+                f"`adaptive_softmax_cutoffs` ({cutoffs}) must rise from at least 1 to below `vocab_size` ({self.vocab_size})."
+            )
+        if self.hidden_size < 4 ** len(cutoffs):
+            raise ValueError(
+                f"`hidden_size` ({self.hidden_size}) leaves the last of {len(cutoffs)} groups no width, since each has a "
+                "quarter of the one before: give fewer `adaptive_softmax_cutoffs`, or a width of at least "
+                f"{4 ** len(cutoffs)}."
+            )
+        if self.tie_word_embeddings or self.loss_chunk_size is not None:
+            raise ValueError(
+                f"`adaptive_softmax_cutoffs` ({cutoffs}) goes neither with tied embeddings nor with `loss_chunk_size`: set "
+                "`tie_word_embeddings=False` and `loss_chunk_size=None`."
+            )
+
+    @property
+    def trains_without_logits(self) -> bool:
+        return self.loss_chunk_size is not None or self.adaptive_softmax_cutoffs is not None
 
     def validate_tying(self):
         stacked = self.block_type == "stacked"

@@ -5,17 +5,20 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 
-
-def check_format(use_safetensors: bool | None) -> None:
-    """Raises `ValueError` where weights are asked for in another format than safetensors."""
-    if use_safetensors is False:
-        raise ValueError(
-            "`use_safetensors` (False) asks for a pickle, which can run any code when it is read: models of hf_lstm are "
-            "safetensors files only."
-        )
+ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def explain(error: Exception, name: str | Path) -> Exception:
+def check_files(paths: list[str | Path] | None) -> None:
+    """Raises `ValueError` where weights lie in a pickle, which can run any code when it is read."""
+    for path in paths or ():
+        if Path(path).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+            raise ValueError(
+                f"{path} is a pickle, and models of hf_lstm are read from safetensors files only: save it as one with "
+                "`save_pretrained`, where you trust who made it."
+            )
+
+
+def explain(error: Exception, name: str | Path) -> ValueError | None:
     """The error that says which checkpoint could not be read, and why, where that is known."""
     if isinstance(error, SafetensorError):
         return ValueError(
@@ -24,9 +27,9 @@ def explain(error: Exception, name: str | Path) -> Exception:
     if "ignore_mismatched_sizes" in str(error):
         return ValueError(
             f"The weights of {name} have other shapes than its config.json says (the table above lists them): put back "
-            "the config.json that was saved with them."
+            "the config.json that was saved with them, or take new weights for these by `ignore_mismatched_sizes=True`."
         )
-    return error
+    return None
 
 
 def check_loaded(model, report: dict, name: str | Path, lenient: bool = False) -> None:
@@ -46,13 +49,13 @@ def check_loaded(model, report: dict, name: str | Path, lenient: bool = False) -
             keys = sorted(keys)
             named = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
             raise ValueError(
-                f"The weights of {name} {what} {named}: they were saved by another model or changed; save it anew, or "
-                "read another folder."
+                f"The weights of {name} {what} {named}: they were saved by another model or changed. Save it anew, or load "
+                "what there is by `output_loading_info=True`, which says what was new."
             )
     for key, weight in model.named_parameters():
-        is_ordinary = type(weight) is torch.nn.Parameter and weight.is_floating_point() and not weight.is_meta
+        is_ordinary = type(weight) is torch.nn.Parameter and weight.dtype in ORDINARY and not weight.is_meta
         if is_ordinary and not weight.isfinite().all():
             raise ValueError(
-                f"The weights of {name} hold numbers in `{key}` that are none (NaN or infinity): the training that "
-                "made them failed; take an earlier checkpoint."
+                f"The weights of {name} hold numbers in `{key}` that are none (NaN or infinity) as {weight.dtype}: the "
+                "training that made them failed, so take an earlier checkpoint, or the type is too small for them."
             )

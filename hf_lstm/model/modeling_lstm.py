@@ -18,7 +18,6 @@ travels as `past_key_values` (cache_lstm.py); no state lives on a module.
 """
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from safetensors import SafetensorError
@@ -30,7 +29,6 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
@@ -39,8 +37,10 @@ from transformers.utils.output_capturing import capture_outputs
 from .cache_lstm import fitting_layers
 from .configuration_lstm import LSTMConfig
 from .kernels_lstm import FUSED_STEPS, at_least_float32, explicit_lstm, fused_lstm, is_plain, lstm_step
-from .loading_lstm import check_format, check_loaded, explain
-from .regularization_lstm import locked_dropout, penalty_of_targets, temporal_change, weight_dropout, word_dropout
+from .loading_lstm import check_files, check_loaded, explain
+from .loss_lstm import AdaptiveSoftmax, loss_without_logits
+from .outputs_lstm import LSTMCausalLMOutputWithPast, LSTMModelOutputWithPast
+from .regularization_lstm import activation_penalty, locked_dropout, temporal_change, weight_dropout, word_dropout
 from .segments_lstm import Segments, find_segments
 
 
@@ -66,7 +66,7 @@ class LSTMLayer(GradientCheckpointingLayer):
             token. A padded token leaves h and c as they were.
         """
         rows, length, _ = x.shape
-        if segments is None and length == 1 and not record and self._is_single_step(x, c):
+        if segments is None and length == 1 and not record and self._is_single_step(x, h, c):
             h, c = lstm_step(x[:, 0], h, c, self.input_gates, self.hidden_gates)
             return h[:, None], h, c, None
         if segments is None:
@@ -102,12 +102,14 @@ class LSTMLayer(GradientCheckpointingLayer):
             )
         return weight_dropout(self.hidden_gates.weight, p)
 
-    def _is_single_step(self, x, c) -> bool:
+    def _is_single_step(self, x, h, c) -> bool:
         """Whether to take torch's cell, which reads the weights as `fused_lstm` does, and knows one type of number."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.config.weight_dropout):
             return False
-        one_type = x.dtype == c.dtype == self.input_gates.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-        return one_type and x.device.type == "cpu" and all(map(is_plain, (self.input_gates, self.hidden_gates)))
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+            return False
+        plain = all(map(is_plain, (self.input_gates, self.hidden_gates)))
+        return plain and x.dtype == h.dtype == c.dtype == self.input_gates.weight.dtype
 
     def _is_fusable(self, device: str, steps: int, record: bool) -> bool:
         """Whether to take torch's kernel, which reads the weights and would bypass whatever else a module does."""
@@ -182,16 +184,23 @@ class LSTMPreTrainedModel(PreTrainedModel):
                 shapes or numbers that are none. `output_loading_info=True` and `ignore_mismatched_sizes=True` leave
                 it to whoever asks for them what to do about weights that are too few, too many or of other shapes.
         """
-        check_format(kwargs.get("use_safetensors"))
-        kwargs["use_safetensors"] = True
         informed = kwargs.pop("output_loading_info", False)
-        lenient = informed or kwargs.get("ignore_mismatched_sizes", False)
+        name = pretrained_model_name_or_path
         try:
-            loaded = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+            model, report = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, RuntimeError) as error:
-            raise explain(error, pretrained_model_name_or_path) from error
-        check_loaded(*loaded, pretrained_model_name_or_path, lenient)
-        return loaded if informed else loaded[0]
+            if (explained := explain(error, name)) is None:
+                raise
+            raise explained from error
+        lenient = informed or name is None or kwargs.get("ignore_mismatched_sizes", False)
+        check_loaded(model, report, name, lenient)
+        return (model, report) if informed else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        """Private, and the one place that every file of weights passes, whichever file has named it: no pickle does."""
+        check_files(checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -212,18 +221,6 @@ class LSTMPreTrainedModel(PreTrainedModel):
         bias = torch.zeros_like(module.input_gates.bias)
         bias[size : 2 * size] = self.config.forget_gate_bias
         init.copy_(module.input_gates.bias, bias)
-
-
-@dataclass
-class LSTMModelOutputWithPast(BaseModelOutputWithPast):
-    """
-    Args:
-        temporal_change (`torch.FloatTensor` of shape `(B, T)`, *optional*):
-            While training with temporal activation regularization: the mean of (x_t - x_{t-1})² over the features of
-            `last_hidden_state`, 0 at the first token of each document.
-    """
-
-    temporal_change: torch.FloatTensor | None = None
 
 
 class LSTMModel(LSTMPreTrainedModel):
@@ -294,16 +291,17 @@ class LSTMModel(LSTMPreTrainedModel):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-            p = self.config.embedding_dropout if self.training else 0
-            inputs_embeds = word_dropout(inputs_embeds, input_ids, self.embed_tokens.num_embeddings, p)
+            if self.training and self.config.embedding_dropout > 0:
+                p = self.config.embedding_dropout
+                inputs_embeds = word_dropout(inputs_embeds, input_ids, self.config.vocab_size, p)
         if inputs_embeds.ndim != 3:
             raise ValueError(
                 f"The input, of shape {tuple(inputs_embeds.shape[:-1])}, must be of shape (rows, tokens)."
             )
-        if inputs_embeds.shape[-1] != self.embed_tokens.embedding_dim:
+        if inputs_embeds.shape[-1] != self.config.embedding_size:
             raise ValueError(
                 f"`inputs_embeds` ({inputs_embeds.shape[-1]} wide) must be as wide as `embedding_size` "
-                f"({self.embed_tokens.embedding_dim})."
+                f"({self.config.embedding_size})."
             )
         if inputs_embeds.shape[1] == 0:
             raise ValueError(f"The input, of shape {tuple(inputs_embeds.shape[:2])}, must hold at least one token.")
@@ -349,18 +347,6 @@ class LSTMModel(LSTMPreTrainedModel):
         return LSTMModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, temporal_change=change)
 
 
-@dataclass
-class LSTMCausalLMOutputWithPast(CausalLMOutputWithPast):
-    """
-    Args:
-        regularization_loss (`torch.FloatTensor` of shape `()`, *optional*):
-            While training with activation regularization: the penalty, averaged as `loss` is. The gradient of `loss`
-            contains that of the penalty; its value does not contain the penalty.
-    """
-
-    regularization_loss: torch.FloatTensor | None = None
-
-
 class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
     """[`LSTMModel`] with an output layer over the vocabulary."""
 
@@ -369,7 +355,10 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
     def __init__(self, config: LSTMConfig):
         super().__init__(config)
         self.model = LSTMModel(config)
-        self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=False)
+        if config.adaptive_softmax_cutoffs is None:
+            self.lm_head = nn.Linear(config.output_size, config.vocab_size, bias=False)
+        else:
+            self.lm_head = AdaptiveSoftmax(config.output_size, config.vocab_size, config.adaptive_softmax_cutoffs)
         self.post_init()
 
     @property
@@ -407,7 +396,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
                 no named parameter because Trainer, taking it for a label, would evaluate no batch without it.
 
         Returns:
-            [`LSTMCausalLMOutputWithPast`]: `logits` of shape `(B, T, V)`; `loss` in nats, the mean over all targets, or
+            [`LSTMCausalLMOutputWithPast`]: `logits` of shape `(B, T, V)`, or `None` for targets that are trained on with
+            `config.loss_chunk_size` or an adaptive softmax; `loss` in nats, the mean over all targets, or
             their sum over `num_items_in_batch` where Trainer gives it. While training, activation regularization adds
             its gradient to that of `loss`, and its value is `regularization_loss`: a training perplexity stays true.
         """
@@ -423,11 +413,17 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
         hidden = locked_dropout(hidden, self.config.output_dropout if self.training else 0)
-        logits = self.lm_head(hidden)
-        loss = regularization_loss = None
-        if labels is not None or kwargs.get("shift_labels") is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            regularization_loss = self._regularization_loss(hidden, outputs.temporal_change, kept, labels, **kwargs)
+        logits = loss = regularization_loss = None
+        has_targets = labels is not None or kwargs.get("shift_labels") is not None
+        if self.training and has_targets and self.config.trains_without_logits:
+            loss = loss_without_logits(hidden, self.lm_head, labels, self.config.loss_chunk_size, **kwargs)
+        else:
+            logits = self.lm_head(hidden)
+            if has_targets:
+                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        if self.training and has_targets:
+            change = None if outputs.temporal_change is None else outputs.temporal_change[:, kept]
+            regularization_loss = activation_penalty(hidden, change, self.config, labels, **kwargs)
         if regularization_loss is not None:
             loss = loss + (regularization_loss - regularization_loss.detach())  # its gradient, and not its value
         return LSTMCausalLMOutputWithPast(
@@ -437,18 +433,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             regularization_loss=regularization_loss.detach() if regularization_loss is not None else None,
         )
-
-    def _regularization_loss(self, hidden, change, kept, labels, shift_labels=None, num_items_in_batch=None, **kwargs):
-        """α h² of the outputs as the output layer takes them, and β (h_t - h_{t-1})²: Merity, McCann & Socher 2017."""
-        alpha, beta = self.config.activation_regularization, self.config.temporal_activation_regularization
-        if not self.training or alpha == beta == 0:
-            return None
-        penalty = 0
-        if alpha > 0:
-            penalty = alpha * hidden.to(at_least_float32(hidden.dtype)).square().mean(dim=-1)
-        if beta > 0:
-            penalty = penalty + beta * change[:, kept]
-        return penalty_of_targets(penalty, labels, shift_labels, num_items_in_batch)
 
     def prepare_inputs_for_generation(
         self,
@@ -470,10 +454,11 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
                 f"{input_ids.shape[1]}: pass all tokens from the first on, or the new ones with an `attention_mask` "
                 "as long as all of them."
             )
-        if not is_first_iteration and next_sequence_length == 1 and past_key_values.get_seq_length() > 0:
+        has_read = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if not is_first_iteration and next_sequence_length == 1 and has_read:
             token = input_ids[:, -1:].to(past_key_values.layers[0].keys.device)
             token = token.clone(memory_format=torch.contiguous_format)  # else its stride says how long the text is
-            unread = {"attention_mask": None, "position_ids": None}
+            unread = {"attention_mask": None, "position_ids": None, "labels": None}
             return kwargs | unread | {"input_ids": token, "past_key_values": past_key_values}
         return super().prepare_inputs_for_generation(
             input_ids,
@@ -483,6 +468,14 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+
+    def resize_token_embeddings(self, *args, **kwargs):
+        """As every model's; an adaptive softmax has the size it was made with, and raises `ValueError`."""
+        if self.config.adaptive_softmax_cutoffs is not None:
+            raise ValueError(
+                "An adaptive softmax cannot be resized: make a model for the new vocabulary and train it."
+            )
+        return super().resize_token_embeddings(*args, **kwargs)
 
     def _get_static_cache_init_shape(self):
         """`None`: the state of an LSTM has no heads, so a `StaticCache` is filled by the first forward."""

@@ -39,11 +39,22 @@ def temporal_change(x: torch.Tensor, firsts: torch.Tensor | None) -> torch.Tenso
     return change if firsts is None else change.masked_fill(firsts.to(x.device), 0)
 
 
-def penalty_of_targets(penalty, labels=None, shift_labels=None, num_items_in_batch=None) -> torch.Tensor:
+def activation_penalty(
+    hidden, change, config, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs
+) -> torch.Tensor | None:
     """
-    A penalty of each position `(B, T)`, averaged as the cross-entropy is: over the positions that have a target, or
-    their sum over `num_items_in_batch`, so that accumulating gradients changes none.
+    α h² of the outputs `(B, T, D)` as the output layer takes them, and β (h_t - h_{t-1})² `(B, T)`, if the config asks for
+    them: averaged as the cross-entropy is, over the positions that have a target, or their sum over
+    `num_items_in_batch`, so that accumulating gradients changes none (Merity, McCann & Socher 2017).
     """
+    alpha, beta = config.activation_regularization, config.temporal_activation_regularization
+    if alpha == beta == 0:
+        return None
+    penalty = 0
+    if alpha > 0:
+        penalty = alpha * hidden.to(at_least_float32(hidden.dtype)).square().mean(dim=-1)
+    if beta > 0:
+        penalty = penalty + beta * change
     if shift_labels is None:
         shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
     has_target = (shift_labels != -100).to(penalty.device)

@@ -1,0 +1,101 @@
+"""Losses of large vocabularies that never hold all logits.
+
+In chunks, exactly the plain cross-entropy: of N targets, C at a time get logits; their share of both gradients is formed at
+once, and the logits are forgotten. Memory falls from N V to C V numbers, and no logits are computed twice (Wijmans et al.
+2025 compute them again in the backward). The adaptive softmax is another, cheaper model of the words (Grave et al. 2017).
+
+Shapes: N tokens in all, D width of the output layer's input, V vocabulary, C tokens of a chunk.
+"""
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .kernels_lstm import at_least_float32, is_plain
+
+
+class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
+    """
+    An output layer that splits the vocabulary at `cutoffs` (Grave et al. 2017): frequent words, the first ids, have a
+    softmax with one class more for each group of rarer ones, whose members share a quarter of the width of the group before.
+    """
+
+    def __init__(self, hidden_size: int, vocab_size: int, cutoffs: list[int]):
+        super().__init__(hidden_size, vocab_size, cutoffs, div_value=4.0)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """`(B, T, D)` to `(B, T, V)`: logarithms of probabilities, which are logits too."""
+        return self.log_prob(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
+
+    def sum_of_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Of `(N, D)` and `(N,)`, without the groups that no target is in."""
+        return -super().forward(hidden, targets).output.sum()
+
+
+def loss_without_logits(
+    hidden, lm_head, labels, chunk_size=None, shift_labels=None, num_items_in_batch=None, ignore_index=-100, **kwargs
+) -> torch.Tensor:
+    """
+    Args:
+        hidden (`(B, T, D)`): What the output layer takes.
+        lm_head (`nn.Linear` or `AdaptiveSoftmax`): The output layer; a linear one of weight `(V, D)`.
+        labels (`(B, T)`): The tokens themselves, unless `shift_labels` `(B, T)` names each position's target.
+        chunk_size (`int`, *optional*): C, for a linear one.
+        num_items_in_batch (`int` or `torch.Tensor`, *optional*): What the sum is divided by; else the number of targets.
+        ignore_index (`int`, defaults to -100): What stands where there is no target.
+
+    Returns:
+        The loss, `()`, in nats, as transformers' `ForCausalLMLoss` has it.
+
+    Raises:
+        ValueError: if the output layer is more than its weights: an adapter, a quantiser, a hook.
+    """
+    is_adaptive = isinstance(lm_head, AdaptiveSoftmax)
+    if not is_adaptive and not is_plain(lm_head):
+        raise ValueError(
+            f"`loss_chunk_size` ({chunk_size}) reads the weights of a plain `nn.Linear`, and `lm_head` is a "
+            f"{type(lm_head).__module__}.{type(lm_head).__name__}, or has hooks: set `model.config.loss_chunk_size = None`, "
+            "or leave `lm_head` out of the adapter's `target_modules`."
+        )
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    targets = shift_labels.flatten().to(hidden.device)
+    kept = targets != ignore_index
+    hidden, targets = hidden.flatten(0, 1)[kept], targets[kept]
+    if is_adaptive:
+        total = lm_head.sum_of_losses(hidden, targets)
+    else:
+        total = _SumOfCrossEntropies.apply(hidden, lm_head.weight, targets, chunk_size)
+    count = kept.sum() if num_items_in_batch is None else num_items_in_batch
+    return total / (count.to(total.device) if torch.is_tensor(count) else count)
+
+
+class _SumOfCrossEntropies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_size):
+        total = hidden.new_zeros((), dtype=at_least_float32(hidden.dtype))
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden) if needs_hidden else None
+        weight_grad = torch.zeros_like(weight) if needs_weight else None
+        for start in range(0, len(targets), chunk_size):
+            part, wanted = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
+            scores = (part @ weight.t()).to(total.dtype)  # (C, V)
+            normalizer = scores.logsumexp(dim=-1, keepdim=True)
+            total += (normalizer - scores.gather(1, wanted)).sum()
+            # softmax minus the target, in place: the gradient of the sum
+            change = scores.sub_(normalizer).exp_().scatter_add_(1, wanted, -torch.ones_like(normalizer))
+            change = change.to(hidden.dtype)
+            if needs_hidden:
+                hidden_grad[start : start + chunk_size] = change @ weight
+            if needs_weight:
+                weight_grad.addmm_(change.t(), part)
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):
+        hidden_grad, weight_grad = (
+            None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
+        )
+        return hidden_grad, weight_grad, None, None

@@ -69,3 +69,40 @@ def test_evaluation_finds_what_it_finds_on_a_cpu():
         results.append([evaluate_stream(model, SONG)["loss"], adapted["loss"], *sentences["surprisal"]])
 
     assert results[1] == pytest.approx(results[0], rel=1e-5)
+
+
+def test_compiled_decoding_writes_what_plain_decoding_writes():
+    """A static cache keeps its addresses, so that `generate()` compiles the step and replays it as a CUDA graph."""
+    model = make_model(torch.float32, hidden_size=64).to("cuda")
+    ids = IDS.to("cuda")
+
+    plain = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None)
+    static = model.generate(ids, max_new_tokens=40, do_sample=False, eos_token_id=None, cache_implementation="static")
+
+    assert torch.equal(plain, static)
+
+
+@pytest.mark.parametrize(
+    "options", [{"loss_chunk_size": 7}, {"adaptive_softmax_cutoffs": [8, 20], "tie_word_embeddings": False}], ids=str
+)
+def test_losses_without_logits_are_those_of_a_cpu(options):
+    found = []
+    for device in ("cpu", "cuda"):
+        model = make_model(hidden_size=32, **options).to(device).train()
+        loss = model(IDS.to(device), labels=IDS.to(device)).loss
+        loss.backward()
+        found.append([loss.cpu(), *(parameter.grad.cpu() for parameter in model.parameters())])
+
+    for actual, expected in zip(*found, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-8, atol=1e-10)
+
+
+def test_a_training_step_waits_for_nothing():
+    model = make_model(torch.float32, hidden_size=64).to("cuda").train()
+    ids = IDS.to("cuda")
+    model(ids, labels=ids).loss.backward()  # what is made once, is made
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        model(ids, shift_labels=ids).loss.backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -6,7 +6,6 @@ All have 3.9 to 4.3 million parameters and the same vocabulary of 69; the contes
 reported. Without --model the weights are random and the perplexity in 8 bits is not measured.
 """
 
-import copy
 import tempfile
 import warnings
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ import matplotlib.pyplot as plt
 import numpy
 import onnxruntime
 import torch
+from lengths import states_after, ways_to_write
 from record import RESULTS, write_result
 from transformers import (
     AutoTokenizer,
@@ -226,35 +226,11 @@ def long_session(model, tokens: int) -> dict[str, list[float]]:
     return {"ms_per_token": taken, "grown_mb": grown}
 
 
-@torch.inference_mode()
 def late_of_early(model, tokens: int, rounds: int) -> dict[str, float]:
     """How long 500 tokens take after so many, over the time after 1,000: both in turns, since the machine's own speed changes."""
-    ids, caches, session = torch.tensor([[5]]), {}, Session(model, TOKENIZER)
-    cache = DynamicCache(config=model.config)
-    for count in range(1, tokens + 1):
-        ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
-        if count in (1000, tokens):
-            caches[count] = copy.deepcopy(cache)
-
-    def by_model(count):
-        cache, following = copy.deepcopy(caches[count]), ids
-        for _ in range(500):
-            following = model(following, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
-
-    def by_session(count):
-        session.cache, session._unread = copy.deepcopy(caches[count]), [5]
-        all(session.stream(max_new_tokens=500, do_sample=False))
-
-    def by_generate(count):
-        read = torch.full((1, count + 1), 5)
-        cache = copy.deepcopy(caches[count])
-        model.generate(
-            read, attention_mask=torch.ones_like(read), past_key_values=cache, max_new_tokens=500, do_sample=False
-        )
-
-    ratios = {}
-    for name, loop in {"model": by_model, "Session": by_session, "generate()": by_generate}.items():
-        contestants = {f"{name}, after {count:,}": partial(loop, count) for count in (1000, tokens)}
+    lengths, ratios = [1000, tokens], {}
+    for name, write in ways_to_write(model, TOKENIZER, states_after(model, lengths), 500).items():
+        contestants = {f"{name}, after {length:,}": partial(write, length) for length in lengths}
         early, late = turns(contestants, 2 * rounds, scale=2).values()
         ratios[f"{name}: time after {tokens:,} tokens of that after 1,000"] = late / early
     return ratios

@@ -17,7 +17,7 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 import torch
 from record import RESULTS, write_result
-from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, HfArgumentParser, MambaConfig, MambaForCausalLM
+from transformers import GPT2Config, GPT2LMHeadModel, HfArgumentParser, MambaConfig, MambaForCausalLM
 from transformers.utils import logging
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
@@ -112,9 +112,9 @@ def states() -> dict[str, dict[str, int]]:
     for name, model in models.items():
         result[name] = {}
         for length in LENGTHS:
-            cache = DynamicCache(config=model.config)
-            outputs = model.eval()(torch.full((1, length), 5), past_key_values=cache, use_cache=True)
-            kept = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(outputs.past_key_values)}
+            outputs = model.eval()(torch.full((1, length), 5), use_cache=True)
+            state = outputs.cache_params if name == "Mamba" else outputs.past_key_values
+            kept = {tensor.data_ptr(): tensor.nbytes for tensor in tensors_of(state)}
             result[name][str(length)] = sum(kept.values())
         print(f"  {name:<6} " + ", ".join(f"{bytes_:,} bytes after {n}" for n, bytes_ in result[name].items()))
     return result

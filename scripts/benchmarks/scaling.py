@@ -6,9 +6,8 @@ Along each axis the sizes take turns, and an exponent is fitted to the medians: 
 what a billion tokens would take on this machine.
 """
 
-import copy
+import json
 import os
-import re
 import subprocess
 import sys
 import tempfile
@@ -21,11 +20,12 @@ from time import perf_counter
 import matplotlib.pyplot as plt
 import numpy
 import torch
+from lengths import states_after, ways_to_write
 from record import RESULTS, write_result
-from transformers import DynamicCache, HfArgumentParser
+from transformers import HfArgumentParser
 from transformers.utils import logging
 
-from hf_lstm import LSTMConfig, LSTMForCausalLM, Session, char_tokenizer
+from hf_lstm import LSTMConfig, LSTMForCausalLM, char_tokenizer
 
 ROWS, TOKENS = 16, 64
 BASE = {"vocab_size": 69, "hidden_size": 512, "num_hidden_layers": 1}
@@ -35,6 +35,7 @@ AXES = {
     "num_hidden_layers": [1, 2, 4, 8],
     "vocab_size": [1000, 4000, 16_000, 64_000],
 }
+STEPS = 60  # of each number of processes
 LENGTHS = [1000, 10_000, 100_000]
 TOKENIZER = char_tokenizer([bytes(range(33, 98)).decode()])
 
@@ -92,45 +93,16 @@ def training_axis(axis: str, rounds: int) -> dict:
     return report(axis, medians({size: Training(**{axis: size}) for size in AXES[axis]}, rounds), "a step")
 
 
-@torch.inference_mode()
 def writing_axes(rounds: int) -> dict:
     """Time of 300 tokens after so many."""
     torch.manual_seed(0)
     model = LSTMForCausalLM(LSTMConfig(**BASE | {"num_hidden_layers": 2})).eval()
     model.generation_config.eos_token_id = None
-    caches, read = {}, DynamicCache(config=model.config)
-    for length in LENGTHS:
-        ids = torch.randint(4, BASE["vocab_size"], (1, length - read.get_seq_length()))
-        for chunk in ids.split(1024, dim=1):
-            model(chunk, past_key_values=read, logits_to_keep=1)
-        caches[length] = copy.deepcopy(read)
-    session = Session(model, TOKENIZER)
-
-    def by_model(length):
-        cache, ids = copy.deepcopy(caches[length]), torch.tensor([[5]])
-        for _ in range(300):
-            ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
-
-    def by_session(length):
-        session.cache, session._unread = copy.deepcopy(caches[length]), [5]
-        all(session.stream(max_new_tokens=300, do_sample=False))
-
-    def by_generate(length):
-        ids = torch.full((1, length + 1), 5)
-        cache = copy.deepcopy(caches[length])
-        model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=300, do_sample=False
-        )
-
-    ways = {"model": by_model, "Session": by_session, "generate()": by_generate}
-    return {
-        f"length of the text, {way}": report(
-            f"length of the text, {way}",
-            medians({length: partial(call, length) for length in LENGTHS}, 2 * rounds),
-            "for 300 tokens",
-        )
-        for way, call in ways.items()
-    }
+    axes = {}
+    for way, write in ways_to_write(model, TOKENIZER, states_after(model, LENGTHS), 300).items():
+        times = medians({length: partial(write, length) for length in LENGTHS}, 2 * rounds)
+        axes[f"length of the text, {way}"] = report(f"length of the text, {way}", times, "for 300 tokens")
+    return axes
 
 
 def processes() -> dict[str, float]:
@@ -140,22 +112,17 @@ def processes() -> dict[str, float]:
         text = Path(folder) / "text.txt"
         text.write_text("".join(chr(33 + value % 64) for value in torch.randint(0, 64, (200_000,)).tolist()))
         for count in (1, 2):
-            command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", f"--num_processes={count}"]
-            command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", str(train), "--train_file"]
-            command += [str(text), "--output_dir", f"{folder}/{count}", "--hidden_size", "512", "--max_steps", "40"]
-            command += [
-                "--per_device_train_batch_size",
-                str(ROWS // count),
-                "--eval_strategy",
-                "no",
-                "--use_cpu",
-                "true",
-            ]
-            command += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--logging_steps", "20"]
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-            done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-            logged = re.findall(r"'train_tokens_per_second': '?([\d.]+)", done.stdout + done.stderr)
-            rates[str(count)] = float(logged[-1])
+            command = [sys.executable]
+            if count > 1:  # `--multi_gpu` is what starts several processes by torchrun; the script itself uses no GPU
+                command += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={count}"]
+                command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
+            flags = f"--train_file {text} --output_dir {folder}/{count} --hidden_size 512 --max_steps {STEPS} --use_cpu true"
+            flags += f" --per_device_train_batch_size {ROWS // count} --per_device_eval_batch_size {ROWS // count}"
+            flags += " --eval_strategy no --save_strategy no --load_best_model_at_end false"
+            environment = os.environ | {"OMP_NUM_THREADS": "1"}
+            subprocess.run([*command, str(train), *flags.split()], capture_output=True, env=environment, check=True)
+            taken = json.loads((Path(folder) / str(count) / "metrics.json").read_text())["train_runtime"]
+            rates[str(count)] = STEPS * ROWS * TOKENS / taken
             print(f"  {count} processes of one thread: {rates[str(count)]:,.0f} tokens per second", flush=True)
     return rates
 
@@ -166,6 +133,8 @@ def draw(axes: dict) -> None:
         sizes = [int(size) for size in result["seconds"]]
         panel.plot(sizes, [seconds * 1000 for seconds in result["seconds"].values()], "o-")
         panel.set(xscale="log", yscale="log", title=f"{axis}\ntime ~ size^{result['exponent']:.2f}", ylabel="ms")
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.set_xticks([], minor=True)
         panel.set_ylim(min(result["seconds"].values()) * 300, max(result["seconds"].values()) * 3000)
     for panel in panels.flat[len(axes) :]:
         panel.axis("off")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, make_model
+from conftest import SCRIPTS, make_model, run_script
 from hub import TOKEN, Failure, Hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -48,7 +48,7 @@ def trained(tmp_path_factory):
     )
     command += " --per_device_train_batch_size 2 --per_device_eval_batch_size 2 --bptt_length 16 --eval_steps 2"
     command += " --save_steps 2 --logging_steps 2"
-    subprocess.run([sys.executable, SCRIPTS / "train.py", *command.split()], check=True, capture_output=True)
+    run_script("train.py", *command.split())
     return folder
 
 
@@ -92,6 +92,7 @@ def load(hub, tmp_path):
     return load
 
 
+@pytest.mark.slow
 def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folder):
     for name in PRIVATE:
         (model_folder / name).write_text("secret")
@@ -238,6 +239,7 @@ def test_a_passing_failure_is_waited_for(push, hub, failure):
     assert failure.times == 0
 
 
+@pytest.mark.slow
 def test_without_a_token_nothing_is_created(push, hub):
     done = push(token=None)
 

@@ -93,7 +93,7 @@ def test_any_part_can_be_read(poems):
 
 
 def test_texts_are_tokenized_once(tmp_path, monkeypatch):
-    """Also if the tokenizer was used in between, and in another process; another text or tokenizer begins anew."""
+    """Also if the tokenizer was used in between; another text or tokenizer begins anew."""
     from hf_lstm.data import streams
 
     calls = []
@@ -111,6 +111,18 @@ def test_texts_are_tokenized_once(tmp_path, monkeypatch):
     assert tokenizes()
     tokenizer(["a", "b"], padding=True, truncation=True, max_length=1)
     assert not tokenizes()
+    tokenizer = bpe_tokenizer([path.read_text()], vocab_size=265)
+    assert tokenizes()
+    path.write_text("to be or not to go\n" * 8000)
+    assert tokenizes()
+
+
+@pytest.mark.slow
+def test_texts_are_tokenized_once_for_all_processes(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("to be or not to be\n" * 8000)
+    tokenizer = bpe_tokenizer([path.read_text()], vocab_size=270)
+    TokenStream.from_documents(load_corpus(path)["train"], tokenizer)
     program = (
         "import datasets, sys; from hf_lstm import TokenStream, bpe_tokenizer, load_corpus\n"
         "from hf_lstm.data import streams\n"
@@ -123,10 +135,6 @@ def test_texts_are_tokenized_once(tmp_path, monkeypatch):
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "1"
-    tokenizer = bpe_tokenizer([path.read_text()], vocab_size=265)
-    assert tokenizes()
-    path.write_text("to be or not to go\n" * 8000)
-    assert tokenizes()
 
 
 def streams_cache():

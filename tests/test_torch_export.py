@@ -29,6 +29,7 @@ def test_the_file_computes_what_the_model_does(name, tmp_path):
             torch.testing.assert_close(state[2 * index + 1], layer.values, rtol=0, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_it_runs_where_the_package_is_not(tmp_path, run):
     make_model(torch.float32).save_pretrained(tmp_path / "model")
     run("convert.py", "--to", "torch", "--model", tmp_path / "model", "--output_dir", tmp_path)

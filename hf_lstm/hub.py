@@ -57,7 +57,7 @@ def files_to_push(folder: str | Path) -> list[Path]:
     ):
         if name not in names:
             raise ValueError(f"{folder} holds no {name}: {remedy}.")
-    config = _json_of(folder / "config.json")
+    config = read_json(folder / "config.json")
     for module in {name.split(".")[0] for name in config.get("auto_map", {}).values()}:
         if f"{module}.py" not in names:
             raise ValueError(
@@ -121,12 +121,13 @@ def push_folder(
 def _card_for(folder: Path, repo_id: str) -> str:
     """The card, whose snippet names the repository where it named the folder that the model was trained in."""
     card, run = (folder / "README.md").read_text(encoding="utf-8"), folder / "run.json"
-    if run.is_file() and (trained_in := _json_of(run).get("folder")):
+    if run.is_file() and (trained_in := read_json(run).get("folder")):
         card = card.replace(f'model="{trained_in}"', f'model="{repo_id}"')
     return card
 
 
-def _json_of(path: Path) -> dict:
+def read_json(path: Path) -> dict:
+    """The object in a JSON file. Raises `ValueError` if it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

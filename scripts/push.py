@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import httpx
+from huggingface_hub.utils import httpx, validate_repo_id
 from transformers import HfArgumentParser
 
 from hf_lstm.hub import files_to_push, push_folder
@@ -33,6 +33,7 @@ class Arguments:
 
 def main(arguments: Arguments) -> None:
     folder = Path(arguments.model)
+    validate_repo_id(arguments.repo)
     files = files_to_push(folder)
     for path in files:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()

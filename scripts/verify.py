@@ -7,7 +7,6 @@ the same, and so is what the JSON files name; nothing is run.
 """
 
 import hashlib
-import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +17,7 @@ from huggingface_hub.utils import httpx
 from transformers import HfArgumentParser
 
 import hf_lstm
+from hf_lstm.hub import read_json
 from hf_lstm.model import configuration_lstm
 
 
@@ -30,21 +30,18 @@ class Arguments:
 
 
 def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each Python file, wherever it lies."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in folder.rglob("*.py")
-        if path.parent.name != "onnx"  # the runner, which nothing but its user runs
-    }
+    """sha256 of each Python file where transformers would look for one."""
+    paths = [*folder.glob("*.py"), *folder.glob("custom_generate/**/*.py")]
+    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
 
 
 def named_code(folder: Path) -> dict[str, dict]:
     """What the JSON files name as code, by file and field."""
     found = {}
     for path in sorted(folder.glob("*.json")):
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json(path)
         for field_name in ("auto_map", "custom_pipelines"):
-            if isinstance(content, dict) and field_name in content:
+            if field_name in content:
                 found[f"{field_name} of {path.name}"] = content[field_name]
     return found
 
@@ -57,7 +54,7 @@ def main(arguments: Arguments) -> None:
         )
         print(f"commit {folder.name}")
     if not (folder / "config.json").is_file():
-        raise ValueError(f"{arguments.model} holds no config.json: name a model.")
+        raise ValueError(f"{arguments.model!r} holds no config.json: name a model.")
     found, ours = hashes(folder), hashes(Path(configuration_lstm.__file__).parent)
     del ours["__init__.py"]
     verdicts = {name: "same" if found.get(name) == ours.get(name) else "differs" for name in found | ours}

@@ -166,6 +166,11 @@ def test_a_dry_run_says_what_would_go_up_and_asks_nobody(run, nobody, model_fold
     }
 
 
+def test_a_name_that_cannot_be_is_refused(run, nobody, model_folder):
+    with pytest.raises(SystemExit, match=r"push\.py: Repo id must be in the form"):
+        run("push.py", "--model", model_folder, "--repo", "a/b/c", "--dry_run", "true")
+
+
 @pytest.mark.slow
 def test_private_and_on_a_branch(push, load, hub):
     done = push("--private", "true", "--revision", "trial")

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -150,6 +151,7 @@ def saved(tmp_path):
 
 
 def test_the_code_beside_a_model_can_be_checked(run, saved):
+    shutil.copytree(saved, saved / "checkpoint-2")  # as training leaves it: nobody's model is loaded from there
     printed = run("verify.py", "--model", saved)
 
     for path in saved.glob("*.py"):
@@ -212,6 +214,13 @@ def test_other_code_is_named(capsys, saved, damage, line):
         run_script("verify.py", "--model", saved)
 
     assert re.search(line, capsys.readouterr().out)
+
+
+def test_a_damaged_file_is_named(saved):
+    (saved / "tokenizer_config.json").write_text("{")
+
+    with pytest.raises(SystemExit, match=r"verify\.py: .*tokenizer_config\.json is no JSON"):
+        run_script("verify.py", "--model", saved)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import json
 import re
+from fnmatch import fnmatch
 from pathlib import Path
 
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
@@ -30,6 +31,9 @@ FOR_OTHERS = (
     "onnx/*.onnx",
     "onnx/run_onnx.py",
 )
+# Weights of another number of files, which would be read instead of the new ones; and what the stock Trainer uploads during
+# training, with every argument of its author's in it.
+TAKEN_AWAY = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "training_args.bin")
 SECRET = re.compile(
     r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{30,}|hf_oauth_\w{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}"
     r"|sk-[A-Za-z0-9_-]*[A-Za-z0-9]{20,})"
@@ -111,9 +115,10 @@ def push_folder(
     operations = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in files]
     card = CommitOperationAdd("README.md", _card_for(folder, repo_id).encode())
     operations = [card if operation.path_in_repo == "README.md" else operation for operation in operations]
-    # The stock Trainer uploads it during training, with every argument of its author's in it.
-    if api.file_exists(repo_id, "training_args.bin", revision=revision):
-        operations.append(CommitOperationDelete("training_args.bin"))
+    going = {operation.path_in_repo for operation in operations}
+    for name in api.list_repo_files(repo_id, revision=revision):
+        if name not in going and any(fnmatch(name, pattern) for pattern in TAKEN_AWAY):
+            operations.append(CommitOperationDelete(name))
     message = message or f"Upload {folder.resolve().name}"
     return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
 

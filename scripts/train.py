@@ -42,7 +42,7 @@ from hf_lstm.training.tbptt import check_arguments, check_penalties
 
 RESET_EVERY = 256  # the second figure that is reported: what the model knows from so short a past
 SAMPLE_LENGTH = 300
-NOT_REPEATED = ("--resume_from_checkpoint", "--push_to_hub", "--hub_model_id", "--hub_private_repo", "--hub_revision")
+NOT_REPEATED = ("__resume_from_checkpoint", "__push_to_hub", "__hub_model_id", "__hub_private_repo", "__hub_revision")
 STANDARD_LIBRARY = f"the source of Python {platform.python_version()}'s standard library"
 
 
@@ -281,8 +281,8 @@ def command_of(arguments: list[str]) -> str:
     """The command of a run as others can repeat it: from the beginning, without its author's folders and repository."""
     shown = []
     for flag, argument in itertools.pairwise(["", *arguments]):
-        is_value = flag in NOT_REPEATED and not argument.startswith("--")
-        if is_value or argument.partition("=")[0] in NOT_REPEATED:
+        flag, name = flag.replace("-", "_"), argument.partition("=")[0].replace("-", "_")
+        if name in NOT_REPEATED or (flag in NOT_REPEATED and not argument.startswith("--")):
             continue
         name, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
         shown.append(name + equals + (Path(value).name if value.startswith("/") and Path(value).exists() else value))
@@ -313,6 +313,11 @@ def main(arguments: list[str]) -> None:
         model_args, data_args, card_args, optimization_args, training_args = parse(arguments)
         streams, batches, tokenizer, model = prepare(model_args, data_args, training_args)
         trainer = make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args)
+        if trainer.is_fsdp_enabled:
+            raise ValueError(
+                "train.py writes samples and measures in one process, and FSDP shares the model out among all: use DDP, or a "
+                "Trainer script of your own."
+            )
     except (ValueError, StrictDataclassError) as error:  # a config wraps what it refuses in the second
         sys.exit(f"train.py: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
     except (HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains

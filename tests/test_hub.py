@@ -130,10 +130,11 @@ def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folde
 def test_what_trainer_uploaded_is_taken_away(push, hub):
     push()
     files = hub.files("author/small")
-    hub.repositories["author/small"].commit("main", files | {"training_args.bin": b"secret", "LICENSE": b"mine"})
+    other = {"training_args.bin": b"secret", "model-00001-of-00002.safetensors": b"old", "LICENSE": b"mine"}
+    hub.repositories["author/small"].commit("main", files | other)
 
     assert push().returncode == 0
-    assert "training_args.bin" not in hub.files("author/small")
+    assert not {"training_args.bin", "model-00001-of-00002.safetensors"} & set(hub.files("author/small"))
     assert hub.files("author/small")["LICENSE"] == b"mine"
 
 

@@ -79,8 +79,9 @@ def test_the_sum_is_float32_whatever_the_weights_are(dtype):
     torch.testing.assert_close(grads, expected, rtol=0, atol=tolerance)
 
 
-def test_under_autocast_it_is_the_loss_of_autocast():
-    model = make_model(torch.float32).train()
+@pytest.mark.parametrize("block", ["stacked", "residual"])  # the second hands bfloat16 to the output layer
+def test_under_autocast_it_is_the_loss_of_autocast(block):
+    model = make_model(torch.float32, block_type=block, hidden_size=16, embedding_size=16).train()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, expected, _ = grads_of(model, labels=LABELS)
         model.config.loss_chunk_size = 4
@@ -88,6 +89,22 @@ def test_under_autocast_it_is_the_loss_of_autocast():
 
     torch.testing.assert_close(found, loss, rtol=2e-2, atol=0)
     torch.testing.assert_close(grads, expected, rtol=0, atol=2e-2)
+
+
+def test_in_bfloat16_many_chunks_lose_no_more_than_one():
+    generator = torch.Generator().manual_seed(0)
+    hidden = (torch.randn(1, 2049, 16, generator=generator) + 1).bfloat16()
+    targets = torch.randint(0, 50, (1, 2049), generator=generator)
+    head, errors = nn.Linear(16, 50, bias=False).bfloat16(), []
+    exact = nn.Linear(16, 50, bias=False).double()
+    exact.weight.data.copy_(head.weight)
+    loss_without_logits(hidden.double(), exact, targets, 4096).backward()
+    for chunk_size in (4096, 8):
+        head.weight.grad = None
+        loss_without_logits(hidden, head, targets, chunk_size).backward()
+        errors.append((head.weight.grad.double() - exact.weight.grad).norm() / exact.weight.grad.norm())
+
+    assert errors[1] < 2 * errors[0] < 0.02
 
 
 def test_evaluation_and_generation_are_unchanged():
@@ -173,6 +190,8 @@ def test_label_smoothing_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"must be 0 with `loss_chunk_size` \(8\)"):
         check_penalties(arguments, make_model(loss_chunk_size=8).config)
+    with pytest.raises(ValueError, match=r"or `adaptive_softmax_cutoffs` \(\[8, 20\]\)"):
+        check_penalties(arguments, make_model(**ADAPTIVE).config)
 
 
 ADAPTIVE = {"adaptive_softmax_cutoffs": [8, 20], "tie_word_embeddings": False, "vocab_size": 31, "hidden_size": 32}
@@ -194,6 +213,30 @@ def test_an_adaptive_softmax_is_a_distribution_and_its_loss_is_its_logits():
         torch.testing.assert_close(loss, sums / ((wanted != -100).sum() if items is None else items))
         assert output.logits is None
         assert all(grad is not None for grad in grads.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adaptive_softmax_learns_under_autocast_and_in_bfloat16(dtype):
+    model = make_model(dtype, **ADAPTIVE).train()
+    expected = grads_of(model.float(), labels=LABELS)[0]
+    model.to(dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.float32):
+        loss, grads, _ = grads_of(model, labels=LABELS)
+
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    assert all(grad is not None and grad.isfinite().all() for grad in grads.values())
+
+
+def test_groups_without_a_target_get_a_gradient_of_zero():
+    """DDP waits for each weight's."""
+    model = make_model(**ADAPTIVE).train()
+
+    _, grads, _ = grads_of(model, labels=IDS.clamp(max=7))
+
+    tails = [grad for name, grad in grads.items() if "tail" in name]
+    assert len(tails) == 4
+    assert all(grad.abs().sum() == 0 for grad in tails)
 
 
 def test_an_adaptive_softmax_agrees_with_its_equations():

@@ -28,8 +28,12 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         return self.log_prob(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])
 
     def sum_of_losses(self, hidden: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """Of `(N, D)` and `(N,)`, without the groups that no target is in."""
-        return -super().forward(hidden, targets).output.sum()
+        """Of `(N, D)` and `(N,)`, without the groups that no target is in; their weights get a gradient of 0, which DDP needs."""
+        dtype = self.head.weight.dtype
+        with torch.autocast(hidden.device.type, enabled=False):  # torch's layer mixes types there
+            output = super().forward(hidden.to(dtype), targets).output
+        unused = sum(weight.sum() for weight in self.tail.parameters())
+        return -output.to(at_least_float32(dtype)).sum() + 0 * unused
 
 
 def loss_without_logits(
@@ -76,7 +80,8 @@ class _SumOfCrossEntropies(torch.autograd.Function):
         total = hidden.new_zeros((), dtype=at_least_float32(hidden.dtype))
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
-        weight_grad = torch.zeros_like(weight) if needs_weight else None
+        # Hundreds of chunks add up in float32: in bfloat16 most of what the last ones bring would be lost.
+        weight_grad = torch.zeros_like(weight, dtype=total.dtype) if needs_weight else None
         for start in range(0, len(targets), chunk_size):
             part, wanted = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
             scores = (part @ weight.t()).to(total.dtype)  # (C, V)
@@ -87,9 +92,12 @@ class _SumOfCrossEntropies(torch.autograd.Function):
             change = change.to(hidden.dtype)
             if needs_hidden:
                 hidden_grad[start : start + chunk_size] = change @ weight
-            if needs_weight:
+            if needs_weight and part.dtype == weight_grad.dtype:
                 weight_grad.addmm_(change.t(), part)
+            elif needs_weight:
+                weight_grad += change.t() @ part
         ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.dtype = weight.dtype
         return total
 
     @staticmethod
@@ -98,4 +106,4 @@ class _SumOfCrossEntropies(torch.autograd.Function):
         hidden_grad, weight_grad = (
             None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
         )
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, None if weight_grad is None else weight_grad.to(ctx.dtype), None, None

@@ -164,10 +164,14 @@ class LSTMPreTrainedModel(PreTrainedModel):
     config: LSTMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _no_split_modules = ["LSTMLayer", "ResidualLSTMLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {"hidden_states": LSTMLayer}
     _can_compile_fullgraph = True
+
+    def __init__(self, config: LSTMConfig):
+        super().__init__(config)
+        # The one kind that this model has: whoever splits or shards it looks for each that is named.
+        self._no_split_modules = ["LSTMLayer" if config.block_type == "stacked" else "ResidualLSTMLayer"]
 
     @classmethod
     def is_custom_code(cls) -> bool:

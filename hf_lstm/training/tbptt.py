@@ -307,10 +307,11 @@ def check_penalties(args, config) -> None:
             f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with activation regularization "
             f"{penalties}: Trainer computes the smoothed loss itself, and the penalties would be lost."
         )
-    if args.label_smoothing_factor > 0 and config.loss_chunk_size is not None:
+    if args.label_smoothing_factor > 0 and config.trains_without_logits:
         raise ValueError(
             f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with `loss_chunk_size` "
-            f"({config.loss_chunk_size}): Trainer smooths the loss from all logits, which are not kept."
+            f"({config.loss_chunk_size}) or `adaptive_softmax_cutoffs` ({config.adaptive_softmax_cutoffs}): Trainer smooths "
+            "the loss from all logits, which are not kept."
         )
 
 

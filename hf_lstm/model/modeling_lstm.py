@@ -202,7 +202,10 @@ class LSTMPreTrainedModel(PreTrainedModel):
 
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
-        """Private, and the one place that every file of weights passes, whichever file has named it: no pickle does."""
+        """
+        No pickle is read. A private name of transformers (modeling_utils.py), since every file of weights passes here, whatever
+        has named it, and no public hook sees them; tests/test_damaged_checkpoints.py fails when it changes.
+        """
         check_files(checkpoint_files)
         return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
 

@@ -1,7 +1,5 @@
 """What the stock Trainer leaves out when it pushes to the Hub."""
 
-from pathlib import Path
-
 from transformers import TrainerCallback
 from transformers.dynamic_module_utils import custom_object_save
 
@@ -16,6 +14,4 @@ class HubCallback(TrainerCallback):
 
     def on_push_begin(self, args, state, control, model=None, **kwargs):
         if state.is_world_process_zero and isinstance(model, LSTMPreTrainedModel):
-            Path(args.output_dir).mkdir(parents=True, exist_ok=True)
-            custom_object_save(model, args.output_dir)
-            custom_object_save(model.config, args.output_dir)
+            custom_object_save(model, args.output_dir)  # and what its code imports, the config's too

@@ -10,8 +10,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from tokenizers.decoders import DecodeStream
-from torch import nn
-from torch.nn import functional as F
 from transformers import (
     Cache,
     DynamicCache,
@@ -24,13 +22,10 @@ from transformers import (
 )
 
 from hf_lstm.evaluation import check_tokenizer, start_ids
-from hf_lstm.model.kernels_lstm import is_plain
-from hf_lstm.model.modeling_lstm import LSTMForCausalLM, LSTMLayer, LSTMModel
 from hf_lstm.tokenizers import ends_lines, pieces_of
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
 READ_AT_ONCE = 1024  # tokens
-COPY_AFTER = 8  # tokens written: what the copy of `_Cells` takes, 5 ms for two layers of 512, is regained in as many
 
 
 def save_state(model, cache: Cache, path: str | Path) -> None:
@@ -143,12 +138,13 @@ class Session:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         decoder = DecodeStream(skip_special_tokens=not ends_lines(self.tokenizer))  # there <eos> is a line end
-        cells = None
-        for count in range(max_new_tokens):
-            if count == COPY_AFTER and _Cells.are_all_of(self.model, self.cache):
-                cells = _Cells(self.model)
+        cells = self.model.bare_cells()
+        for _ in range(max_new_tokens):
             unread, self._unread = self._unread, []
-            scores = self._read(unread) if cells is None else cells.read(unread[0], self.cache)
+            if cells is not None and cells.can_read_on(self.cache):
+                scores = cells.read(torch.tensor(unread), self.cache)
+            else:
+                scores = self._read(unread)
             if warpers is None:
                 token = int(scores.argmax())
             else:
@@ -194,47 +190,6 @@ class Session:
         if tensors:
             session.cache = _cache_of(model, tensors, length, path)
         return session
-
-
-class _Cells:
-    """
-    Tokens read one by one through the bare cells of a stacked model on a CPU, and what comes next after each. Two
-    layers of 512 take 0.75 ms a token where the model's own step takes 1.7: what lies between the modules is left out,
-    and a product of one row by a weight that is stored column by column takes two thirds of the time.
-    """
-
-    def __init__(self, model):
-        self.embeddings, self.output = model.model.embed_tokens.weight, model.lm_head.weight
-        self.gates = [
-            (_by_column(layer.input_gates.weight), _by_column(layer.hidden_gates.weight), layer.input_gates.bias)
-            for layer in model.model.layers
-        ]
-
-    @staticmethod
-    def are_all_of(model, cache: Cache) -> bool:
-        """Whether the model is nothing else, and none of its modules does anything but what its weights say."""
-        kinds = (LSTMForCausalLM, LSTMModel, nn.ModuleList, LSTMLayer, nn.Linear, nn.Embedding, nn.Identity)
-        places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
-        return (
-            all(any(is_plain(module, kind) for kind in kinds) for module in model.modules())
-            and places in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
-            and not torch.is_autocast_enabled("cpu")
-            and len(model.model.layers) == model.config.num_hidden_layers
-            and not any(layer.record_past for layer in cache.layers)
-        )
-
-    @torch.no_grad()
-    def read(self, token: int, cache: Cache) -> torch.Tensor:
-        """Scores `(1, V)` of the token after this one; the cache, which has read something, is brought up to it."""
-        x = self.embeddings[token : token + 1]
-        for layer, weights in zip(cache.layers, self.gates, strict=True):
-            x, c = torch.lstm_cell(x, layer.get_state(), *weights)
-            layer.update(x, c)
-        return F.linear(x, self.output)
-
-
-def _by_column(weight: torch.Tensor) -> torch.Tensor:
-    return weight.detach().t().contiguous().t()
 
 
 def _tensors_of(model, cache: Cache) -> dict[str, torch.Tensor]:

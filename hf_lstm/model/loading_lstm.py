@@ -4,6 +4,43 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+
+class StrictLoading:
+    """What every model of hf_lstm is loaded by."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """
+        As every model's, and stricter: nothing is initialised at random in silence.
+
+        Raises:
+            ValueError: if the weights are no whole safetensors file, or there are too few, too many, ones of other
+                shapes or numbers that are none. `output_loading_info=True` and `ignore_mismatched_sizes=True` leave
+                it to whoever asks for them what to do about weights that are too few, too many or of other shapes.
+        """
+        informed = kwargs.pop("output_loading_info", False)
+        name = pretrained_model_name_or_path
+        try:
+            model, report = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
+        except (SafetensorError, RuntimeError) as error:
+            if (explained := explain(error, name)) is None:
+                raise
+            raise explained from error
+        lenient = informed or name is None or kwargs.get("ignore_mismatched_sizes", False)
+        check_loaded(model, report, name, lenient)
+        return (model, report) if informed else model
+
+    @staticmethod
+    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+        """
+        No pickle is read. A private name of transformers (modeling_utils.py), since every file of weights passes here, whatever
+        has named it, and no public hook sees them; tests/test_damaged_checkpoints.py fails when it changes.
+        """
+        check_files(checkpoint_files)
+        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+
 
 ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

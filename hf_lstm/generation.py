@@ -22,6 +22,8 @@ from transformers import (
 )
 
 from hf_lstm.evaluation import check_tokenizer, start_ids
+from hf_lstm.model.decoding_lstm import BareCells
+from hf_lstm.model.kernels_lstm import is_plain
 from hf_lstm.tokenizers import ends_lines, pieces_of
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
@@ -138,13 +140,11 @@ class Session:
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         decoder = DecodeStream(skip_special_tokens=not ends_lines(self.tokenizer))  # there <eos> is a line end
-        cells = self.model.bare_cells()
+        owned = vars(type(self.model)).keys()  # no wrapper's and no subclass's, which may do more
+        cells = self.model.bare_cells() if {"forward", "bare_cells"} <= owned else None
         for _ in range(max_new_tokens):
             unread, self._unread = self._unread, []
-            if cells is not None and cells.can_read_on(self.cache):
-                scores = cells.read(torch.tensor(unread), self.cache)
-            else:
-                scores = self._read(unread)
+            scores = self._read(unread, cells)
             if warpers is None:
                 token = int(scores.argmax())
             else:
@@ -158,8 +158,12 @@ class Session:
                 yield text
 
     @torch.no_grad()
-    def _read(self, ids: list[int]) -> torch.Tensor:
+    def _read(self, ids: list[int], cells: BareCells | None = None) -> torch.Tensor:
         """What comes next, `(1, V)`."""
+        if cells is not None and is_plain(self.model, type(self.model)):
+            token = torch.tensor([ids], device="cpu")
+            if cells.can_read(token, self.cache):
+                return self.model.lm_head(cells.read(token[0], self.cache))
         for chunk in torch.tensor([ids], device=self.model.device).split(READ_AT_ONCE, dim=1):
             logits = self.model(chunk, past_key_values=self.cache, logits_to_keep=1).logits
         return logits[:, -1]

@@ -328,6 +328,10 @@ def main(arguments: list[str]) -> None:
         if "hf_lstm" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
             raise  # not in our words
         sys.exit(f"train.py: {error}")
+    # DDP first, then what its processes talk through: the other way round gloo's threads can stall or abort the end.
+    trainer.model_wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -55,6 +55,9 @@ def train(
     trainer.train(resume_from_checkpoint=str(last_complete_checkpoint(folder)) if resume else None)
     if trainer.is_world_process_zero():
         print(json.dumps({"train": losses.train, "eval": losses.eval}))
+    trainer.model_wrapped = trainer.model  # it ends as train.py does
+    trainer.accelerator.free_memory()
+    trainer.accelerator.end_training()
     return {"train": losses.train, "eval": losses.eval}
 
 

@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import inspect
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,9 +11,12 @@ import torch
 from conftest import make_ids, make_model
 from torch import nn
 from transformers import LogitsProcessor
+from transformers.generation import GenerationMixin
 
 from hf_lstm import LSTMForCausalLM
-from hf_lstm.model.decoding_lstm import COPY_AFTER, BareCells
+from hf_lstm.model import decoding_lstm
+from hf_lstm.model.decoding_lstm import COPY_AFTER, BareCells, writing_with
+from hf_lstm.model.modeling_lstm import ResidualLSTMLayer
 
 IDS = make_ids(2, 6)
 TOKENS = COPY_AFTER + 8
@@ -36,19 +40,26 @@ def taken(monkeypatch):
     return rows
 
 
+SIZES = [
+    {"hidden_size": 24, "embedding_size": 16, "num_hidden_layers": 3},
+    {"hidden_size": 128},
+]  # the second has V << D
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=["narrow", "wide"])
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
 @torch.no_grad()
-def test_the_cells_say_what_the_model_says(rows, dtype, tolerance):
-    model = make_model(dtype, hidden_size=24, embedding_size=16, num_hidden_layers=3)
+def test_the_cells_say_what_the_model_says(rows, dtype, tolerance, sizes):
+    model = make_model(dtype, **sizes)
     ids = make_ids(rows, TOKENS)
     cache = model(ids[:, :1]).past_key_values
     other, cells = copy.deepcopy(cache), model.bare_cells()
 
     for index in range(1, TOKENS):
-        scores = cells.read(ids[:, index], cache)
-        expected = model(ids[:, index : index + 1], past_key_values=other).logits[:, 0]
-        torch.testing.assert_close(scores, expected, rtol=0, atol=tolerance)
+        hidden = cells.read(ids[:, index], cache)
+        expected = model.model(ids[:, index : index + 1], past_key_values=other).last_hidden_state[:, 0]
+        torch.testing.assert_close(hidden, expected, rtol=0, atol=tolerance)
     assert cache.get_seq_length() == other.get_seq_length() == TOKENS
     for layer, expected in zip(cache.layers, other.layers, strict=True):
         torch.testing.assert_close(layer.get_state(), expected.get_state(), rtol=0, atol=tolerance)
@@ -62,7 +73,7 @@ def test_all_tokens_but_the_first_are_written_with_them(taken, monkeypatch, opti
     model = make_model()
     torch.manual_seed(0)
     found = generate(model, **options)
-    assert taken == [(model, rows)] * (TOKENS - 1)
+    assert taken == [(model.model, rows)] * (TOKENS - 1)
 
     monkeypatch.setattr(LSTMForCausalLM, "bare_cells", lambda self: None)
     torch.manual_seed(0)
@@ -70,14 +81,22 @@ def test_all_tokens_but_the_first_are_written_with_them(taken, monkeypatch, opti
     assert len(taken) == TOKENS - 1
 
 
+def test_a_large_model_is_not_copied(monkeypatch):
+    model = make_model()
+    monkeypatch.setattr(decoding_lstm, "COPY_UP_TO", sum(p.numel() for p in model.model.layers.parameters()) - 1)
+    monkeypatch.setattr(BareCells, "_copy", None)
+
+    assert generate(model, IDS[:1]).shape == (1, 6 + TOKENS)
+
+
 def test_the_copy_is_of_one_row_and_goes_when_the_text_ends(monkeypatch):
     model, copies, read = make_model(), [], BareCells.read
 
     def watched(cells, tokens, cache):
         scores = read(cells, tokens, cache)
-        weight = cells.gates[0][0]
-        if weight is not model.model.layers[0].input_gates.weight:
-            assert torch.equal(weight, model.model.layers[0].input_gates.weight)
+        weight = cells.weights[0][1]
+        if weight is not model.model.layers[0].hidden_gates.weight:
+            assert torch.equal(weight, model.model.layers[0].hidden_gates.weight)
             assert not weight.requires_grad
             copies.append(weakref.ref(weight))
         return scores
@@ -96,21 +115,57 @@ def in_bfloat16(model):
     model.bfloat16()
 
 
+def with_an_adapter(model):
+    class Adapter(nn.Linear):
+        pass
+
+    model.model.layers[0].hidden_gates.__class__ = Adapter
+
+
+def with_a_largest_norm(model):
+    model.model.embed_tokens.max_norm = 1.0
+
+
+def with_something_in_between(model):
+    model.model.norm = nn.Linear(12, 12).double()
+
+
+def residual(model):
+    model.model.layers[0].__class__ = ResidualLSTMLayer
+
+
+ANYTHING_ELSE = [in_bfloat16, with_an_adapter, with_a_largest_norm, with_something_in_between, residual]
+
+
+@pytest.mark.parametrize("change", ANYTHING_ELSE)
+def test_a_model_that_is_anything_else_has_no_bare_cells(change):
+    model = make_model()
+    assert model.bare_cells() is not None
+
+    change(model)
+
+    assert model.bare_cells() is None
+
+
 def in_training(model):
-    model.train()
+    model.training = True  # for `output_dropout`
 
 
-def with_hook(model):
+def inside_in_training(model):
+    model.model.train()
+
+
+def with_a_hook(model):
     model.model.layers[0].register_forward_hook(lambda module, inputs, outputs: (outputs[0] * -3, *outputs[1:]))
+
+
+def with_a_hook_on_the_embeddings(model):
+    model.model.embed_tokens.register_forward_pre_hook(lambda module, inputs: (30 - inputs[0],))
 
 
 def with_another_forward(model):
     forward = model.model.forward
     model.model.forward = lambda *a, **k: forward(*a, **k)
-
-
-def with_another_output_layer(model):
-    model.lm_head = nn.Sequential(model.lm_head, nn.Tanh())
 
 
 def compiled_in_place(model):
@@ -121,33 +176,112 @@ def with_fewer_layers(model):
     model.config.num_hidden_layers = 1
 
 
-CHANGES = [in_bfloat16, in_training, with_hook, with_another_forward, with_another_output_layer, compiled_in_place]
+def asked_for_hidden_states(model):
+    model.config.output_hidden_states = True
 
 
-@pytest.mark.parametrize("change", [*CHANGES, with_fewer_layers])
-def test_a_model_that_is_anything_else_has_none(change):
+WHAT_MAY_CHANGE = [in_training, inside_in_training, with_a_hook, with_a_hook_on_the_embeddings, with_another_forward]
+WHAT_MAY_CHANGE += [compiled_in_place, with_fewer_layers, asked_for_hidden_states]
+
+
+@pytest.mark.parametrize("change", WHAT_MAY_CHANGE)
+def test_what_changes_in_the_middle_of_a_text_is_seen(taken, change):
     model = make_model()
-    assert model.bare_cells() is not None
 
+    class Change(LogitsProcessor):
+        def __call__(self, input_ids, scores):
+            if input_ids.shape[1] == 9:
+                change(model)
+            return scores
+
+    generate(model, logits_processor=[Change()], use_cache=True)
+
+    assert len(taken) == 3  # the seventh to the ninth token
+
+
+def with_another_output_layer(model):
+    model.lm_head = nn.Linear(12, 31).double()
+
+
+def with_a_hook_on_the_output_layer(model):
+    model.lm_head.register_forward_hook(lambda module, inputs, output: -output)
+
+
+def with_a_hook_on_itself(model):
+    def hook(module, inputs, output):
+        output.logits = -output.logits
+
+    model.register_forward_hook(hook)
+
+
+OUTSIDE = [with_another_output_layer, with_a_hook_on_the_output_layer, with_a_hook_on_itself]
+
+
+@pytest.mark.parametrize("change", [*OUTSIDE, with_a_hook, with_a_hook_on_the_embeddings, in_bfloat16])
+def test_whatever_else_a_model_does_is_done(taken, monkeypatch, change):
+    model = make_model()
     change(model)
+    found = generate(model)
+    assert bool(taken) == (change in OUTSIDE)
 
-    assert model.bare_cells() is None
+    monkeypatch.setattr(LSTMForCausalLM, "bare_cells", lambda self: None)
+    assert found.tolist() == generate(model).tolist()
 
 
 @pytest.mark.parametrize(
-    "config", [{"block_type": "residual"}, {"adaptive_softmax_cutoffs": [9], "tie_word_embeddings": False}], ids=str
+    "config", [{"block_type": "residual"}, {"block_type": "residual", "intermediate_size": 8}], ids=str
 )
-def test_other_blocks_and_output_layers_write_by_themselves(taken, config):
+def test_other_blocks_write_by_themselves(taken, config):
     model = make_model(**config)
 
     assert generate(model).shape == (2, 6 + TOKENS)
     assert not taken
 
 
-def test_under_autocast_there_are_none():
+def test_an_adaptive_softmax_is_written_with_them(taken, monkeypatch):
+    model = make_model(adaptive_softmax_cutoffs=[9], tie_word_embeddings=False)
+    found = generate(model)
+    assert len(taken) == TOKENS - 1
+
+    monkeypatch.setattr(LSTMForCausalLM, "bare_cells", lambda self: None)
+    assert found.tolist() == generate(model).tolist()
+
+
+@torch.no_grad()
+def test_only_a_plain_step_is_read_with_them(taken):
+    """Whoever asks the model itself, inside a text, for more than the next scores gets it."""
+    model = make_model()
+    cache, token = model(IDS).past_key_values, IDS[:, :1]
+
+    def step(**options):
+        return model(token, past_key_values=copy.deepcopy(cache), **options)
+
+    with writing_with(model.bare_cells()):
+        assert step(labels=token).loss is not None
+        masked = step(attention_mask=torch.tensor([[1], [0]]))
+        restarted = step(position_ids=torch.tensor([[0], [0]]))
+        with torch.enable_grad():
+            assert step().logits.requires_grad
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            step()
+        assert not taken
+        plain = step()
+        assert taken == [(model.model, 2)]
+        assert step(output_hidden_states=True).hidden_states is not None
+    assert (masked.logits[1] - plain.logits[1]).abs().max() > 0.01
+    assert (restarted.logits - plain.logits).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_state_of_another_type_goes_on(taken):
     model = make_model(torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model.bare_cells() is None
+        cache = model(IDS).past_key_values
+
+    with writing_with(model.bare_cells()):
+        model(IDS[:, :1], past_key_values=cache)
+
+    assert not taken
 
 
 @pytest.mark.parametrize(
@@ -174,22 +308,13 @@ def test_what_asks_for_more_than_the_next_token_gets_it_from_the_model(taken, op
         assert all(len(states) == 3 for states in found.hidden_states)
 
 
-def test_a_config_that_asks_for_hidden_states_gets_them(taken):
-    model = make_model()
-    model.config.output_hidden_states = True
-
-    generate(model)
-
-    assert not taken
-
-
-def test_an_assistant_has_its_own(taken):
+def test_drafts_are_taken_back(taken):
     model, assistant = make_model(num_hidden_layers=3), make_model(hidden_size=8)
     expected = generate(model, IDS[:1])
     taken.clear()
 
     assert generate(model, IDS[:1], assistant_model=assistant).tolist() == expected.tolist()
-    assert all(reader is assistant for reader, _ in taken)
+    assert not taken  # both are asked for states to roll back to
 
 
 def test_a_text_within_a_text(taken):
@@ -216,11 +341,11 @@ def test_an_interrupted_text_leaves_nothing_behind(taken):
     model = make_model()
     with pytest.raises(KeyboardInterrupt):
         generate(model, logits_processor=[Interruption()])
-    cache, taken[:] = model(IDS).past_key_values, []
+    taken.clear()
+    with torch.no_grad():
+        model(IDS[:, :1], past_key_values=model(IDS).past_key_values)
 
-    inputs = model.prepare_inputs_for_generation(IDS, next_sequence_length=1, past_key_values=cache)
-
-    assert "cells" not in inputs
+    assert not taken
 
 
 def test_threads_share_a_model_and_no_cells(taken):
@@ -236,9 +361,25 @@ def test_threads_share_a_model_and_no_cells(taken):
 
 
 def test_generate_is_called_and_read_as_every_model_s():
-    import inspect
+    ours, every = LSTMForCausalLM.generate, GenerationMixin.generate
 
-    from transformers.generation import GenerationMixin
+    assert inspect.signature(ours) == inspect.signature(every)
+    assert ours.__doc__ == every.__doc__
+    assert inspect.unwrap(ours) is inspect.unwrap(every)
 
-    assert inspect.signature(LSTMForCausalLM.generate) == inspect.signature(GenerationMixin.generate)
-    assert LSTMForCausalLM.generate.__doc__ == GenerationMixin.generate.__doc__
+
+def test_gradients_of_what_is_written_are_to_be_had(taken):
+    """By what others know as a trick: `generate()` without its `no_grad`."""
+    model = make_model()
+
+    written = model.generate.__wrapped__(
+        model,
+        IDS,
+        attention_mask=torch.ones_like(IDS),
+        max_new_tokens=3,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+
+    assert all(logits.requires_grad for logits in written.logits)
+    assert not taken

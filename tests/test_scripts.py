@@ -310,7 +310,15 @@ def trained(tmp_path_factory):
 
 def test_generation_streams_what_the_model_knows(run, trained):
     printed = run(
-        "generate.py", "--model", trained, "--prompt", "73 bottles of", "--do_sample", "false", "--max_new_tokens", 30
+        "generate.py",
+        "--model",
+        trained,
+        "--prompt",
+        "73 bottles of beer on",
+        "--do_sample",
+        "false",
+        "--max_new_tokens",
+        30,
     )
 
     assert printed.startswith("73 bottles of beer on the wall")

@@ -1,12 +1,14 @@
 """A session reads everything once, writes what `generate()` writes, and disturbs no other."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import make_model
+from torch import nn
 
-from hf_lstm import Session, bpe_tokenizer, byte_tokenizer, char_tokenizer
+from hf_lstm import LSTMForCausalLM, Session, bpe_tokenizer, byte_tokenizer, char_tokenizer
 from hf_lstm.model.decoding_lstm import BareCells
 
 TEXT = "the horse raced past the barn fell, and the old man the boat"
@@ -115,9 +117,15 @@ def test_whoever_stops_reading_has_what_was_written(model):
     assert text == written(whole, do_sample=False)
 
 
-def test_it_writes_with_the_bare_cells(model, monkeypatch):
-    taken, read = [], BareCells.read
-    monkeypatch.setattr(BareCells, "read", lambda *arguments: (taken.append(arguments[1]), read(*arguments))[1])
+@pytest.fixture
+def taken(monkeypatch):
+    """What the bare cells read."""
+    tokens, read = [], BareCells.read
+    monkeypatch.setattr(BareCells, "read", lambda *arguments: (tokens.append(arguments[1]), read(*arguments))[1])
+    return tokens
+
+
+def test_it_writes_with_the_bare_cells(model, taken):
     session, other = Session(model, TOKENIZER, start_token="<eos>"), session_of(model)
     other.cache.activate_past_recording()
     model.generation_config.eos_token_id = None
@@ -126,6 +134,53 @@ def test_it_writes_with_the_bare_cells(model, monkeypatch):
     assert len(taken) == 14  # the model itself begins, from no state
     written(other, max_new_tokens=15)
     assert len(taken) == 14
+
+
+def test_whatever_a_model_does_besides_is_done(taken):
+    """A subclass, a wrapper that hands everything on, a hook, another forward: all turn the scores around."""
+
+    class Subclass(LSTMForCausalLM):
+        def forward(self, *args, **kwargs):
+            return turned(super().forward(*args, **kwargs))
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.inner = model
+
+        def __getattr__(self, name):
+            return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+        def forward(self, *args, **kwargs):
+            return turned(self.inner(*args, **kwargs))
+
+    def turned(output):
+        output.logits = -output.logits
+        return output
+
+    plain = make_model(vocab_size=len(TOKENIZER))
+    plain.generation_config.eos_token_id = None
+    subclass, hooked, patched = copy.deepcopy(plain), copy.deepcopy(plain), copy.deepcopy(plain)
+    subclass.__class__ = Subclass
+    hooked.register_forward_hook(lambda module, inputs, output: turned(output))
+    forward = patched.forward
+    patched.forward = lambda *args, **kwargs: turned(forward(*args, **kwargs))
+
+    texts = [
+        written(session_of(model), do_sample=False) for model in (subclass, Wrapper(plain).eval(), hooked, patched)
+    ]
+
+    assert not taken
+    assert len(set(texts)) == 1
+    assert texts[0] != written(session_of(plain), do_sample=False)
+
+
+def test_what_was_read_in_another_type_is_gone_on_from(taken):
+    model = make_model(torch.float32, vocab_size=len(TOKENIZER))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        session = session_of(model)
+
+    assert written(session)
 
 
 def test_many_threads_write_what_each_writes_alone(model):

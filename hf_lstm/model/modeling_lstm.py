@@ -17,6 +17,7 @@ A layer is a pure function of its input and the state it starts from. The model 
 travels as `past_key_values` (cache_lstm.py); no state lives on a module.
 """
 
+import inspect
 import itertools
 from functools import wraps
 
@@ -378,9 +379,11 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             their sum over `num_items_in_batch` where Trainer gives it. While training, activation regularization adds
             its gradient to that of `loss`, and its value is `regularization_loss`: a training perplexity stays true.
         """
-        if (cells := kwargs.pop("cells", None)) is not None:  # from `prepare_inputs_for_generation`
-            logits = cells.read(input_ids[:, 0], past_key_values)[:, None]
-            return LSTMCausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
+        cells = None if torch.compiler.is_compiling() else cells_in_use(self.model)
+        limits = (attention_mask, position_ids, inputs_embeds, labels, *kwargs.values())
+        if cells is not None and not self.training and cells.can_read(input_ids, past_key_values, limits):
+            hidden = cells.read(input_ids[:, 0], past_key_values)[:, None]
+            return LSTMCausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -414,27 +417,21 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             regularization_loss=regularization_loss.detach() if regularization_loss is not None else None,
         )
 
-    @wraps(GenerationMixin.generate)
+    @wraps(inspect.unwrap(GenerationMixin.generate))
     def generate(self, *args, **kwargs):
         with writing_with(self.bare_cells()):
             return super().generate(*args, **kwargs)
 
     def bare_cells(self) -> BareCells | None:
-        """
-        What writes faster than the model's own step: for a stacked model on a CPU, in float32 or float64 and evaluation
-        mode, whose modules do nothing but what their weights say. `None` for any other.
-        """
-        kinds = (LSTMForCausalLM, LSTMModel, nn.ModuleList, LSTMLayer, nn.Linear, nn.Embedding, nn.Identity)
-        places = {(parameter.device.type, parameter.dtype) for parameter in self.parameters()}
-        is_bare = (
-            not self.training
-            and not torch.is_autocast_enabled("cpu")
-            and places in ({("cpu", torch.float32)}, {("cpu", torch.float64)})
-            and all(any(is_plain(module, kind) for kind in kinds) for module in self.modules())
-            and all(module._compiled_call_impl is None for module in self.modules())
-            and len(self.model.layers) == self.config.num_hidden_layers
-        )
-        return BareCells(self) if is_bare else None
+        """What writes faster than the model's own step: for a stacked model on a CPU, in float32 or float64, else `None`."""
+        model, layers = self.model, self.model.layers
+        between = (model.norm, model.in_proj, model.out_proj)
+        gates = [gates for layer in layers for gates in (layer.input_gates, layer.hidden_gates)]
+        is_stacked = type(model) is LSTMModel and all(type(layer) is LSTMLayer for layer in layers)
+        is_bare = is_stacked and all(type(module) is nn.Identity for module in between) and all(map(is_plain, gates))
+        is_bare &= is_plain(model.embed_tokens, nn.Embedding) and model.embed_tokens.max_norm is None
+        places = {(parameter.device.type, parameter.dtype) for parameter in layers.parameters()}
+        return BareCells(model) if is_bare and places in CELLS_ON else None
 
     def prepare_inputs_for_generation(
         self,
@@ -460,13 +457,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         if not is_first_iteration and next_sequence_length == 1 and has_read:
             token = input_ids[:, -1:].to(past_key_values.layers[0].keys.device)
             token = token.clone(memory_format=torch.contiguous_format)  # else its stride says how long the text is
-            inputs = kwargs | {"attention_mask": None, "position_ids": None, "labels": None}
-            inputs |= {"input_ids": token, "past_key_values": past_key_values}
-            cells = cells_in_use(self)
-            wants_more = kwargs.get("output_hidden_states", self.config.output_hidden_states)
-            if cells is not None and cells.can_read_on(past_key_values) and not wants_more:
-                inputs["cells"] = cells
-            return inputs
+            unread = {"attention_mask": None, "position_ids": None, "labels": None}
+            return kwargs | unread | {"input_ids": token, "past_key_values": past_key_values}
         return super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
@@ -487,6 +479,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
     def _get_static_cache_init_shape(self):
         """`None`: the state of an LSTM has no heads, so a `StaticCache` is filled by the first forward."""
 
+
+CELLS_ON = ({("cpu", torch.float32)}, {("cpu", torch.float64)})  # what torch's cell computes as the equations say
 
 # With label smoothing, Trainer shifts the labels of the classes that this mapping names, and of no others.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[LSTMConfig.model_type] = LSTMForCausalLM.__name__

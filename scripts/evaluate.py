@@ -222,6 +222,8 @@ def adapt(arguments: Adapt, model, tokenizer) -> None:
         raise ValueError("`--train_file` is missing: name the text that the model was trained on, as in training.")
     options = {"learning_rate": arguments.learning_rate, "decay": arguments.decay}
     options["segment_length"] = arguments.segment_length
+    if arguments.max_segments < 1:
+        raise ValueError(f"`max_segments` ({arguments.max_segments}) must be at least 1.")
     DynamicEvaluation(**options)  # refuses what cannot be before any work
     cache = NeuralCache(arguments.cache_size, arguments.cache_theta, arguments.cache_weight)
     corpus = load_corpus(

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 
 import transformers
 from fastapi import HTTPException
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from transformers import HfArgumentParser
 from transformers.cli.serve import Serve
 from transformers.cli.serving import chat_completion, completion, response
@@ -33,15 +33,28 @@ def refuse(why: str) -> None:
     raise HTTPException(status_code=400, detail=why)
 
 
-class Refusals:
+class Stream(StreamingResponse):
+    """A stream that ends with its client: left where it waits to be sent, it would be written on until it is collected."""
+
+    async def __call__(self, scope, receive, send):
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self.body_iterator.aclose()  # which stops `generate()`
+
+
+class Answers:
     """What is wrong with a request is said to its client, in the words that OpenAI's own show."""
 
     async def handle_request(self, body: dict, request_id: str):
         try:
-            return await super().handle_request(body, request_id)
+            answer = await super().handle_request(body, request_id)
         except HTTPException as error:
             content = {"message": error.detail, "type": "invalid_request_error"}
             return JSONResponse({"error": content}, status_code=error.status_code)
+        if isinstance(answer, StreamingResponse):
+            return Stream(answer.body_iterator, media_type=answer.media_type)
+        return answer
 
 
 class CheckedCompletions(completion.CompletionHandler):
@@ -93,11 +106,11 @@ class CheckedCompletions(completion.CompletionHandler):
         return config
 
 
-class Completions(Refusals, CheckedCompletions):
+class Completions(Answers, CheckedCompletions):
     pass
 
 
-class NoChat(Refusals):
+class NoChat(Answers):
     """A language model continues a text: it answers no messages, unless its tokenizer says how they become a text."""
 
     def _resolve_model(self, body: dict):

@@ -65,6 +65,7 @@ def call(hub, tmp_path):
     return call
 
 
+@pytest.mark.slow  # twenty seconds in two processes: test_hub.py has what they do, step by step
 def test_one_command_trains_and_publishes_and_another_process_writes(call, hub, tmp_path):
     options = ("--license", "apache-2.0", "--language", "en", "--data_license", "public domain")
     trained = call(SCRIPTS / "train.py", *FLAGS.split(), *options)

@@ -1,5 +1,6 @@
 """`scripts/serve.py` answers OpenAI's client with what `generate()` writes, and says what is wrong to whom it concerns."""
 
+import asyncio
 import socket
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -142,6 +143,38 @@ def test_a_client_that_leaves_stops_the_writing(ask):
     ask(max_tokens=5)
 
     assert monotonic() - start < 10  # all of it takes minutes
+
+
+def test_a_stream_that_waits_to_be_sent_ends_with_its_client(monkeypatch):
+    """Nobody is told of the end there: the writing would go on until the garbage is collected."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from serve import Stream
+
+    monkeypatch.delitem(sys.modules, "serve")
+
+    ended = []
+
+    async def written():
+        try:
+            while True:
+                yield "a"
+        finally:
+            ended.append(True)
+
+    async def send(message):
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    async def receive():
+        await asyncio.sleep(0.01)
+        return {"type": "http.disconnect"}
+
+    async def answer():
+        stream = written()
+        await Stream(stream)({"type": "http"}, receive, send)
+        return list(ended)  # before the loop ends, which closes all that is open
+
+    assert asyncio.run(answer()) == [True]
 
 
 def test_messages_need_a_template(server):

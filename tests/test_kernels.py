@@ -1,6 +1,7 @@
 """Which of the three ways a layer is computed: torch's kernels only where the gates are nothing but their weights."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import make_ids, make_model
 from torch import nn
 from torch.nn.utils import prune
 
-from hf_lstm.model import modeling_lstm
+from hf_lstm.model import kernels_lstm, modeling_lstm
 from hf_lstm.model.modeling_lstm import LSTMLayer
 
 IDS = make_ids(2, 20)
@@ -173,3 +174,25 @@ def test_whatever_a_module_does_is_done(taken, change):
 
     assert taken[0] == "explicit_lstm"
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("weight_dropout", [0.0, 0.5])
+def test_weights_in_one_piece_are_the_same_weights(monkeypatch, weight_dropout):
+    """As cuDNN takes them; the CPU's kernel does not mind."""
+    results, pieces, lstm = [], [], torch.lstm
+
+    def watched(x, steps, state, weights, *options):
+        pieces.append(all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(weights)))
+        return lstm(x, steps, state, weights, *options)
+
+    monkeypatch.setattr(torch, "lstm", watched)
+    for devices in ((), ("cpu",)):
+        monkeypatch.setattr(kernels_lstm, "IN_ONE_PIECE", devices)
+        model = make_model(weight_dropout=weight_dropout).train()
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        results.append([loss, *(parameter.grad for parameter in model.parameters())])
+
+    assert pieces == [False] * 2 + [True] * 2
+    for separate, together in zip(*results, strict=True):
+        assert torch.equal(separate, together)

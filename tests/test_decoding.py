@@ -130,11 +130,22 @@ def with_something_in_between(model):
     model.model.norm = nn.Linear(12, 12).double()
 
 
+def without_a_bias(model):
+    model.model.layers[0].input_gates = nn.Linear(12, 48, bias=False).double()
+
+
 def residual(model):
     model.model.layers[0].__class__ = ResidualLSTMLayer
 
 
-ANYTHING_ELSE = [in_bfloat16, with_an_adapter, with_a_largest_norm, with_something_in_between, residual]
+ANYTHING_ELSE = [
+    in_bfloat16,
+    with_an_adapter,
+    with_a_largest_norm,
+    with_something_in_between,
+    without_a_bias,
+    residual,
+]
 
 
 @pytest.mark.parametrize("change", ANYTHING_ELSE)
@@ -270,6 +281,27 @@ def test_only_a_plain_step_is_read_with_them(taken):
         assert step(output_hidden_states=True).hidden_states is not None
     assert (masked.logits[1] - plain.logits[1]).abs().max() > 0.01
     assert (restarted.logits - plain.logits).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_state_elsewhere_is_left_to_the_model():
+    model = make_model()
+    cache, cells = model(IDS).past_key_values, model.bare_cells()
+    assert cells.can_read(IDS[:, :1], cache)
+
+    cache.layers[1].values = cache.layers[1].values.to("meta")
+
+    assert not cells.can_read(IDS[:, :1], cache)
+
+
+@torch.no_grad()
+def test_an_embedding_that_is_no_number_spoils_its_own_token_only():
+    model = make_model(hidden_size=128, tie_word_embeddings=False)  # V << D
+    model.model.embed_tokens.weight[0] = torch.nan
+
+    written = generate(model, IDS[:1], output_logits=True, return_dict_in_generate=True, suppress_tokens=[0])
+
+    assert all(logits.isfinite().all() for logits in written.logits)
 
 
 @torch.no_grad()

@@ -54,12 +54,13 @@ class BareCells:
                 return False
         if len(cache.layers) != len(self.weights) or len(self.weights) != self.model.config.num_hidden_layers:
             return False
+        place = (self.embeddings.dtype, self.embeddings.device)
         for layer in cache.layers:
             if not layer.is_initialized or getattr(layer, "record_past", True) or layer.is_compileable:
                 return False
             if len(layer.keys) != len(input_ids):
                 return False
-            if layer.keys.dtype != self.weights[0][0].dtype or layer.values.dtype != layer.keys.dtype:
+            if (layer.keys.dtype, layer.keys.device) != place or (layer.values.dtype, layer.values.device) != place:
                 return False
         return all(other is None or other is False for other in others)
 
@@ -78,8 +79,9 @@ class BareCells:
         """A quarter less is read at each token of a small vocabulary if W E is kept, for W_1 (E_v) = (W_1 E)_v."""
         (W, U, b), *others = self.weights
         size, width = self.embeddings.shape
-        if 4 * size <= width:
-            W = W @ self.embeddings.t()
+        folded = W @ self.embeddings.t() if 4 * size <= width else None
+        if folded is not None and folded.isfinite().all():  # or a zero of x would make nothing of what is none
+            W = folded
             self.embeddings = torch.eye(size, dtype=W.dtype, device=W.device)  # x is a column's number, one-hot
         self.weights = [(_by_column(W), _by_column(U), b) for W, U, b in [(W, U, b), *others]]
 

@@ -430,7 +430,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         is_stacked = type(model) is LSTMModel and all(type(layer) is LSTMLayer for layer in layers)
         is_bare = is_stacked and all(type(module) is nn.Identity for module in between) and all(map(is_plain, gates))
         is_bare &= is_plain(model.embed_tokens, nn.Embedding) and model.embed_tokens.max_norm is None
-        places = {(parameter.device.type, parameter.dtype) for parameter in layers.parameters()}
+        is_bare &= all(layer.input_gates.bias is not None for layer in layers)
+        places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
         return BareCells(model) if is_bare and places in CELLS_ON else None
 
     def prepare_inputs_for_generation(

@@ -7,7 +7,6 @@ from transformers import DynamicCache
 
 IDS = make_ids(3, 6)
 MASK = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
-TOKENS = 8
 STRATEGIES = {
     "greedy": {"do_sample": False},
     "sampling": {"do_sample": True, "top_k": 10, "temperature": 0.7},
@@ -21,7 +20,7 @@ STRATEGIES = {
 def generate(model, ids, mask=None, **options):
     torch.manual_seed(0)
     mask = torch.ones_like(ids) if mask is None else mask
-    return model.generate(ids, attention_mask=mask, max_new_tokens=TOKENS, eos_token_id=None, **options)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=None, **options)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_a_padded_batch_equals_each_row_alone(model, strategy, side):
 
     for row in range(len(IDS)):
         alone = generate(model, IDS[row : row + 1, mask[row].bool()], **STRATEGIES[strategy])
-        assert together[row, -TOKENS:].tolist() == alone[0, -TOKENS:].tolist()
+        assert together[row, -12:].tolist() == alone[0, -12:].tolist()
 
 
 def test_labels_are_no_matter_of_generation(model):
@@ -57,7 +56,7 @@ def test_labels_are_no_matter_of_generation(model):
 def test_greedy_takes_the_most_probable_token(model):
     written = generate(model, IDS, **STRATEGIES["greedy"])
 
-    for end in range(6, 6 + TOKENS):
+    for end in range(6, 18):
         assert model(written[:, :end]).logits[:, -1].argmax(dim=-1).tolist() == written[:, end].tolist()
 
 
@@ -72,11 +71,11 @@ def test_generation_continues_from_a_state(model, ids):
     cache = DynamicCache(config=model.config)
     first = generate(model, IDS, past_key_values=cache, **STRATEGIES["greedy"])
     both = torch.cat([first, make_ids(3, 4, seed=3)], dim=1)
-    expected = generate(model, both, **STRATEGIES["greedy"])[:, -TOKENS:]
+    expected = generate(model, both, **STRATEGIES["greedy"])[:, -12:]
 
     # the last generated token has not been read yet: it belongs to the new ones
     given = both if ids == "all tokens" else both[:, cache.get_seq_length() :]
-    actual = generate(model, given, torch.ones_like(both), past_key_values=cache, **STRATEGIES["greedy"])[:, -TOKENS:]
+    actual = generate(model, given, torch.ones_like(both), past_key_values=cache, **STRATEGIES["greedy"])[:, -12:]
 
     assert actual.tolist() == expected.tolist()
 
@@ -91,10 +90,10 @@ def test_a_state_that_has_read_more_than_the_input_is_refused():
 
 
 def test_generation_from_embeddings_equals_generation_from_tokens(model):
-    expected = generate(model, IDS, **STRATEGIES["greedy"])[:, -TOKENS:]
+    expected = generate(model, IDS, **STRATEGIES["greedy"])[:, -12:]
 
     embeddings = model.get_input_embeddings()(IDS)
-    actual = model.generate(inputs_embeds=embeddings, max_new_tokens=TOKENS, eos_token_id=None, do_sample=False)
+    actual = model.generate(inputs_embeds=embeddings, max_new_tokens=12, eos_token_id=None, do_sample=False)
 
     assert actual.tolist() == expected.tolist()
 
@@ -103,7 +102,7 @@ def test_generation_stops_at_the_end_of_a_text(model):
     written = generate(model, IDS, **STRATEGIES["greedy"])
     end = written[0, 9].item()
 
-    stopped = model.generate(IDS[:1], max_new_tokens=TOKENS, eos_token_id=end, do_sample=False)
+    stopped = model.generate(IDS[:1], max_new_tokens=12, eos_token_id=end, do_sample=False)
 
     assert stopped[0].tolist() == written[0, : written[0, 6:].tolist().index(end) + 7].tolist()
 

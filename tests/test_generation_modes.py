@@ -16,7 +16,7 @@ MASK = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
 
 def generate(model, ids=IDS, mask=None, **options):
     torch.manual_seed(0)
-    options = {"max_new_tokens": 10, "eos_token_id": None, "do_sample": False} | options
+    options = {"max_new_tokens": 16, "eos_token_id": None, "do_sample": False} | options
     return model.generate(ids, attention_mask=torch.ones_like(ids) if mask is None else mask, **options)
 
 

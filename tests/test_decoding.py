@@ -130,6 +130,21 @@ def with_something_in_between(model):
     model.model.norm = nn.Linear(12, 12).double()
 
 
+def with_gates_of_another_kind(model):
+    """Which have neither a weight nor a bias."""
+
+    class Gates(nn.Module):
+        def __init__(self, linear):
+            super().__init__()
+            self.linear, self.in_features, self.out_features = linear, linear.in_features, linear.out_features
+
+        def forward(self, x):
+            return self.linear(x)
+
+    for layer in model.model.layers:
+        layer.input_gates, layer.hidden_gates = Gates(layer.input_gates), Gates(layer.hidden_gates)
+
+
 def without_a_bias(model):
     model.model.layers[0].input_gates = nn.Linear(12, 48, bias=False).double()
 
@@ -144,6 +159,7 @@ ANYTHING_ELSE = [
     with_a_largest_norm,
     with_something_in_between,
     without_a_bias,
+    with_gates_of_another_kind,
     residual,
 ]
 
@@ -228,7 +244,9 @@ def with_a_hook_on_itself(model):
 OUTSIDE = [with_another_output_layer, with_a_hook_on_the_output_layer, with_a_hook_on_itself]
 
 
-@pytest.mark.parametrize("change", [*OUTSIDE, with_a_hook, with_a_hook_on_the_embeddings, in_bfloat16])
+@pytest.mark.parametrize(
+    "change", [*OUTSIDE, with_a_hook, with_a_hook_on_the_embeddings, in_bfloat16, with_gates_of_another_kind]
+)
 def test_whatever_else_a_model_does_is_done(taken, monkeypatch, change):
     model = make_model()
     change(model)

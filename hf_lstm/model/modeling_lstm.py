@@ -380,10 +380,11 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             its gradient to that of `loss`, and its value is `regularization_loss`: a training perplexity stays true.
         """
         cells = None if torch.compiler.is_compiling() else cells_in_use(self.model)
-        limits = (attention_mask, position_ids, inputs_embeds, labels, *kwargs.values())
-        if cells is not None and not self.training and cells.can_read(input_ids, past_key_values, limits):
-            hidden = cells.read(input_ids[:, 0], past_key_values)[:, None]
-            return LSTMCausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=past_key_values)
+        if cells is not None and not self.training:
+            others = (attention_mask, position_ids, inputs_embeds, labels, *kwargs.values())
+            if cells.can_read(input_ids, past_key_values, others):
+                hidden = cells.read(input_ids[:, 0], past_key_values)[:, None]
+                return LSTMCausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -426,13 +427,18 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         """What writes faster than the model's own step: for a stacked model on a CPU, in float32 or float64, else `None`."""
         model, layers = self.model, self.model.layers
         between = (model.norm, model.in_proj, model.out_proj)
-        gates = [gates for layer in layers for gates in (layer.input_gates, layer.hidden_gates)]
-        is_stacked = type(model) is LSTMModel and all(type(layer) is LSTMLayer for layer in layers)
-        is_bare = is_stacked and all(type(module) is nn.Identity for module in between) and all(map(is_plain, gates))
-        is_bare &= is_plain(model.embed_tokens, nn.Embedding) and model.embed_tokens.max_norm is None
-        is_bare &= all(layer.input_gates.bias is not None for layer in layers)
         places = {(parameter.device.type, parameter.dtype) for parameter in model.parameters()}
-        return BareCells(model) if is_bare and places in CELLS_ON else None
+        is_bare = (
+            type(model) is LSTMModel
+            and is_plain(model.embed_tokens, nn.Embedding)
+            and model.embed_tokens.max_norm is None
+            and all(type(module) is nn.Identity for module in between)
+            and all(type(layer) is LSTMLayer for layer in layers)
+            and all(is_plain(layer.input_gates) and is_plain(layer.hidden_gates) for layer in layers)
+            and all(layer.input_gates.bias is not None for layer in layers)
+            and places in CELLS_ON
+        )
+        return BareCells(model) if is_bare else None
 
     def prepare_inputs_for_generation(
         self,

@@ -46,6 +46,3 @@ after = trainer.evaluate()["eval_loss"]
 trainer.save_model()
 if trainer.is_world_process_zero():
     print(json.dumps({"before": before, "after": after, "processes": trainer.args.world_size}))
-trainer.model_wrapped = trainer.model  # it ends as train.py does
-trainer.accelerator.free_memory()
-trainer.accelerator.end_training()

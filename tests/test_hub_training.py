@@ -65,7 +65,6 @@ def call(hub, tmp_path):
     return call
 
 
-@pytest.mark.slow  # twenty seconds in two processes: test_hub.py has what they do, step by step
 def test_one_command_trains_and_publishes_and_another_process_writes(call, hub, tmp_path):
     options = ("--license", "apache-2.0", "--language", "en", "--data_license", "public domain")
     trained = call(SCRIPTS / "train.py", *FLAGS.split(), *options)
@@ -238,4 +237,5 @@ def test_the_code_on_the_hub_can_be_checked(call, hub):
     assert "All of it is the code of hf-lstm" in there.stdout
     assert f"commit {hub.repositories['author/small'].branches['main']}" in there.stdout
     assert nowhere.returncode == 1
-    assert nowhere.stderr.startswith("verify.py: ")
+    assert "\nverify.py: " in "\n" + nowhere.stderr  # other libraries may have their say before
+    assert "Traceback" not in nowhere.stderr

@@ -76,7 +76,8 @@ def test_the_sum_is_float32_whatever_the_weights_are(dtype):
     tolerance = 2e-2 if dtype is torch.bfloat16 else 1e-6
     assert found.dtype == loss.dtype == torch.float32
     torch.testing.assert_close(found, loss, rtol=tolerance, atol=0)
-    torch.testing.assert_close(grads, expected, rtol=tolerance, atol=tolerance)
+    relative = 0 if dtype is torch.bfloat16 else 1e-6  # gradients of 4 have last bits of 5e-7
+    torch.testing.assert_close(grads, expected, rtol=relative, atol=tolerance)
 
 
 @pytest.mark.parametrize("block", ["stacked", "residual"])  # the second hands bfloat16 to the output layer

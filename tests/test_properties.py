@@ -115,7 +115,7 @@ def test_both_kernels_agree(model, batch):
         assert_close(actual, expected, model.dtype)
 
 
-@settings(max_examples=8)
+@settings(max_examples=12)
 @given(models, batches(), fused)
 def test_a_batch_equals_the_equations(model, batch, is_fused):
     """Against tests/reference.py."""

@@ -183,8 +183,7 @@ def test_autocast_on_a_cpu(model, kernel, length):
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
-@pytest.mark.slow  # seconds of compiling
-@pytest.mark.parametrize("block", ["stacked", "residual_narrow"])
+@pytest.mark.parametrize("block", [pytest.param("stacked", marks=pytest.mark.slow), "residual_narrow"])
 def test_a_compiled_training_step_is_the_same(block):
     torch._dynamo.reset()
     model = make_model(**CONFIGS[block]).train()

@@ -1,5 +1,8 @@
 """What a config can say, and what it refuses to."""
 
+import copy
+import math
+import pickle
 from itertools import pairwise
 
 import pytest
@@ -41,12 +44,99 @@ def test_widths_from_embedding_to_output(config, sizes):
             r"`embedding_size` \(8\) must equal `hidden_size` \(512\) .* add a layer, or set `tie_word_embeddings=False`",
         ),
         ({"hidden_size": "512"}, "hidden_size"),
+        ({"forget_gate_bias": math.nan}, r"`forget_gate_bias` \(nan\) must be a finite number"),
+        ({"forget_gate_bias": -math.inf}, r"`forget_gate_bias` \(-inf\) must be a finite number"),
+        ({"initializer_range": math.inf}, r"`initializer_range` \(inf\) is a standard deviation: .* finite"),
+        ({"initializer_range": math.nan}, r"`initializer_range` \(nan\) is a standard deviation: .* finite"),
+        ({"rms_norm_eps": math.inf}, r"`rms_norm_eps` \(inf\) must be at least 0, and finite"),
+        (
+            {"rms_norm_eps": math.nan, "block_type": "residual"},
+            r"`rms_norm_eps` \(nan\) must be at least 0, and finite",
+        ),
+        ({"rms_norm_eps": -1e-6}, r"`rms_norm_eps` \(-1e-06\) must be at least 0"),
     ],
     ids=str,
 )
-def test_numbers_that_contradict_each_other_are_refused(config, message):
+@pytest.mark.parametrize("way", ["made", "updated", "loaded"])
+def test_numbers_that_contradict_each_other_are_refused(way, config, message, saved_config):
+    existing = LSTMConfig()
+    before = existing.to_dict()
     with pytest.raises(StrictDataclassError, match=message):
-        LSTMConfig(**config)
+        {
+            "made": lambda: LSTMConfig(**config),
+            "updated": lambda: existing.update(config),
+            "loaded": lambda: AutoConfig.from_pretrained(saved_config, **config),
+        }[way]()
+
+    assert existing.to_dict() == before
+
+
+@pytest.fixture(scope="module")
+def saved_config(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("config")
+    LSTMConfig().save_pretrained(folder)
+    return folder
+
+
+def test_a_single_field_is_validated_when_it_is_set():
+    config = LSTMConfig(hidden_size=6)
+
+    with pytest.raises(StrictDataclassError, match=r"`hidden_size` \(0\) must be at least 1"):
+        config.hidden_size = 0
+    with pytest.raises(StrictDataclassError, match=r"`num_hidden_layers` \(1000000000000\) must be at most 10,000"):
+        config.num_hidden_layers = 10**12
+    with pytest.raises(StrictDataclassError, match="must be at least 1"):
+        config.update_from_string("num_hidden_layers=3,hidden_size=0")
+
+    assert config.cell_sizes == [6, 6]
+
+
+@pytest.mark.parametrize("way", ["set", "update", "update_from_string", "from_pretrained"])
+def test_what_a_default_was_derived_from_is_followed(way, saved_config):
+    config = AutoConfig.from_pretrained(saved_config)  # the file says `"embedding_size": 512`
+    if way == "set":
+        config.num_hidden_layers, config.hidden_size, config.block_type = 3, 64, "residual"
+    elif way == "update":
+        config.update({"hidden_size": 64, "block_type": "residual", "num_hidden_layers": 3})
+    elif way == "update_from_string":
+        config.update_from_string("hidden_size=64,num_hidden_layers=3,block_type=residual")
+    else:
+        config = AutoConfig.from_pretrained(saved_config, num_hidden_layers=3, hidden_size=64, block_type="residual")
+
+    expected = LSTMConfig(hidden_size=64, num_hidden_layers=3, block_type="residual")
+    assert (config.embedding_size, config.initializer_range) == (64, 0.02)
+    assert config.to_diff_dict() == expected.to_diff_dict()
+
+
+def test_a_value_that_is_given_is_no_default():
+    config = LSTMConfig(embedding_size=8, initializer_range=0.1)
+
+    config.update({"hidden_size": 64, "block_type": "residual"})
+    assert (config.embedding_size, config.initializer_range) == (8, 0.1)
+    config.update({"embedding_size": 64, "hidden_size": 32})  # 64 is what the default was, and is asked for here
+    assert config.embedding_size == 64
+    config.embedding_size = None
+    assert config.embedding_size == 32
+
+
+def test_fields_set_together_are_validated_after_the_last():
+    config = LSTMConfig()
+
+    config.update({"embedding_size": 8, "num_hidden_layers": 1, "tie_word_embeddings": False})
+
+    assert config.cell_sizes == [512]
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda config: pickle.loads(pickle.dumps(config))])
+def test_copies_of_a_config_are_validated_too(copied):
+    original = LSTMConfig(hidden_size=6)
+
+    config = copied(original)
+    config.hidden_size = 4
+
+    assert (config.embedding_size, original.embedding_size) == (4, 6)
+    with pytest.raises(StrictDataclassError, match=r"`vocab_size` \(0\) must be at least 1"):
+        config.vocab_size = 0
 
 
 def test_configs_come_back(tmp_path):

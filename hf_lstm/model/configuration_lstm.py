@@ -1,6 +1,8 @@
 """The configuration of an LSTM language model."""
 
+import copy
 import math
+from contextlib import contextmanager
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -59,7 +61,9 @@ class LSTMConfig(PreTrainedConfig):
 
     Raises:
         huggingface_hub.errors.StrictDataclassError: with the `ValueError` that says why, where a size is below 1, a
-            number is of the wrong type, or the embeddings cannot be tied.
+            number is of the wrong type or not finite, or the embeddings cannot be tied. So it is however a field is set:
+            `config.hidden_size = 64`, `update`, `update_from_string` and `from_pretrained(path, hidden_size=64)` derive
+            anew what a default was derived from, validate, and set nothing if anything is refused.
     """
 
     model_type = "hf_lstm"
@@ -91,13 +95,70 @@ class LSTMConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = 3
 
     def __post_init__(self, **kwargs):
-        if isinstance(self.num_hidden_layers, int) and self.num_hidden_layers > MAX_LAYERS:  # before lists of them
-            raise ValueError(f"`num_hidden_layers` ({self.num_hidden_layers}) must be at most {MAX_LAYERS:,}.")
-        if self.embedding_size is None:
-            self.embedding_size = self.hidden_size
-        if self.initializer_range is None:
-            self.initializer_range = 0.2 if self.block_type == "stacked" else 0.02
+        self.validate_depth()
+        self._derive(set(), {})
         super().__post_init__(**kwargs)
+        self._is_complete = True
+
+    def __setattr__(self, name, value):
+        """Set a field of a complete config as `update` does: what follows from it is derived again, and all is validated."""
+        if "_changes" in vars(self):
+            self._changes[name] = value
+        elif name in type(self).__dataclass_fields__ and vars(self).get("_is_complete"):
+            self._apply({name: value})
+        else:
+            super().__setattr__(name, value)
+
+    def update(self, config_dict):
+        """Set fields together: they are validated after the last, and none is set if any is refused."""
+        with self._together():
+            super().update(config_dict)
+
+    def update_from_string(self, update_str):
+        """Set the fields of `"hidden_size=64,num_hidden_layers=3"`, as `update` does."""
+        with self._together():
+            super().update_from_string(update_str)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """Make a config of a dict, then set the fields among the other arguments, as `update` does."""
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
+        made = super().from_dict(config_dict, **kwargs)
+        (made[0] if isinstance(made, tuple) else made).update(changes)
+        return made
+
+    @contextmanager
+    def _together(self):
+        vars(self)["_changes"] = {}
+        try:
+            yield
+            changes = self._changes
+        finally:
+            del vars(self)["_changes"]
+        self._apply(changes)
+
+    def _apply(self, changes):
+        changed = copy.copy(self)
+        vars(changed)["_is_complete"] = False
+        for name, value in changes.items():
+            setattr(changed, name, value)
+        changed._derive(changes.keys(), self._defaults())
+        changed.validate()
+        vars(self).update(vars(changed), _is_complete=True)
+
+    def _defaults(self) -> dict:
+        """The fields whose defaults follow from other fields."""
+        return {
+            "embedding_size": self.hidden_size,
+            "initializer_range": 0.2 if self.block_type == "stacked" else 0.02,
+        }
+
+    def _derive(self, given, former_defaults):
+        """Set what was left to its default: None, or, as saved files hold it, the former default itself."""
+        for name, default in self._defaults().items():
+            value = getattr(self, name)
+            if value is None or (name not in given and value == former_defaults.get(name)):
+                setattr(self, name, default)
 
     @property
     def layer_types(self) -> list[str]:
@@ -110,6 +171,11 @@ class LSTMConfig(PreTrainedConfig):
         narrows = self.tie_word_embeddings and self.block_type == "stacked"
         last = self.embedding_size if narrows else self.hidden_size
         return [self.hidden_size] * (self.num_hidden_layers - 1) + [last]
+
+    def validate_depth(self):
+        """Run before any list of layers is made."""
+        if self.num_hidden_layers > MAX_LAYERS:
+            raise ValueError(f"`num_hidden_layers` ({self.num_hidden_layers}) must be at most {MAX_LAYERS:,}.")
 
     def validate_sizes(self):
         for name in ("vocab_size", "hidden_size", "embedding_size", "num_hidden_layers"):
@@ -126,9 +192,13 @@ class LSTMConfig(PreTrainedConfig):
                 f"parameters: at most {MAX_PARAMETERS:.0e} are built."
             )
 
-    def validate_initializer_range(self):
-        if self.initializer_range < 0:
-            raise ValueError(f"`initializer_range` ({self.initializer_range}) is a standard deviation: at least 0.")
+    def validate_initialization(self):
+        if not 0 <= self.initializer_range < math.inf:
+            raise ValueError(
+                f"`initializer_range` ({self.initializer_range}) is a standard deviation: at least 0, and finite."
+            )
+        if not math.isfinite(self.forget_gate_bias):
+            raise ValueError(f"`forget_gate_bias` ({self.forget_gate_bias}) must be a finite number, such as 1.")
 
     @property
     def output_size(self) -> int:
@@ -143,6 +213,8 @@ class LSTMConfig(PreTrainedConfig):
             )
         if self.intermediate_size is not None and self.intermediate_size < 1:
             raise ValueError(f"`intermediate_size` ({self.intermediate_size}) must be at least 1, or None for no MLP.")
+        if not 0 <= self.rms_norm_eps < math.inf:
+            raise ValueError(f"`rms_norm_eps` ({self.rms_norm_eps}) must be at least 0, and finite: 1e-6, say.")
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"`hidden_act` ({self.hidden_act}) must be one of {', '.join(ACT2FN)}.")
 
@@ -196,11 +268,15 @@ class LSTMConfig(PreTrainedConfig):
 
     def to_dict(self):
         """The fields, and the `auto_map` that lets a saved model load where hf_lstm is not installed."""
-        return super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+        fields = super().to_dict() | {"auto_map": dict(AUTO_MAP)}
+        return {name: value for name, value in fields.items() if name not in ("_is_complete", "_changes")}
 
 
 # No LSTM was ever so large: a file that asks for more is damaged, or means harm.
 MAX_PARAMETERS, MAX_LAYERS = 10**12, 10_000
+
+# Those that are of LSTMs: transformers sets its own, such as `dtype`, by rules of its own.
+FIELDS = frozenset(name for name in LSTMConfig.__annotations__ if name in LSTMConfig.__dataclass_fields__)
 
 DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 

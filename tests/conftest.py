@@ -38,6 +38,7 @@ EXPECTED_LOGS = (
     "mtime may not be reliable",  # checkpoints written within a second
     "The speedups for torchdynamo",  # on a CPU
     "[Request received]",  # a server says so of every request
+    "so we will NOT tie them",  # of an output layer that was made apart, as it says of Llama's
     "LOAD REPORT",  # an LSTMModel leaves the output layer of a language model out
 )
 

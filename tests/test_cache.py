@@ -234,3 +234,42 @@ def assert_continues(model, cache, ids, read=5):
     """`cache` has read the first tokens of `ids`."""
     actual = model(ids[:, read:], past_key_values=cache).logits
     torch.testing.assert_close(actual, model(ids).logits[:, read:], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "static"])
+@pytest.mark.parametrize("change", ["crop", "reorder", "copy", "reset"])
+def test_the_last_output_and_document_go_wherever_the_state_goes(kind, change):
+    model = make_model(block_type="residual", initializer_range=0.2)
+    seq_idx, padding = torch.tensor([[1] * 6, [1] * 3 + [2] * 3, [4] * 6]), torch.zeros(3, 2)
+    cache = new_cache(kind, model.config)
+    layer = cache.layers[0]
+    model(IDS[:, :4], seq_idx=seq_idx[:, :4], past_key_values=cache)
+    rows, length = torch.arange(3), 4
+    if change == "crop":
+        cache.activate_past_recording()
+    model(IDS[:, 4:6], seq_idx=seq_idx[:, 4:6], past_key_values=cache)
+    model(IDS[:, 6:7], past_key_values=cache)
+    if change == "crop":
+        cache.crop(-2)
+        length = 5
+    elif change == "reorder":
+        rows, length = torch.tensor([2, 0, 0]), 7
+        cache.reorder_cache(rows)
+    elif change == "copy":
+        length, cache = 7, copy.deepcopy(cache)
+        layer.held.zero_()
+    else:
+        cache.reset()
+
+    actual = model(IDS[:, :2], attention_mask=padding, past_key_values=cache).logits[:, 0]
+
+    if change == "reset":
+        assert not actual.any()
+        assert torch.equal(
+            model(IDS, seq_idx=seq_idx.repeat(1, 2), past_key_values=cache).logits,
+            model(IDS, seq_idx=seq_idx.repeat(1, 2)).logits,
+        )
+        return
+    expected = model(IDS[:, :length], seq_idx=torch.cat([seq_idx, seq_idx[:, -1:]], dim=1)[:, :length]).logits[:, -1]
+    torch.testing.assert_close(actual, expected[rows], rtol=0, atol=1e-10)
+    assert cache.layers[0].document.tolist() == seq_idx[rows, min(length, 6) - 1].tolist()

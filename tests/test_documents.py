@@ -95,3 +95,36 @@ def test_seq_idx_changes_across_padding(model, kernel):
 def test_a_tensor_that_does_not_fit_is_refused(name):
     with pytest.raises(ValueError, match=rf"`{name}` of shape \(1, 11\) must be \(1, 12\)"):
         make_model()(IDS, **{name: POSITIONS[:, :11]})
+
+
+@pytest.mark.parametrize("cut", range(1, 9))
+def test_documents_given_in_chunks_start_where_their_number_changes(model, cut):
+    """A change between the last token of one call and the first of the next is seen, whatever padding lies between."""
+    ids, mask = make_ids(2, 9), torch.tensor([[1, 1, 1, 0, 0, 0, 1, 1, 1], [0, 0, 0, 1, 1, 1, 1, 1, 0]])
+    seq_idx = torch.tensor([[0, 0, 0, 0, 1, 1, 1, 2, 2], [5, 5, 5, 6, 6, 6, 6, 6, 7]])
+    whole = model(ids, seq_idx=seq_idx, attention_mask=mask).logits
+
+    cache, parts = DynamicCache(config=model.config), []
+    for part in (slice(cut), slice(cut, None)):
+        batch = {"seq_idx": seq_idx[:, part], "attention_mask": mask[:, part], "past_key_values": cache}
+        parts.append(model(ids[:, part], **batch).logits)
+
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-10)
+
+
+def test_a_document_goes_on_where_no_number_is_told(model):
+    ids, seq_idx = make_ids(2, 9), torch.tensor([[3] * 6 + [4] * 3] * 2)
+    expected = model(ids, seq_idx=seq_idx).logits[:, 6:]
+
+    cache = DynamicCache(config=model.config)
+    model(ids[:, :3], seq_idx=seq_idx[:, :3], past_key_values=cache)
+    model(ids[:, 3:6], past_key_values=cache)
+    actual = model(ids[:, 6:], seq_idx=seq_idx[:, 6:], past_key_values=cache).logits
+
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("places", [[0, 4, 13], [0, 4, 99], [-1, 12]], ids=str)
+def test_document_starts_beyond_the_batch_are_refused(places):
+    with pytest.raises(ValueError, match=r"`cu_seq_lens_q` \(-?\d+ to \d+\) must lie between 0 and 12, the tokens of"):
+        make_model()(IDS, cu_seq_lens_q=torch.tensor(places))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import make_ids, make_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 IDS = make_ids(3, 6)
 MASK = torch.tensor([[1] * 6, [0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 1, 1]])
@@ -105,6 +105,62 @@ def test_generation_stops_at_the_end_of_a_text(model):
     stopped = model.generate(IDS[:1], max_new_tokens=12, eos_token_id=end, do_sample=False)
 
     assert stopped[0].tolist() == written[0, : written[0, 6:].tolist().index(end) + 7].tolist()
+
+
+@pytest.mark.parametrize("pad", [0, "end"], ids=str)
+@pytest.mark.parametrize("cache", [{}, {"cache_implementation": "static"}], ids=str)
+def test_the_state_of_a_row_stays_where_the_row_ended(model, cache, pad):
+    """Text, mask and returned state agree, though `generate()` goes on writing padding into rows that have ended."""
+    free = generate(model, IDS, **STRATEGIES["greedy"])
+    end = free[0, 7].item()  # the second token that the first row writes
+    options = {"eos_token_id": end, "pad_token_id": end if pad == "end" else pad, "max_new_tokens": 12}
+    whole = torch.ones_like(IDS)
+    written = model.generate(
+        IDS, attention_mask=whole, do_sample=False, return_dict_in_generate=True, **options, **cache
+    )
+    text, past = written.sequences, written.past_key_values
+    behind_end = (text[:, 6:] == end).cumsum(1).cumsum(1) > 1
+    mask = torch.cat([whole, (~behind_end).long()], dim=1)
+    assert not mask.all()
+    new = make_ids(3, 3, seed=5)
+    text, mask = torch.cat([text, new], dim=1), torch.cat([mask, torch.ones_like(new)], dim=1)
+
+    together = model(text[:, past.get_seq_length() :], attention_mask=mask, past_key_values=past).logits[:, -1]
+
+    for row, real in enumerate(mask.bool()):
+        alone = model(text[row : row + 1, real]).logits[0, -1]
+        torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-10)
+
+
+def test_compiled_steps_hold_rows_that_have_ended():
+    model = make_model()
+    mask = torch.tensor([[1], [0], [1]])
+    states = []
+    for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
+        past = StaticCache(config=model.config, max_cache_len=8)
+        with torch.no_grad():
+            model(IDS, past_key_values=past)
+            call(IDS[:, :1], attention_mask=mask, past_key_values=past)
+        states.append([(layer.keys, layer.values) for layer in past.layers])
+
+    torch.testing.assert_close(states[1], states[0])
+
+
+def test_a_right_padded_prompt_in_chunks_equals_the_prompt_at_once(model):
+    mask = MASK.flip(1)
+    options = {"output_logits": True, "return_dict_in_generate": True, **STRATEGIES["greedy"]}
+    expected = generate(model, IDS, mask, **options)
+
+    actual = generate(model, IDS, mask, prefill_chunk_size=2, **options)
+
+    torch.testing.assert_close(actual.logits, expected.logits, rtol=0, atol=1e-10)
+
+
+def test_token_types_say_nothing(model):
+    """BERT's kind of tokenizer gives them with each text."""
+    expected = generate(model, IDS, **STRATEGIES["greedy"])
+
+    assert torch.equal(generate(model, IDS, token_type_ids=torch.ones_like(IDS), **STRATEGIES["greedy"]), expected)
 
 
 def test_class_names_keep_the_cache():

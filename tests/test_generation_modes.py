@@ -5,10 +5,11 @@ import functools
 import pytest
 import torch
 from conftest import make_ids, make_model
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import LogitsProcessor
 
-from hf_lstm import byte_tokenizer
+from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
 
 IDS = make_ids(2, 6)
 MASK = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
@@ -113,7 +114,11 @@ def test_the_first_layers_draft_for_all(model):
     expected = generate(model, IDS[:1], max_new_tokens=30)
 
     if len(set(model.config.cell_sizes)) > 1:
-        with pytest.raises(ValueError, match="The first 1 layers end 12 wide, and the output layer takes 8"):
+        with pytest.raises(ValueError, match="The first 2 layers end 12 wide, and the output layer takes 8"):
+            generate(model, IDS[:1], assistant_early_exit=2)
+        with pytest.raises(
+            StrictDataclassError, match=r"must equal `hidden_size` .* `assistant_early_exit=1` included"
+        ):
             generate(model, IDS[:1], assistant_early_exit=1)
         return
     assert generate(model, IDS[:1], max_new_tokens=30, assistant_early_exit=1).tolist() == expected.tolist()
@@ -249,3 +254,36 @@ def assert_state_is_that_of(model, sequences, cache):
     assert cache.get_seq_length() == sequences.shape[1] - 1
     for layer, wanted in zip(cache.layers, expected.layers, strict=True):
         torch.testing.assert_close((layer.keys, layer.values), (wanted.keys, wanted.values), rtol=0, atol=1e-10)
+
+
+VOCABULARIES = {
+    "Chinese characters": lambda: char_tokenizer(["春眠不覺曉，處處聞啼鳥。"]),
+    "Chinese characters or bytes": lambda: char_tokenizer(["春眠不覺曉，處處聞啼鳥。"], byte_fallback=True),
+    "DNA": lambda: char_tokenizer(["ACGT\n"]),
+    "words": lambda: word_tokenizer(["the quick brown fox jumps over\nlazy dogs"]),
+    "words of raw text": lambda: word_tokenizer(["the quick brown fox jumps over\nlazy dogs"], split="unicode"),
+    "bytes": byte_tokenizer,
+    "pieces": lambda: bpe_tokenizer(["the quick brown fox jumps over the lazy dogs"] * 3, 280),
+}
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+def test_stop_strings_stop_at_their_last_token(vocabulary, length):
+    tokenizer = VOCABULARIES[vocabulary]()
+    model = make_model(vocab_size=len(tokenizer))
+    ids = torch.randint(4, len(tokenizer), (2, 3), generator=torch.Generator().manual_seed(0))
+    free = generate(model, ids[:1], suppress_tokens=[0, 1, 2, 3])[0]
+    texts = [tokenizer.decode(free[:end]) for end in range(len(free) + 1)]
+    stop = texts[-1][len(texts[3]) + 2 :][:length].replace("\ufffd", "\n") or "x"
+
+    options = {"stop_strings": [stop, "~~"], "tokenizer": tokenizer, "suppress_tokens": [0, 1, 2, 3]}
+    written = [generate(model, ids[:1], use_cache=cached, **options)[0].tolist() for cached in (True, False)]
+
+    ends = [end for end in range(4, 19) if texts[end].rfind(stop) > len(texts[end - 1]) - len(stop)]
+    assert written == [free[: ends[0] if ends else 19].tolist()] * 2
+
+
+def test_stop_strings_need_the_tokenizer():
+    with pytest.raises(ValueError, match="you must pass the model's tokenizer"):
+        generate(make_model(), stop_strings=["x"])

@@ -8,6 +8,7 @@ import torch
 from accelerate import cpu_offload
 from conftest import make_ids, make_model
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
 from hf_lstm.model import kernels_lstm, modeling_lstm
@@ -155,11 +156,22 @@ def with_hook(model):
     model.model.layers[0].input_gates.register_forward_hook(lambda module, inputs, output: output)
 
 
+def with_backward_hook(model):
+    model.model.layers[0].hidden_gates.register_full_backward_hook(lambda module, inputs, outputs: None)
+
+
+def with_backward_pre_hook(model):
+    model.model.layers[0].hidden_gates.register_full_backward_pre_hook(lambda module, outputs: None)
+
+
 def with_pruning(model):
     prune.identity(model.model.layers[0].hidden_gates, "weight")
 
 
-@pytest.mark.parametrize("change", [with_adapter, with_hook, with_pruning, cpu_offload])
+@pytest.mark.filterwarnings("ignore:Full backward hook")
+@pytest.mark.parametrize(
+    "change", [with_adapter, with_hook, with_backward_hook, with_backward_pre_hook, with_pruning, cpu_offload]
+)
 def test_whatever_a_module_does_is_done(taken, change):
     model = make_model()
     expected = model(IDS).logits.detach()
@@ -196,3 +208,124 @@ def test_weights_in_one_piece_are_the_same_weights(monkeypatch, weight_dropout):
     assert pieces == [False] * 2 + [True] * 2
     for separate, together in zip(*results, strict=True):
         assert torch.equal(separate, together)
+
+
+GLOBAL_HOOKS = {
+    "forward": lambda seen: nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(module)),
+    "forward_pre": lambda seen: nn.modules.module.register_module_forward_pre_hook(
+        lambda module, *_: seen.append(module)
+    ),
+    "backward": lambda seen: nn.modules.module.register_module_full_backward_hook(
+        lambda module, *_: seen.append(module)
+    ),
+    "backward_pre": lambda seen: nn.modules.module.register_module_full_backward_pre_hook(
+        lambda module, *_: seen.append(module)
+    ),
+}
+
+
+BEFORE_INPUTS = pytest.mark.filterwarnings("ignore:(Full|For) backward hook")  # the first h has no gradient
+SCRIPTED = pytest.mark.filterwarnings(
+    "ignore:`torch.jit.script` is deprecated"
+)  # by torch itself, for some derivatives
+
+
+@BEFORE_INPUTS
+@pytest.mark.parametrize("kind", GLOBAL_HOOKS)
+def test_hooks_of_all_modules_see_the_gates(kind):
+    """Profilers register them."""
+    model, seen = make_model(), []
+    hook = GLOBAL_HOOKS[kind](seen)
+    try:
+        model(IDS, labels=IDS).loss.backward()
+    finally:
+        hook.remove()
+
+    assert {layer.hidden_gates for layer in model.model.layers} <= set(seen)
+
+
+@BEFORE_INPUTS
+def test_a_hook_sees_the_gradient_of_every_step():
+    model, gradients = make_model(), []
+    model.model.layers[0].hidden_gates.register_full_backward_hook(
+        lambda module, inputs, outputs: gradients.append(outputs[0])
+    )
+
+    model(IDS, labels=IDS).loss.backward()
+
+    assert len(gradients) == IDS.shape[1]
+
+
+def test_a_default_device_leaves_the_kernel_alone():
+    model = make_model()
+    expected = model(IDS, attention_mask=MASK).logits
+
+    with torch.device("meta"):
+        actual = model(IDS, attention_mask=MASK.clone(), use_cache=False).logits
+
+    assert torch.equal(actual, expected)
+
+
+TRANSFORMED = {
+    "plain": {},
+    "residual": {"block_type": "residual", "initializer_range": 0.2},
+    "chunked": {"loss_chunk_size": 4},
+    "adaptive": {"adaptive_softmax_cutoffs": [8, 20], "tie_word_embeddings": False, "hidden_size": 16},
+}
+MASK = torch.tensor([[0] * 3 + [1] * 17, [1] * 9 + [0] * 2 + [1] * 5 + [0] * 4])
+
+
+@pytest.fixture(params=TRANSFORMED)
+def example_losses(request):
+    """A model, and the loss of one example as a function of its parameters, for `torch.func`."""
+    model = make_model(**TRANSFORMED[request.param]).train()
+    positions, documents = torch.arange(20) % 7, torch.arange(20) // 9
+
+    def example_loss(parameters, ids, mask):
+        batch = {"input_ids": ids, "labels": ids, "attention_mask": mask}
+        batch |= {"position_ids": positions, "seq_idx": documents}
+        batch = {name: tensor[None] for name, tensor in batch.items()} | {"cu_seq_lens_q": torch.tensor([0, 5, 20])}
+        return torch.func.functional_call(model, parameters, (), batch).loss
+
+    return model, example_loss
+
+
+def test_gradients_of_each_example_equal_a_loop_over_examples(example_losses):
+    model, example_loss = example_losses
+    parameters = dict(model.named_parameters())
+
+    gradients = torch.func.vmap(torch.func.grad(example_loss), in_dims=(None, 0, 0))(parameters, IDS, MASK)
+
+    for row in range(len(IDS)):
+        expected = torch.autograd.grad(example_loss(parameters, IDS[row], MASK[row]), list(parameters.values()))
+        for (name, gradient), one in zip(gradients.items(), expected, strict=True):
+            torch.testing.assert_close(gradient[row], one, rtol=1e-10, atol=1e-10, msg=name)
+
+
+@SCRIPTED
+def test_forward_mode_derivatives_equal_those_of_backward_mode(model):
+    parameters = dict(model.named_parameters())
+    directions = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
+
+    def score(parameters):
+        logits = torch.func.functional_call(model, parameters, (), {"input_ids": IDS, "attention_mask": MASK}).logits
+        return logits.square().mean()
+
+    _, forward = torch.func.jvp(score, (parameters,), (directions,))
+    backward = sum(gradient.sum() for gradient in torch.func.grad(score)(parameters).values())
+    expected = sum(gradient.sum() for gradient in torch.autograd.grad(score(parameters), list(parameters.values())))
+
+    torch.testing.assert_close(forward, expected, rtol=1e-10, atol=0)
+    torch.testing.assert_close(backward, expected, rtol=1e-10, atol=0)
+
+
+@SCRIPTED
+def test_dual_numbers_pass_outside_of_transforms(model):
+    embeddings = model.get_input_embeddings()(IDS).detach()
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(embeddings, torch.ones_like(embeddings))
+        tangent = forward_ad.unpack_dual(model(inputs_embeds=dual).logits).tangent
+
+    difference = (model(inputs_embeds=embeddings + 1e-6).logits - model(inputs_embeds=embeddings - 1e-6).logits) / 2e-6
+    torch.testing.assert_close(tangent, difference, rtol=1e-5, atol=1e-6)

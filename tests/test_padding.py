@@ -69,6 +69,70 @@ def test_a_padded_second_turn_continues_each_row(model, kernel, width):
             torch.testing.assert_close(together[row, new[row].bool()], whole, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_padding_repeats_the_last_output_of_an_earlier_call(model, length):
+    whole = model(IDS, attention_mask=MASK).logits
+
+    cache = DynamicCache(config=model.config)
+    calls = zip(IDS.split(length, dim=1), MASK.split(length, dim=1), strict=True)
+    parts = [model(ids, attention_mask=mask, past_key_values=cache).logits for ids, mask in calls]
+
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=0, atol=1e-10)
+
+
+LOSSES = {
+    "plain": {},
+    "chunked": {"loss_chunk_size": 4},
+    "adaptive": {"adaptive_softmax_cutoffs": [8, 20], "tie_word_embeddings": False, "hidden_size": 16},
+    "penalties": {"activation_regularization": 2.0, "temporal_activation_regularization": 1.0},
+    "residual": {"block_type": "residual", "activation_regularization": 2.0},
+}
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_the_loss_is_that_of_the_rows_alone(loss, side, ignore_index):
+    model = make_model(**LOSSES[loss]).train()
+    mask = torch.tensor([[1] * 12, [int(bit) for bit in MASKS[side]]])
+    labels = IDS[:2].masked_fill(mask == 0, ignore_index)  # as collators write them
+    alone, targets = [], 0
+    for row, real in enumerate(mask.bool()):
+        ids = IDS[row : row + 1, real]
+        output = model(ids, labels=ids, num_items_in_batch=1)
+        alone.append((output.loss, output.regularization_loss or 0))
+        targets += ids.shape[1] - 1
+
+    together = model(IDS[:2], attention_mask=mask, labels=labels, ignore_index=ignore_index)
+
+    expected, penalty = (sum(values) / targets for values in zip(*alone, strict=True))
+    torch.testing.assert_close(together.loss, expected, rtol=1e-6, atol=0)  # transformers' loss is in float32
+    torch.testing.assert_close(together.regularization_loss or 0.0, penalty or 0.0, rtol=1e-10, atol=0)
+
+
+def test_the_loss_of_a_padded_batch_is_the_sum_over_its_chunks():
+    model = make_model()
+    labels = IDS.masked_fill(MASK == 0, -100)
+    shift_labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+    whole = model(IDS, attention_mask=MASK, labels=labels, num_items_in_batch=1).loss
+
+    cache, total = DynamicCache(config=model.config), 0
+    for part in torch.arange(12).split(3):
+        batch = {"input_ids": IDS[:, part], "attention_mask": MASK[:, part], "shift_labels": shift_labels[:, part]}
+        total += model(**batch, past_key_values=cache, num_items_in_batch=1).loss
+
+    torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
+
+
+def test_the_loss_of_some_positions_is_theirs():
+    model = make_model()
+    expected = model(IDS[:, -5:], labels=IDS[:, -5:], past_key_values=model(IDS[:, :-5]).past_key_values).loss
+
+    actual = model(IDS, labels=IDS, logits_to_keep=5).loss
+
+    torch.testing.assert_close(actual, expected)
+
+
 def test_padding_has_no_part_in_gradients(kernel):
     padded, alone = make_model(), make_model()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_ids, make_model
+from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
 import hf_lstm
@@ -43,6 +44,45 @@ def test_embeddings_that_were_untied_are_saved(tmp_path):
     model.save_pretrained(tmp_path)
 
     assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
+
+
+def set_output_embeddings(model, layer):
+    model.set_output_embeddings(layer)
+
+
+def set_lm_head(model, layer):
+    model.lm_head = layer
+
+
+def set_weight(model, layer):
+    model.lm_head.weight = layer.weight
+
+
+@pytest.mark.parametrize("change", [set_output_embeddings, set_lm_head, set_weight])
+def test_an_output_layer_made_apart_is_saved(tmp_path, change):
+    """The tensors decide, as in Llama, and not the config, which goes on saying that they are tied."""
+    model = make_model(torch.float32)
+    change(model, torch.nn.Linear(12, 31, bias=False))
+    model.save_pretrained(tmp_path)
+
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert loaded.lm_head.weight is not loaded.model.embed_tokens.weight
+    loaded.save_pretrained(tmp_path / "again")
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "again")(IDS).logits, model(IDS).logits)
+
+
+def test_an_output_layer_that_is_the_embedding_is_saved_once(tmp_path):
+    model = make_model(torch.float32)
+    set_output_embeddings(model, torch.nn.Linear(12, 31, bias=False))
+    model.lm_head.weight = model.model.embed_tokens.weight
+    model.save_pretrained(tmp_path)
+
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert "lm_head.weight" not in file.keys()  # noqa: SIM118  it is no dict
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.model.embed_tokens.weight
 
 
 def test_the_base_model_loads_from_a_language_model(tmp_path, model):

@@ -1,6 +1,6 @@
 """The state of an LSTM as a layer of a transformers `Cache`, so that every mode of `generate()` can carry it.
 
-Shapes: B batch, T tokens of one call, H the width of the layer's cell.
+Shapes: B batch, T tokens of one call, H the width of the layer's cell, D that of the model's output.
 """
 
 import copy
@@ -9,7 +9,11 @@ import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
+from .segments_lstm import UNKNOWN
+
 LAYER_TYPE = "hf_lstm"
+KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN}
+"""The tensors that a layer keeps, and what each holds of a row that has read nothing."""
 MAX_HISTORY = 1024
 """Tokens that can be rolled back: more than any assistant drafts between two checks, and a bound on the memory."""
 
@@ -18,6 +22,9 @@ class LSTMCacheLayer(CacheLayerMixin):
     """
     The state of one LSTM layer: `keys` holds h and `values` holds c, each of shape `(B, H)` however many tokens were
     read. `update` replaces the tensors and never writes into them, so a state may be part of an autograd graph.
+
+    The first layer also keeps what no state says of the last token that each row has read (`remember`): `held`, the model's
+    output `(B, D)`, which padding repeats, and `document` `(B,)`, its `seq_idx`. Each is `None` where it is not needed.
 
     After `activate_past_recording()` the states of the last `MAX_HISTORY` tokens are kept too, until `crop` rolls some
     of them back or `crop(0)` accepts them.
@@ -33,12 +40,14 @@ class LSTMCacheLayer(CacheLayerMixin):
         super().__init__()
         self.cumulative_length = 0  # columns read, padding included: `generate()` slices its inputs with it
         self.record_past = False
-        self.past_keys = self.past_values = None  # (B, n + 1, H): the states after each of the last n tokens
+        self.held = self.document = None
+        # (B, n + 1, ...): the same after each of the last n tokens, and before them
+        self.past_keys = self.past_values = self.past_held = self.past_document = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of the state itself, without the history kept for rolling back."""
-        return self.keys.nbytes + self.values.nbytes if self.is_initialized else 0
+        return sum(state.nbytes for name in KEPT if (state := getattr(self, name)) is not None)
 
     def lazy_initialization(self, h: torch.Tensor, c: torch.Tensor) -> None:
         self.dtype, self.device = h.dtype, h.device
@@ -59,22 +68,44 @@ class LSTMCacheLayer(CacheLayerMixin):
                 h and c after each of them, `(B, T, H)`; needed while past states are recorded.
         """
         if self.record_past:
-            self._record(h, c, *trajectory)
+            for name, last, states in zip(("keys", "values"), (h, c), trajectory, strict=True):
+                self._record(name, last, states)
         if not self.is_initialized:
             self.lazy_initialization(h, c)
-        self._write(h, c)
+        self._set("keys", h)
+        self._set("values", c)
         self.cumulative_length += num_tokens
         return self.keys, self.values
 
-    def _write(self, h, c):
-        self.keys, self.values = h, c
+    def remember(self, num_tokens: int, held=None, document=None) -> None:
+        """
+        Replace what the first layer keeps of each row's last token.
 
-    def _record(self, h, c, h_trajectory, c_trajectory):
-        if self.past_keys is None:
-            start = self.get_state() or (torch.zeros_like(h), torch.zeros_like(c))
-            self.past_keys, self.past_values = (state.clone()[:, None] for state in start)
-        self.past_keys = torch.cat([self.past_keys, h_trajectory], dim=1)[:, -MAX_HISTORY - 1 :]
-        self.past_values = torch.cat([self.past_values, c_trajectory], dim=1)[:, -MAX_HISTORY - 1 :]
+        Args:
+            num_tokens (`int`): T.
+            held (`torch.Tensor` of shape `(B, T, D)`, *optional*): The model's output at each token of the call.
+            document (`torch.LongTensor` of shape `(B, T)`, *optional*): The `seq_idx` that each token leaves behind.
+        """
+        for name, states in (("held", held), ("document", document)):
+            kept = getattr(self, name)
+            if states is None and kept is not None and self.record_past:
+                states = kept[:, None].expand(-1, num_tokens, *kept.shape[1:])  # none is told: they go on
+            if states is None:
+                continue
+            last = states[:, -1].clone()  # a view would keep the whole call alive
+            if self.record_past:
+                self._record(name, last, states)
+            self._set(name, last)
+
+    def _set(self, name, state):
+        setattr(self, name, state)
+
+    def _record(self, name, last, states):
+        past = getattr(self, f"past_{name}")
+        if past is None:
+            start = getattr(self, name)
+            past = (torch.full_like(last, KEPT[name]) if start is None else start.clone())[:, None]
+        setattr(self, f"past_{name}", torch.cat([past, states], dim=1)[:, -MAX_HISTORY - 1 :])
 
     def activate_past_recording(self) -> None:
         """Keep the states of the coming tokens, so that `crop` can take tokens back."""
@@ -97,11 +128,13 @@ class LSTMCacheLayer(CacheLayerMixin):
                 f"`tokens_to_remove` ({tokens_to_remove}) must lie in [-{recorded}, 0], the tokens whose states were "
                 f"recorded: call `activate_past_recording()` before they are read (at most {MAX_HISTORY} are kept)."
             )
-        if removed:
-            h, c = self.past_keys[:, -1 - removed], self.past_values[:, -1 - removed]
-            self._write(h.clone(), c.clone())  # a view would keep the whole history alive
-            self.cumulative_length -= removed
-        self.past_keys = self.past_values = None
+        for name in KEPT:
+            past = getattr(self, f"past_{name}")
+            if removed and past is not None:
+                # a document may have been told after the recording began; a view would keep the whole history alive
+                self._set(name, past[:, max(0, past.shape[1] - 1 - removed)].clone())
+            setattr(self, f"past_{name}", None)
+        self.cumulative_length -= removed
 
     def detach_(self) -> None:
         """Cut the state from the autograd graph that made it: truncated backpropagation through time."""
@@ -109,7 +142,9 @@ class LSTMCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything: the next row count may differ."""
-        self.keys = self.values = self.past_keys = self.past_values = None
+        for name in KEPT:
+            setattr(self, name, None)
+            setattr(self, f"past_{name}", None)
         self.is_initialized = False
         self.cumulative_length = 0
 
@@ -131,7 +166,7 @@ class LSTMCacheLayer(CacheLayerMixin):
         return copied
 
     def _map(self, function) -> None:
-        for name in ("keys", "values", "past_keys", "past_values"):
+        for name in (*KEPT, *(f"past_{name}" for name in KEPT)):
             if (state := getattr(self, name)) is not None:
                 setattr(self, name, function(state))
 
@@ -157,28 +192,38 @@ class LSTMStaticCacheLayer(LSTMCacheLayer):
 
     def lazy_initialization(self, h, c):
         super().lazy_initialization(h, c)
-        self.keys, self.values = torch.empty_like(h), torch.empty_like(c)
         self.cumulative_length = self.cumulative_length.to(h.device)
-        if not is_torchdynamo_compiling():
-            for state in (self.keys, self.values, self.cumulative_length):
-                torch._dynamo.mark_static_address(state)  # as transformers' StaticLayer does
+        self._fix(self.cumulative_length)
 
-    def _write(self, h, c):
-        self.keys.copy_(h)
-        self.values.copy_(c)
+    def _set(self, name, state):
+        if getattr(self, name) is None:
+            setattr(self, name, torch.empty_like(state))
+            self._fix(getattr(self, name))
+        getattr(self, name).copy_(state)
+
+    def _fix(self, tensor):
+        if not is_torchdynamo_compiling():
+            torch._dynamo.mark_static_address(tensor)  # as transformers' StaticLayer does
 
     def reset(self):
         """Back to the zero state, in the same tensors."""
-        self.past_keys = self.past_values = None
-        if self.is_initialized:
-            self.keys.zero_()
-            self.values.zero_()
+        for name, nothing in KEPT.items():
+            setattr(self, f"past_{name}", None)
+            if (state := getattr(self, name)) is not None:
+                state.fill_(nothing)
         self.cumulative_length.zero_()
 
     def reorder_cache(self, beam_idx):
-        if self.is_initialized:
-            rows = beam_idx.to(self.keys.device)
-            self._write(self.keys.index_select(0, rows), self.values.index_select(0, rows))
+        for name in KEPT:
+            if (state := getattr(self, name)) is not None:
+                self._set(name, state.index_select(0, beam_idx.to(state.device)))
+
+
+def rows_that_read(cache: Cache | None) -> torch.Tensor | None:
+    """`(B,)`: which rows have read a token, and so left the zero state; `None` if none has."""
+    layer = cache.layers[0] if isinstance(cache, Cache) and cache.layers else None
+    state = layer.get_state() if hasattr(layer, "get_state") else None
+    return None if state is None else (state[0] != 0).any(dim=1)
 
 
 def fitting_layers(cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int]) -> list | None:

@@ -260,7 +260,8 @@ class LSTMConfig(PreTrainedConfig):
         if stacked and self.cell_sizes[0] != self.hidden_size:
             raise ValueError(
                 f"`embedding_size` ({self.embedding_size}) must equal `hidden_size` ({self.hidden_size}) when a single "
-                "layer lies between tied embeddings: make them equal, add a layer, or set `tie_word_embeddings=False`."
+                "layer lies between tied embeddings, `assistant_early_exit=1` included: make them equal, add a layer, or set "
+                "`tie_word_embeddings=False`."
             )
 
     def validate_layer_type(self):

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .kernels_lstm import at_least_float32, is_plain
+from .kernels_lstm import at_least_float32, is_plain, is_transformed
 
 
 class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
@@ -36,14 +36,47 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
         return -output.to(at_least_float32(dtype)).sum() + 0 * unused
 
 
+def find_targets(
+    labels, length, kept, attention_mask=None, read_before=None, shift_labels=None, ignore_index=-100, **kwargs
+) -> torch.Tensor | None:
+    """
+    The target of each position: the token behind it, unless that follows no real token of its row, as the first one does
+    behind padding on the left, for then nothing predicts it.
+
+    Args:
+        labels (`(B, T)`, *optional*): The tokens themselves.
+        length (`int`): T.
+        kept (`slice` or `torch.Tensor`): The positions that are asked for.
+        attention_mask (`(B, T)`, *optional*): 0 marks padding; the last `T` columns of a wider one count.
+        read_before (`(B,)`, *optional*): Which rows have read a token in earlier calls.
+        shift_labels (`(B, T)`, *optional*): The target of each position, used instead of `labels`.
+        ignore_index (`int`, defaults to -100): What stands where there is no target.
+
+    Returns:
+        `(B, T)`, of the positions kept; `None` without labels.
+    """
+    if labels is None and shift_labels is None:
+        return None
+    if shift_labels is None:
+        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+    targets = shift_labels[:, kept] if shift_labels.shape[1] == length else shift_labels  # they may be of those alone
+    targets = targets.contiguous()  # transformers' loss looks at it as one line
+    if attention_mask is None:
+        return targets
+    follows = (attention_mask[:, -length:] != 0).cumsum(dim=1) > 0
+    if read_before is not None:
+        follows = follows | read_before[:, None].to(follows.device)
+    return targets.masked_fill(~follows[:, kept].to(targets.device), ignore_index)
+
+
 def loss_without_logits(
-    hidden, lm_head, labels, chunk_size=None, shift_labels=None, num_items_in_batch=None, ignore_index=-100, **kwargs
+    hidden, lm_head, targets, chunk_size=None, num_items_in_batch=None, ignore_index=-100, **kwargs
 ) -> torch.Tensor:
     """
     Args:
         hidden (`(B, T, D)`): What the output layer takes.
         lm_head (`nn.Linear` or `AdaptiveSoftmax`): The output layer; a linear one of weight `(V, D)`.
-        labels (`(B, T)`): The tokens themselves, unless `shift_labels` `(B, T)` names each position's target.
+        targets (`(B, T)`): The target of each position.
         chunk_size (`int`, *optional*): C, for a linear one.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): What the sum is divided by; else the number of targets.
         ignore_index (`int`, defaults to -100): What stands where there is no target.
@@ -61,14 +94,17 @@ def loss_without_logits(
             f"{type(lm_head).__module__}.{type(lm_head).__name__}, or has hooks: set `model.config.loss_chunk_size = None`, "
             "or leave `lm_head` out of the adapter's `target_modules`."
         )
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-    targets = shift_labels.flatten().to(hidden.device)
+    targets = targets.flatten().to(hidden.device)
     kept = targets != ignore_index
-    hidden, targets = hidden.flatten(0, 1)[kept], targets[kept]
-    if is_adaptive:
-        total = lm_head.sum_of_losses(hidden, targets)
+    hidden = hidden.flatten(0, 1)
+    if is_transformed():  # no shape may depend on numbers, and the sum of chunks has no rule
+        scores = lm_head(hidden[None])[0]
+        scores = scores.to(at_least_float32(scores.dtype))
+        total = F.cross_entropy(scores, targets, ignore_index=ignore_index, reduction="sum")
+    elif is_adaptive:
+        total = lm_head.sum_of_losses(hidden[kept], targets[kept])
     else:
+        hidden, targets = hidden[kept], targets[kept]
         total = _SumOfCrossEntropies.apply(hidden, lm_head.weight, targets, chunk_size)
     count = kept.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if torch.is_tensor(count) else count)

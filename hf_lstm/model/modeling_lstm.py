@@ -17,9 +17,7 @@ A layer is a pure function of its input and the state it starts from. The model 
 travels as `past_key_values` (cache_lstm.py); no state lives on a module.
 """
 
-import inspect
 import itertools
-from functools import wraps
 
 import torch
 from torch import nn
@@ -28,22 +26,30 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_lstm import fitting_layers
+from .cache_lstm import fitting_layers, rows_that_read
 from .configuration_lstm import LSTMConfig
-from .decoding_lstm import BareCells, cells_in_use, writing_with
-from .kernels_lstm import FUSED_STEPS, at_least_float32, explicit_lstm, fused_lstm, is_plain, lstm_step
+from .decoding_lstm import BareCells, LSTMGenerationMixin, cells_in_use
+from .kernels_lstm import (
+    FUSED_STEPS,
+    at_least_float32,
+    explicit_lstm,
+    fused_lstm,
+    is_plain,
+    is_transformed,
+    lstm_step,
+    masked_lstm,
+)
 from .loading_lstm import StrictLoading
-from .loss_lstm import AdaptiveSoftmax, loss_without_logits
+from .loss_lstm import AdaptiveSoftmax, find_targets, loss_without_logits
 from .outputs_lstm import LSTMCausalLMOutputWithPast, LSTMModelOutputWithPast
 from .regularization_lstm import activation_penalty, locked_dropout, temporal_change, weight_dropout, word_dropout
-from .segments_lstm import Segments, find_segments
+from .segments_lstm import Segments, Steps, find_limits, find_segments, hold
 
 
 class LSTMLayer(GradientCheckpointingLayer):
@@ -55,12 +61,12 @@ class LSTMLayer(GradientCheckpointingLayer):
         self.input_gates = nn.Linear(input_size, 4 * cell_size)  # W, b
         self.hidden_gates = nn.Linear(cell_size, 4 * cell_size, bias=False)  # U
 
-    def forward(self, x, h, c, segments: Segments | None = None, record: bool = False):
+    def forward(self, x, h, c, segments: Segments | Steps | None = None, record: bool = False):
         """
         Args:
             x (`(B, T, D)`): Input.
             h, c (`(B, H)`): State to start from.
-            segments (`Segments`, *optional*): What to read, if any row is padded or a document starts inside it.
+            segments (`Segments` or `Steps`, *optional*): What to read, if any row is padded or a document starts inside it.
             record (`bool`, defaults to `False`): Whether to return the states after each token too.
 
         Returns:
@@ -71,6 +77,10 @@ class LSTMLayer(GradientCheckpointingLayer):
         if segments is None and length == 1 and not record and self._is_single_step(x, h, c):
             h, c = lstm_step(x[:, 0], h, c, self.input_gates, self.hidden_gates)
             return h[:, None], h, c, None
+        gates = (self.input_gates, self.hidden_gates, self._dropped_weight())
+        if isinstance(segments, Steps):
+            outputs, cells, h, c = masked_lstm(x, h, c, segments.real, segments.restarts, *gates)
+            return outputs, h, c, (outputs, cells) if record else None
         if segments is None:
             batch_sizes = [rows] * length
             packed, start = x.transpose(0, 1).flatten(0, 1), (h, c)
@@ -78,7 +88,6 @@ class LSTMLayer(GradientCheckpointingLayer):
             batch_sizes = segments.batch_sizes
             packed, start = segments.pack(x), (segments.start(h), segments.start(c))
 
-        gates = (self.input_gates, self.hidden_gates, self._dropped_weight())
         run = fused_lstm if self._is_fusable(x.device.type, len(batch_sizes), record) else explicit_lstm
         outputs, cells, h_end, c_end = run(packed, *start, batch_sizes, *gates)
 
@@ -108,7 +117,7 @@ class LSTMLayer(GradientCheckpointingLayer):
         """Whether to take torch's cell, which reads the weights as `fused_lstm` does, and knows one type of number."""
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or (self.training and self.config.weight_dropout):
             return False
-        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        if x.device.type != "cpu" or torch.is_autocast_enabled("cpu") or is_transformed():
             return False
         plain = all(map(is_plain, (self.input_gates, self.hidden_gates)))
         return plain and x.dtype == h.dtype == c.dtype == self.input_gates.weight.dtype
@@ -117,6 +126,8 @@ class LSTMLayer(GradientCheckpointingLayer):
         """Whether to take torch's kernel, which reads the weights and would bypass whatever else a module does."""
         plain = all(is_plain(gates) for gates in (self.input_gates, self.hidden_gates))
         if not plain or record or steps == 0 or device not in FUSED_STEPS or torch.compiler.is_exporting():
+            return False
+        if is_transformed():
             return False
         return torch.is_grad_enabled() or steps >= FUSED_STEPS[device]
 
@@ -130,7 +141,7 @@ class ResidualLSTMLayer(LSTMLayer):
         self.o_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
         self.mlp = GatedMLP(config) if config.intermediate_size is not None else None
 
-    def forward(self, x, h, c, segments: Segments | None = None, record: bool = False):
+    def forward(self, x, h, c, segments: Segments | Steps | None = None, record: bool = False):
         """As `LSTMLayer`, of x and with x of shape `(B, T, H)`."""
         outputs, h, c, states = super().forward(self.norm(x), h, c, segments, record)
         p = self.config.hidden_dropout if self.training else 0
@@ -241,7 +252,7 @@ class LSTMModel(LSTMPreTrainedModel):
                 The next `T` tokens of each row; earlier ones are remembered by `past_key_values`.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 0 marks padding, on either side or between. A padded token leaves the row's state as it was and repeats
-                its last output (before any of this call, a residual model gives 0). With `past_key_values` the mask may
+                its last output. With `past_key_values` the mask may
                 be wider: its last `T` columns count.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 A document starts, from a zero state, wherever the position of a real token is 0.
@@ -292,10 +303,16 @@ class LSTMModel(LSTMPreTrainedModel):
         cell_sizes = [layer.hidden_gates.in_features for layer in layers]
         cache_layers = fitting_layers(past_key_values, inputs_embeds.shape[0], len(self.layers), cell_sizes)
         carried = cache_layers is not None and cache_layers[0].is_initialized
-        segments = None
+        segments = documents = None
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         if any(limit is not None for limit in limits):
-            segments = find_segments(inputs_embeds.shape[:2], *limits, carried, inputs_embeds.device)
+            shape, device = inputs_embeds.shape[:2], inputs_embeds.device
+            document = cache_layers[0].document if carried else None
+            real, restarts, documents = find_limits(shape, *limits, carried, document, device)
+            if is_transformed() or (shape[1] == 1 and torch.compiler.is_compiling()):
+                segments = Steps(real, restarts)
+            else:
+                segments = find_segments(real, restarts, carried, cu_seq_lens_q)
         x = locked_dropout(inputs_embeds, self.config.input_dropout if self.training else 0)
         x = self.in_proj(x)
         for index, layer in enumerate(layers):
@@ -317,15 +334,19 @@ class LSTMModel(LSTMPreTrainedModel):
                 f"{self.layers[-1].hidden_gates.in_features}: `assistant_early_exit` needs cells of equal width."
             )
         x = self.out_proj(self.norm(x))
-        if segments is not None and self.config.block_type == "residual":
-            x = segments.hold(x)
+        is_residual = self.config.block_type == "residual"  # a stacked model's output is the state itself
+        if segments is not None and is_residual:
+            held = cache_layers[0].held if carried else None
+            x = hold(x, x.new_zeros(x.shape[0], x.shape[2]) if held is None else held.to(x), segments.real)
+        if cache_layers is not None:
+            cache_layers[0].remember(x.shape[1], held=x if is_residual else None, document=documents)
         change = None
         if self.training and self.config.temporal_activation_regularization > 0:
-            change = temporal_change(x, None if segments is None else segments.firsts.view(x.shape[:2]))
+            change = temporal_change(x, None if segments is None else segments.firsts)
         return LSTMModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, temporal_change=change)
 
 
-class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
+class LSTMForCausalLM(LSTMPreTrainedModel, LSTMGenerationMixin):
     """[`LSTMModel`] with an output layer over the vocabulary."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -341,12 +362,13 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
 
     @property
     def _keys_to_ignore_on_save(self):
-        """A checkpoint of tied embeddings holds one tensor: Trainer warns of the other unless it is told."""
-        return {"lm_head.weight"} if self.config.tie_word_embeddings else set()
+        """The output layer while it is the embedding: a checkpoint holds one tensor, and Trainer warns of the other else."""
+        is_tied = getattr(self.lm_head, "weight", None) is self.model.embed_tokens.weight
+        return {"lm_head.weight"} if is_tied else set()
 
     @_keys_to_ignore_on_save.setter
     def _keys_to_ignore_on_save(self, keys):
-        """transformers sets what it collects from the class; the config alone decides here."""
+        """Discard the keys that transformers collects from the class: the tensors alone decide here."""
 
     @can_return_tuple
     def forward(
@@ -366,7 +388,8 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, use_cache, seq_idx, cu_seq_lens_q:
                 As in [`LSTMModel`].
             labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
-                The tokens themselves: the one after each position is its target, and -100 is none.
+                The tokens themselves: the one after each position is its target, and -100 is none. So is a token that
+                follows no real one of its row, where `attention_mask` marks padding on the left.
             logits_to_keep (`int` or `torch.Tensor`, defaults to 0):
                 How many of the last tokens, or which ones, get logits; 0 stands for all.
             shift_labels (`torch.LongTensor` of shape `(B, T)`, *optional*):
@@ -385,6 +408,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             if cells.can_read(input_ids, past_key_values, others):
                 hidden = cells.read(input_ids[:, 0], past_key_values)[:, None]
                 return LSTMCausalLMOutputWithPast(logits=self.lm_head(hidden), past_key_values=past_key_values)
+        read_before = None if attention_mask is None else rows_that_read(past_key_values)
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -398,16 +422,19 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         hidden = outputs.last_hidden_state[:, kept]
         hidden = locked_dropout(hidden, self.config.output_dropout if self.training else 0)
         logits = loss = regularization_loss = None
-        has_targets = labels is not None or kwargs.get("shift_labels") is not None
-        if self.training and has_targets and self.config.trains_without_logits:
-            loss = loss_without_logits(hidden, self.lm_head, labels, self.config.loss_chunk_size, **kwargs)
+        length = outputs.last_hidden_state.shape[1]
+        targets = find_targets(labels, length, kept, attention_mask, read_before, **kwargs)
+        if targets is not None:
+            kwargs["shift_labels"] = targets
+        if self.training and targets is not None and self.config.trains_without_logits:
+            loss = loss_without_logits(hidden, self.lm_head, targets, self.config.loss_chunk_size, **kwargs)
         else:
             logits = self.lm_head(hidden)
-            if has_targets:
+            if targets is not None:
                 loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if self.training and has_targets:
+        if self.training and targets is not None:
             change = None if outputs.temporal_change is None else outputs.temporal_change[:, kept]
-            regularization_loss = activation_penalty(hidden, change, self.config, labels, **kwargs)
+            regularization_loss = activation_penalty(hidden, change, self.config, targets, **kwargs)
         if regularization_loss is not None:
             loss = loss + (regularization_loss - regularization_loss.detach())  # its gradient, and not its value
         return LSTMCausalLMOutputWithPast(
@@ -417,11 +444,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             regularization_loss=regularization_loss.detach() if regularization_loss is not None else None,
         )
-
-    @wraps(inspect.unwrap(GenerationMixin.generate))
-    def generate(self, *args, **kwargs):
-        with writing_with(self.bare_cells()):
-            return super().generate(*args, **kwargs)
 
     def bare_cells(self) -> BareCells | None:
         """What writes faster than the model's own step: for a stacked model on a CPU, in float32 or float64, else `None`."""
@@ -440,41 +462,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
         )
         return BareCells(model) if is_bare else None
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids,
-        next_sequence_length=None,
-        past_key_values=None,
-        inputs_embeds=None,  # `generate()` takes embeddings only where this is named
-        is_first_iteration=False,
-        **kwargs,
-    ):
-        """A decoding step reads one real token of every row and starts no document: no mask, no positions."""
-        if input_ids.shape[1] == 0 and inputs_embeds is None:
-            raise ValueError(
-                "The prompt is empty: give at least one token, such as the `eos_token` that documents follow."
-            )
-        if next_sequence_length is not None and next_sequence_length <= 0:
-            raise ValueError(
-                f"`past_key_values` has read {input_ids.shape[1] - next_sequence_length} tokens and `input_ids` has "
-                f"{input_ids.shape[1]}: pass all tokens from the first on, or the new ones with an `attention_mask` "
-                "as long as all of them."
-            )
-        has_read = past_key_values is not None and past_key_values.get_seq_length() > 0
-        if not is_first_iteration and next_sequence_length == 1 and has_read:
-            token = input_ids[:, -1:].to(past_key_values.layers[0].keys.device)
-            token = token.clone(memory_format=torch.contiguous_format)  # else its stride says how long the text is
-            unread = {"attention_mask": None, "position_ids": None, "labels": None}
-            return kwargs | unread | {"input_ids": token, "past_key_values": past_key_values}
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            next_sequence_length=next_sequence_length,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            is_first_iteration=is_first_iteration,
-            **kwargs,
-        )
-
     def resize_token_embeddings(self, *args, **kwargs):
         """As every model's; an adaptive softmax has the size it was made with, and raises `ValueError`."""
         if self.config.adaptive_softmax_cutoffs is not None:
@@ -482,9 +469,6 @@ class LSTMForCausalLM(LSTMPreTrainedModel, GenerationMixin):
                 "An adaptive softmax cannot be resized: make a model for the new vocabulary and train it."
             )
         return super().resize_token_embeddings(*args, **kwargs)
-
-    def _get_static_cache_init_shape(self):
-        """`None`: the state of an LSTM has no heads, so a `StaticCache` is filled by the first forward."""
 
 
 CELLS_ON = ({("cpu", torch.float32)}, {("cpu", torch.float64)})  # what torch's cell computes as the equations say

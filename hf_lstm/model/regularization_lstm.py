@@ -40,12 +40,12 @@ def temporal_change(x: torch.Tensor, firsts: torch.Tensor | None) -> torch.Tenso
 
 
 def activation_penalty(
-    hidden, change, config, labels=None, shift_labels=None, num_items_in_batch=None, **kwargs
+    hidden, change, config, targets, num_items_in_batch=None, ignore_index=-100, **kwargs
 ) -> torch.Tensor | None:
     """
     α h² of the outputs `(B, T, D)` as the output layer takes them, and β (h_t - h_{t-1})² `(B, T)`, if the config asks for
-    them: averaged as the cross-entropy is, over the positions that have a target, or their sum over
-    `num_items_in_batch`, so that accumulating gradients changes none (Merity, McCann & Socher 2017).
+    them: averaged as the cross-entropy is, over the positions whose `targets` `(B, T)` are not `ignore_index`, or their sum
+    over `num_items_in_batch`, so that accumulating gradients changes none (Merity, McCann & Socher 2017).
     """
     alpha, beta = config.activation_regularization, config.temporal_activation_regularization
     if alpha == beta == 0:
@@ -55,13 +55,11 @@ def activation_penalty(
         penalty = alpha * hidden.to(at_least_float32(hidden.dtype)).square().mean(dim=-1)
     if beta > 0:
         penalty = penalty + beta * change
-    if shift_labels is None:
-        shift_labels = F.pad(labels, (0, 1), value=-100)[:, 1:]
-    has_target = (shift_labels != -100).to(penalty.device)
-    targets = has_target.sum() if num_items_in_batch is None else num_items_in_batch
-    if torch.is_tensor(targets):
-        targets = targets.to(penalty.device)
-    return (penalty * has_target).sum() / targets
+    has_target = (targets != ignore_index).to(penalty.device)
+    count = has_target.sum() if num_items_in_batch is None else num_items_in_batch
+    if torch.is_tensor(count):
+        count = count.to(penalty.device)
+    return (penalty * has_target).sum() / count
 
 
 def _kept(like, shape, p):

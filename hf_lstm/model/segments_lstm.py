@@ -11,6 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+UNKNOWN = torch.iinfo(torch.int64).min
+"""The number of the document of a row that has read nothing."""
+
 
 @dataclass
 class Segments:
@@ -20,8 +23,8 @@ class Segments:
         starts (`(S,)`): The row whose carried state a segment continues; `B` stands for the zero state.
         outputs (`(B T,)`): Which of the `N` outputs each token of the batch gets: its own, or for padding the last
             before it; `N + b` stands for the carried h of row `b`.
-        holds (`(B T,)`): Where the last real token up to each token of the batch stands; `B T` if there is none.
-        firsts (`(B T,)`): Whether each token of the batch is the first of its segment.
+        real (`(B, T)`): Whether each token of the batch is read.
+        firsts (`(B, T)`): Whether it is the first of its segment.
         ends (`(B,)`): The segment that ends each row; `S + b` stands for the carried state of row `b`, unchanged.
         batch_sizes (`list[int]`): How many segments are read at each step.
     """
@@ -29,7 +32,7 @@ class Segments:
     tokens: torch.Tensor
     starts: torch.Tensor
     outputs: torch.Tensor
-    holds: torch.Tensor
+    real: torch.Tensor
     firsts: torch.Tensor
     ends: torch.Tensor
     batch_sizes: list[int]
@@ -45,9 +48,6 @@ class Segments:
     def unpack(self, y, carried):  # (N, D), (B, D) -> (B, T, D)
         return torch.cat([y, carried])[self.outputs].unflatten(0, (len(carried), -1))
 
-    def hold(self, x):  # (B, T, D) -> (B, T, D)
-        return torch.cat([x.flatten(0, 1), x.new_zeros(1, x.shape[2])])[self.holds].unflatten(0, x.shape[:2])
-
     def start(self, carried):  # (B, D) -> (S, D)
         return torch.cat([carried, carried.new_zeros(1, carried.shape[1])])[self.starts]
 
@@ -55,81 +55,150 @@ class Segments:
         return torch.cat([state, carried])[self.ends]
 
 
-@torch.compiler.disable  # index arithmetic on the host, whose results are lists and data-dependent shapes
-def find_segments(shape, attention_mask, position_ids, seq_idx, cu_seq_lens, carried, device) -> Segments | None:
+@dataclass
+class Steps:
     """
-    The segments of a batch of shape `(B, T)`, or `None` where each row is one segment without padding. A document
-    starts where `position_ids` is 0, where `seq_idx` changes, and at each of `cu_seq_lens[:-1]`. `carried` tells
-    whether rows come with a state. Copies to the host once.
+    The same where nothing may be copied to the host or have a shape that depends on numbers: every row takes part in every
+    step (kernels_lstm.masked_lstm).
+
+    Args:
+        real, restarts (`(B, T)`): Whether each token is read, and whether a document starts with it.
+    """
+
+    real: torch.Tensor
+    restarts: torch.Tensor
+
+    def to(self, device, **kwargs) -> "Steps":
+        return Steps(self.real.to(device, **kwargs), self.restarts.to(device, **kwargs))
+
+    @property
+    def firsts(self) -> torch.Tensor:
+        """`(B, T)`: whether each token is the first that its row reads, or the first of a document."""
+        return self.restarts | (self.real & (self.real.long().cumsum(1) == 1))
+
+
+def hold(x, held, real):
+    """
+    What each token of a row leaves behind, `(B, T, ...)`: `x` `(B, T, ...)` of the last real token up to it, or `held`
+    `(B, ...)` before the first.
+    """
+    places = _last_real(real) + 1  # (B, T) in what follows
+    known = torch.cat([held[:, None], x], dim=1)  # (B, T + 1, ...)
+    return known.gather(1, places.view(*places.shape, *(1 for _ in x.shape[2:])).expand_as(x))
+
+
+def find_limits(shape, attention_mask, position_ids, seq_idx, cu_seq_lens, carried, document, device):
+    """
+    Where the tokens of a batch of shape `(B, T)` are read, and where documents start: where `position_ids` is 0, where
+    `seq_idx` changes, and at each of `cu_seq_lens[:-1]`. `carried` tells whether rows come with a state, and `document`
+    `(B,)` is the `seq_idx` of the last token that each has read, if it is known.
+
+    Returns:
+        `real` and `restarts`, `(B, T)`; and the `seq_idx` that each token leaves behind, `(B, T)`, if it is given.
 
     Raises:
         ValueError: where a tensor does not fit the batch.
     """
-    rows, length = shape
-    host = [_real(attention_mask, shape, carried, device), _restarts(position_ids, cu_seq_lens, shape, device)]
+    real = _real(attention_mask, shape, carried, device)
+    restarts = torch.zeros(shape, dtype=torch.bool, device=device)
+    if cu_seq_lens is not None:
+        restarts = restarts | _starts(cu_seq_lens, shape, device)
+    if position_ids is not None:
+        restarts = restarts | (_of_batch("position_ids", position_ids, shape, device) == 0)
+    documents = None
     if seq_idx is not None:
-        host.append(_of_batch("seq_idx", seq_idx, shape, device))
-    real, restarts, *documents = torch.stack(host).cpu()
+        seq_idx = _of_batch("seq_idx", seq_idx, shape, device)
+        if document is None:
+            document = seq_idx.new_full((shape[0],), UNKNOWN)
+        document = document.to(device)
+        documents = hold(seq_idx, document, real)
+        before = torch.cat([document[:, None], documents[:, :-1]], dim=1)
+        restarts = restarts | ((seq_idx != before) & (before != UNKNOWN))
+    return real, restarts & real, documents
+
+
+@torch.compiler.disable  # index arithmetic on the host, whose results are lists and data-dependent shapes
+def find_segments(real, restarts, carried: bool, cu_seq_lens=None) -> Segments | None:
+    """
+    The segments of a batch whose tokens are `real` and start documents at `restarts`, each `(B, T)`; `None` where each row
+    is one segment without padding. `carried` tells whether rows come with a state. Copies to the host once.
+
+    Raises:
+        ValueError: if `cu_seq_lens` names places outside the batch.
+    """
+    (rows, length), shape, device = real.shape, real.shape, real.device
+    on_device = [real, restarts]
+    if cu_seq_lens is not None:
+        on_device.append(((cu_seq_lens < 0) | (cu_seq_lens > rows * length)).any().to(device).expand(shape))
+    real, restarts, *outside = torch.stack(on_device).cpu()
+    if outside and outside[0].any():
+        raise ValueError(
+            f"`cu_seq_lens_q` ({cu_seq_lens.min().item()} to {cu_seq_lens.max().item()}) must lie between 0 and "
+            f"{rows * length}, the tokens of the batch: give where each document starts among them, and {rows * length} "
+            "after the last."
+        )
 
     tokens = real.flatten().nonzero().squeeze(1)  # (N,) row by row
     row = tokens // length
     new_row = torch.ones_like(tokens, dtype=torch.bool)
     new_row[1:] = row[1:] != row[:-1]
-    restart = restarts.flatten()[tokens].bool()
-    for document in documents:
-        document = document.flatten()[tokens]
-        restart[1:] |= (document[1:] != document[:-1]) & ~new_row[1:]
+    restart = restarts.flatten()[tokens]
     if len(tokens) == rows * length and not (restart if carried else restart & ~new_row).any():
         return None
 
     first = new_row | restart
     segment = first.cumsum(0) - 1  # (N,) the segment of each token
     lengths = segment.bincount()  # (S,)
-    step = torch.arange(len(tokens)) - first.nonzero().squeeze(1)[segment]  # (N,) its place in the segment
+    step = (
+        torch.arange(len(tokens), device="cpu") - first.nonzero().squeeze(1)[segment]
+    )  # (N,) its place in the segment
     longest = lengths.argsort(descending=True, stable=True)  # (S,)
     rank = longest.argsort()  # (S,) the place of each segment in the packed sequence
     order = (step * len(lengths) + rank[segment]).argsort()  # (N,) of reading
     place = order.argsort()  # (N,) of each token in it
 
     last = real.flatten().cumsum(0) - 1  # (B T,) the last real token so far, of whatever row
-    every_row = torch.arange(rows)
+    every_row = torch.arange(rows, device="cpu")
     row_of = every_row.repeat_interleave(length)
     if len(tokens) == 0:  # nothing to read: all that was carried stays
-        outputs, holds, ends = row_of, torch.full_like(row_of, rows * length), every_row
+        outputs, ends = row_of, every_row
     else:
         known = (last >= 0) & (row[last] == row_of)
         outputs = torch.where(known, place[last], len(tokens) + row_of)
-        holds = torch.where(known, tokens[last], rows * length)
         last, known = last.view(shape)[:, -1], known.view(shape)[:, -1]
         ends = torch.where(known, rank[segment[last]], len(lengths) + every_row)
     starts = torch.where(restart, rows, row)[first][longest]
-    firsts = torch.zeros(rows * length, dtype=torch.bool)
+    firsts = torch.zeros_like(real).flatten()
     firsts[tokens[first]] = True
-    return Segments(tokens[order], starts, outputs, holds, firsts, ends, step.bincount().tolist()).to(device)
+    batch_sizes = step.bincount().tolist()
+    return Segments(tokens[order], starts, outputs, real, firsts.view(shape), ends, batch_sizes).to(device)
+
+
+def _last_real(real):
+    """`(B, T)`: the place of the last real token up to each; -1 if there is none."""
+    places = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    return torch.where(real, places, -1).cummax(dim=1).values
 
 
 def _real(attention_mask, shape, carried, device):
-    """`(B, T)`: 1 on tokens to read. A mask may begin with the columns that a cache has seen."""
+    """`(B, T)`: whether each token is read. A mask may begin with the columns that a cache has seen."""
     if attention_mask is None:
-        return torch.ones(shape, dtype=torch.long, device=device)
+        return torch.ones(shape, dtype=torch.bool, device=device)
     wider = carried and attention_mask.ndim == 2 and attention_mask.shape[1] > shape[1]
     if attention_mask.shape != shape and not (wider and len(attention_mask) == shape[0]):
         raise ValueError(
             f"`attention_mask` of shape {tuple(attention_mask.shape)} must be {tuple(shape)}, a column for each token of "
             "the input; with a state in `past_key_values` it may begin with columns for the tokens read before."
         )
-    return (attention_mask[:, -shape[1] :] != 0).long().to(device)
+    return (attention_mask[:, -shape[1] :] != 0).to(device)
 
 
-def _restarts(position_ids, cu_seq_lens, shape, device):
-    """`(B, T)`: above 0 where positions or lengths say that a document starts."""
-    restarts = torch.zeros(shape[0] * shape[1] + 1, dtype=torch.long, device=device)
-    if cu_seq_lens is not None:
-        restarts.index_fill_(0, cu_seq_lens.flatten().to(device, torch.long), 1)  # the last lies behind the batch
-    restarts = restarts[:-1].view(shape)
-    if position_ids is not None:
-        restarts = restarts + (_of_batch("position_ids", position_ids, shape, device) == 0)
-    return restarts
+def _starts(cu_seq_lens, shape, device):
+    """`(B, T)`: whether one of the lengths says that a document starts."""
+    size = shape[0] * shape[1]
+    places = cu_seq_lens.flatten().to(device, torch.long).clamp(0, size)  # `find_segments` refuses others
+    starts = torch.zeros(size + 1, dtype=torch.bool, device=device)  # the last lies behind the batch
+    return starts.index_fill(0, places, True)[:-1].view(shape)
 
 
 def _of_batch(name, value, shape, device):

@@ -201,18 +201,28 @@ def pairs(arguments: Pairs, model, tokenizer) -> None:
         raise ValueError("`--file` is missing: name a .jsonl file of pairs.")
     records = [record for _, record in read_records(arguments.file)]
     rows = minimal_pairs(model, tokenizer, records, arguments.start_token)
-    result = {"accuracy": float(rows["correct"].mean()), "pairs": len(rows)}
+    result = figures(rows)
     for name in ("field", "linguistics_term", "UID"):
         if name in rows:
-            groups = rows.groupby(name)["correct"].agg(["mean", "count"])
-            result[name] = {
-                str(key): {"accuracy": float(row["mean"]), "pairs": int(row["count"])}
-                for key, row in groups.iterrows()
-            }
+            result[name] = {str(key): figures(group) for key, group in rows.groupby(name)}
             for key, group in result[name].items():
                 say(f"{key:>60}  {group['accuracy']:7.2%} of {group['pairs']:,}")
     say(f"{'all':>60}  {result['accuracy']:7.2%} of {len(rows):,}")
+    if result["ties"]:
+        theirs = result["accuracy"] + result["ties"] / 2 / len(rows)
+        say(f"ties: {result['ties']:,}, half right; BabyLM's own script counts them as right: {theirs:.2%}")
     give(as_json(result), arguments)
+
+
+def figures(rows) -> dict:
+    """Of pairs: how many are right, how many are equally probable, and how many hold words that the tokenizer lacks."""
+    unknown = (rows["unknown_good"] + rows["unknown_bad"]) > 0
+    return {
+        "accuracy": float(rows["correct"].mean()),
+        "pairs": len(rows),
+        "ties": int(rows["tie"].sum()),
+        "pairs_with_unknown_words": int(unknown.sum()),
+    }
 
 
 def adapt(arguments: Adapt, model, tokenizer) -> None:

@@ -136,20 +136,25 @@ def test_regions_come_with_their_texts(evaluate, tmp_path):
     ]
 
 
-def test_pairs_are_counted_by_their_fields(evaluate, tmp_path):
+def test_pairs_are_counted_by_their_fields(folder, tmp_path, capsys):
     records = [
         {"sentence_good": "bottles of beer", "sentence_bad": "xqxqxqxqxqxqxqx", "field": "syntax", "UID": "a"},
         {"sentence_good": "zzzzzzzzzzzz", "sentence_bad": "of beer", "field": "semantics", "UID": "b"},
+        {"sentence_good": "a bottlé", "sentence_bad": "a bottlè", "field": "syntax", "UID": "b"},
     ]
 
-    result = json.loads(evaluate("pairs", "--file", lines(tmp_path / "pairs.jsonl", records)))
+    run_script("evaluate.py", "pairs", "--model", folder, "--file", lines(tmp_path / "pairs.jsonl", records))
 
-    assert result == {
-        "accuracy": 0.5,
-        "pairs": 2,
-        "field": {"semantics": {"accuracy": 0.0, "pairs": 1}, "syntax": {"accuracy": 1.0, "pairs": 1}},
-        "UID": {"a": {"accuracy": 1.0, "pairs": 1}, "b": {"accuracy": 0.0, "pairs": 1}},
+    def figures(accuracy, pairs, ties):
+        return {"accuracy": accuracy, "pairs": pairs, "ties": ties, "pairs_with_unknown_words": pairs}
+
+    printed = capsys.readouterr()
+    assert json.loads(printed.out) == {
+        **figures(0.5, 3, 1),
+        "field": {"semantics": figures(0.0, 1, 0), "syntax": figures(0.75, 2, 1)},
+        "UID": {"a": figures(1.0, 1, 0), "b": figures(0.25, 2, 1)},
     }
+    assert "ties: 1, half right; BabyLM's own script counts them as right: 66.67%" in printed.err
 
 
 @pytest.mark.parametrize("options", [[], ["--rule", "sgd", "--learning_rate", 0.05]], ids=["rms", "sgd"])

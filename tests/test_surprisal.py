@@ -208,12 +208,59 @@ def test_every_tokenizer_says_where_its_tokens_stand():
         assert words["surprisal"].sum() == pytest.approx(tokens["surprisal"].sum())
 
 
-def test_an_unknown_word_is_shown_as_such():
-    tokenizer = word_tokenizer(["to be"])
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings of a test."""
+    warnings = []
+    monkeypatch.setattr("hf_lstm.evaluation.sentences.logger.warning", warnings.append)
+    return warnings
 
-    tokens = surprisal(model_for(tokenizer), tokenizer, ["to sleep"])
 
-    assert tokens["token"].tolist() == ["to", "<unk>"]
+def test_unknown_words_are_marked_counted_and_told_once(warnings):
+    tokenizer = word_tokenizer(["to be or not"])
+    texts = ["to sleep to dream", "to be", "perchance to sleep"]
+
+    tokens = surprisal(model_for(tokenizer), tokenizer, texts, start_token="<eos>")
+    regions = word_surprisal(tokens, texts, [[(0, 8), (3, 17), (2, 3)], [(0, 5)], [(0, 18)]])
+
+    assert tokens["token"].tolist() == ["to", "<unk>", "to", "<unk>", "to", "be", "<unk>", "to", "<unk>"]
+    assert tokens["unknown"].dtype == bool
+    assert tokens["unknown"].tolist() == [token == "<unk>" for token in tokens["token"]]
+    assert word_surprisal(tokens, texts)["unknown"].tolist() == tokens["unknown"].astype(int).tolist()
+    assert regions["unknown"].tolist() == [1, 2, 0, 0, 2]
+    assert len(warnings) == 1
+    assert "4 of 9 tokens, in 2 of 3 texts, are unknown to the tokenizer and scored as <unk>" in warnings[0]
+    assert "('sleep', 'dream', 'perchance')" in warnings[0]
+
+
+def test_unknown_characters_are_marked_within_their_words(warnings):
+    tokens = surprisal(model_for(CHARACTERS), CHARACTERS, ["the Barn ÆØ"], start_token="<eos>")
+
+    assert word_surprisal(tokens, ["the Barn ÆØ"])["unknown"].tolist() == [0, 1, 2]
+    assert "3 of 11 tokens, in 1 of 1 texts" in warnings[0]
+
+
+@pytest.mark.parametrize("make", [lambda: word_tokenizer(["to be"]), lambda: bpe_tokenizer(["to be"] * 2, 261)])
+def test_what_a_tokenizer_knows_is_not_unknown(make, warnings):
+    """An `<unk>` that stands in the text, as in WikiText, is what the text says; bytes know everything."""
+    tokenizer = make()
+
+    tokens = surprisal(model_for(tokenizer), tokenizer, ["to <unk> be", "be\nto"])
+
+    assert not tokens["unknown"].any()
+    assert warnings == []
+
+
+@pytest.mark.parametrize("unk_token", [None, "<eos>"])
+def test_a_tokenizer_without_an_unknown_token_of_its_own(unk_token, warnings):
+    """GPT-2 names its end of text as the unknown token: what its bytes spell is never unknown."""
+    tokenizer = bpe_tokenizer(["to be"] * 2, vocab_size=261)
+    tokenizer.unk_token = unk_token
+
+    tokens = surprisal(model_for(tokenizer), tokenizer, ["to sleep"], start_token="<eos>")
+
+    assert not tokens["unknown"].any()
+    assert warnings == []
 
 
 PAIRS = [
@@ -236,9 +283,50 @@ def test_the_more_probable_sentence_is_chosen(start_token):
 
     numpy.testing.assert_allclose(frame["log_probability_good"], good, rtol=1e-5)
     numpy.testing.assert_allclose(frame["log_probability_bad"], bad, rtol=1e-5)
-    assert frame["correct"].tolist() == [good[0] > bad[0], good[1] > bad[1], False]  # a tie is no success
+    assert frame["correct"].dtype == float
+    assert frame["correct"].tolist() == [float(good[0] > bad[0]), float(good[1] > bad[1]), 0.5]
+    assert frame["tie"].tolist() == [False, False, True]
+    assert frame["unknown_good"].tolist() == frame["unknown_bad"].tolist() == [0, 0, 0]
     assert frame["UID"].tolist() == ["x", "y", "y"]
     assert frame.groupby("field")["correct"].count().to_dict() == {"semantics": 1, "syntax": 2}
+
+
+def test_pairs_that_differ_in_unknown_words_alone_are_ties(warnings):
+    tokenizer = word_tokenizer(["the cat is here"])
+    pairs = [
+        {"sentence_good": "the dog is here", "sentence_bad": "the bird is here"},
+        {"sentence_good": "the cat is here", "sentence_bad": "the cats is here"},
+    ]
+
+    frame = minimal_pairs(model_for(tokenizer), tokenizer, pairs, start_token="<eos>")
+
+    assert frame["correct"][0] == 0.5
+    assert frame["tie"].tolist() == [True, False]
+    assert frame["unknown_good"].tolist() == [1, 0]
+    assert frame["unknown_bad"].tolist() == [1, 1]
+    assert len(warnings) == 1
+    assert "3 of 16 tokens, in 3 of 4 texts, are unknown" in warnings[0]
+
+
+def test_equal_texts_cost_the_same_to_the_last_bit():
+    """Wherever they are cut, and whatever is read beside them."""
+    texts = [text for other in ("past the", "fell") for text in (TEXTS[0], other)] + TEXTS[:1]
+
+    frame = surprisal(
+        model_for(CHARACTERS).float(), CHARACTERS, texts, start_token="<eos>", batch_size=2, bptt_length=7
+    )
+
+    costs = [frame[frame["text"] == number]["surprisal"].tolist() for number in (0, 2, 4)]
+    assert costs[0] == costs[1] == costs[2]
+
+
+def test_equal_scores_of_different_sentences_are_ties():
+    model = model_for(CHARACTERS)
+    model.lm_head.weight.data.zero_()  # all tokens are equally likely
+
+    frame = minimal_pairs(model, CHARACTERS, [{"sentence_good": "the barn", "sentence_bad": "past her"}])
+
+    assert frame["correct"].tolist() == [0.5]
 
 
 SMALL = word_tokenizer(["a b"])
@@ -293,6 +381,8 @@ def test_other_texts_than_those_of_the_tokens_are_refused():
         word_surprisal(tokens[tokens["text"] != 1], TEXTS)
     with pytest.raises(ValueError, match="for 1 texts, and there are 4"):
         word_surprisal(tokens, TEXTS, [[]])
+    with pytest.raises(ValueError, match="`tokens` have no column `unknown`: give what `surprisal` returned"):
+        word_surprisal(tokens.drop(columns="unknown"), TEXTS)
 
 
 @pytest.mark.parametrize("start_token", [None, "<eos>"])

@@ -7,11 +7,14 @@ from collections.abc import Iterable, Sequence
 import numpy
 import torch
 from transformers import DynamicCache, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from hf_lstm.data.streams import TokenStream
 from hf_lstm.tokenizers import pieces_of
 
 from .reading import evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
+
+logger = logging.get_logger(__name__)
 
 MAX_LOGITS = 2**26  # numbers that a call may compute at once
 
@@ -43,8 +46,9 @@ def surprisal(
 
     Returns:
         `pandas.DataFrame`: a row per token, with `text` (its number, from 0), `token` (what it decodes to), `start` and
-        `end` (where it stands in the text, in characters) and `surprisal`. Its `groupby("text")["surprisal"].sum()` is
-        -log p of each text, and its `to_csv(path)` writes it to a file.
+        `end` (where it stands in the text, in characters), `surprisal` and `unknown`: whether the tokenizer lacks what
+        stands there, so that the surprisal is that of `<unk>`. A warning counts those; an `<unk>` that the text itself
+        holds, as WikiText does, is not one. `groupby("text")["surprisal"].sum()` is -log p of each text.
 
     Raises:
         ValueError: if there is no text, or one is empty or becomes no token, the tokenizer is slow, not the model's or without the
@@ -74,14 +78,15 @@ def surprisal(
     nats = _nats_of_documents(model, [start + document for document in ids], batch_size, bptt_length)
     lengths = [len(document) for document in ids]
     decoded = {token: tokenizer.decode([token]) for token in set().union(*ids)}
-    spans = numpy.concatenate(spans)
+    numbers, spans = numpy.repeat(numpy.arange(len(texts)), lengths), numpy.concatenate(spans)
     return pandas.DataFrame(
         {
-            "text": numpy.repeat(numpy.arange(len(texts)), lengths),
+            "text": numbers,
             "token": [decoded[token] for document in ids for token in document],
             "start": spans[:, 0],
             "end": spans[:, 1],
             "surprisal": numpy.concatenate([costs[len(start) :] for costs in nats]) / math.log(base),
+            "unknown": _unknown(numpy.concatenate(ids), numbers, spans, texts, tokenizer),
         }
     )
 
@@ -103,18 +108,22 @@ def word_surprisal(tokens, texts: Sequence[str], regions: Sequence[Sequence[tupl
 
     Returns:
         `pandas.DataFrame`: a row per word or region, with `text`, `word` (what it is), `start` and `end` (in characters),
-        `tokens` (how many) and `surprisal` (in the unit of `tokens`).
+        `tokens` (how many), `surprisal` (in the unit of `tokens`) and `unknown` (how many tokens are unknown).
 
     Raises:
-        ValueError: if a region is empty or reaches beyond its text, or there are not as many lists of regions as texts.
+        ValueError: if a region is empty or reaches beyond its text, there are not as many lists of regions as texts, or
+            `tokens` are not what [`surprisal`] returned for these texts.
     """
     import pandas
 
+    columns = ("start", "surprisal", "text", "unknown")
+    if missing := [name for name in columns if name not in tokens]:
+        raise ValueError(f"`tokens` have no column `{missing[0]}`: give what `surprisal` returned.")
     if regions is not None and len(regions) != len(texts):
         raise ValueError(
             f"`regions` are given for {len(regions)} texts, and there are {len(texts)}: one list for each."
         )
-    starts, costs, numbers = (tokens[name].to_numpy() for name in ("start", "surprisal", "text"))
+    starts, costs, numbers, unknown = (tokens[name].to_numpy() for name in columns)
     if not numpy.array_equal(numpy.unique(numbers), numpy.arange(len(texts))):
         raise ValueError(
             f"`tokens` are those of {len(numpy.unique(numbers))} texts, and there are {len(texts)}: give the same texts, and "
@@ -132,8 +141,8 @@ def word_surprisal(tokens, texts: Sequence[str], regions: Sequence[Sequence[tupl
         spans = words if regions is None else [_checked_region(region, text, number) for region in regions[number]]
         for (start, end), (low, high) in zip(spans, numpy.searchsorted(places, spans).tolist(), strict=True):
             cost = costs[own][low:high].sum() if high > low else numpy.nan
-            rows.append((number, text[start:end], start, end, high - low, cost))
-    return pandas.DataFrame(rows, columns=["text", "word", "start", "end", "tokens", "surprisal"])
+            rows.append((number, text[start:end], start, end, high - low, cost, unknown[own][low:high].sum()))
+    return pandas.DataFrame(rows, columns=["text", "word", "start", "end", "tokens", "surprisal", "unknown"])
 
 
 def minimal_pairs(model, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[dict], start_token: str | None = None):
@@ -145,9 +154,11 @@ def minimal_pairs(model, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[dic
         pairs (`Iterable[dict]`): Each with `sentence_good` and `sentence_bad`, and any other fields.
 
     Returns:
-        `pandas.DataFrame`: a row per pair, with its fields, `log_probability_good` and `log_probability_bad` (nats) and
-        `correct`, which is False for a tie. Its `["correct"].mean()` is the accuracy, and its
-        `groupby("field")["correct"].mean()` that of each field.
+        `pandas.DataFrame`: a row per pair, with its fields, `log_probability_good` and `log_probability_bad` (nats),
+        `correct`, `tie` (whether the two are equal), and `unknown_good` and `unknown_bad` (how many tokens of each are
+        unknown, as in [`surprisal`], which warns of them). `correct` is 1.0, 0.0, or 0.5 for a tie, which sentences of the same
+        tokens always are: in 0.1.0 it was a bool, False for a tie, and BabyLM's own script counts ties as right. Its
+        `["correct"].mean()` is the accuracy, and its `groupby("field")["correct"].mean()` that of each field.
 
     Raises:
         ValueError: for a pair without the two sentences, or a sentence of which nothing is predicted.
@@ -180,8 +191,16 @@ def minimal_pairs(model, tokenizer: PreTrainedTokenizerBase, pairs: Iterable[dic
                 "`start_token`."
             )
     good, bad = sums.to_numpy().reshape(2, -1)
-    scores = {"log_probability_good": good, "log_probability_bad": bad, "correct": good > bad}
-    return pandas.DataFrame(pairs).assign(**scores)
+    tie = good == bad
+    unknown_good, unknown_bad = tokens.groupby("text")["unknown"].sum().to_numpy().reshape(2, -1)
+    return pandas.DataFrame(pairs).assign(
+        log_probability_good=good,
+        log_probability_bad=bad,
+        correct=numpy.where(tie, 0.5, good > bad),
+        tie=tie,
+        unknown_good=unknown_good,
+        unknown_bad=unknown_bad,
+    )
 
 
 def check_tokenizer(model, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -211,6 +230,25 @@ def _checked_region(region: tuple[int, int], text: str, number: int) -> tuple[in
             "later, and end behind its beginning and not behind the text."
         )
     return start, end
+
+
+def _unknown(ids: numpy.ndarray, numbers: numpy.ndarray, spans: numpy.ndarray, texts: list[str], tokenizer):
+    """Which tokens stand for text that the tokenizer lacks, `(tokens,)`: not those that a text itself writes as `<unk>`."""
+    written = {}
+    if tokenizer.unk_token_id is not None:
+        for row in numpy.flatnonzero(ids == tokenizer.unk_token_id):
+            text = texts[numbers[row]][slice(*spans[row])]
+            if text.strip() != tokenizer.unk_token:  # some tokenizers' special tokens take the space beside them
+                written[row] = text
+    if written:
+        examples = ", ".join(repr(text[:30]) for text in list(dict.fromkeys(written.values()))[:5])
+        among = len(numpy.unique(numbers[list(written)]))
+        logger.warning(
+            f"{len(written):,} of {len(ids):,} tokens, in {among:,} of {len(texts):,} texts, are unknown to the tokenizer and "
+            f"scored as {tokenizer.unk_token}, whatever they say ({examples}): leave out what `unknown` marks, or "
+            "train with a tokenizer that knows every text, such as `bpe_tokenizer`."
+        )
+    return numpy.isin(numpy.arange(len(ids)), list(written))
 
 
 def _encode(texts: list[str], tokenizer) -> tuple[list[list[int]], list[numpy.ndarray]]:
@@ -246,10 +284,14 @@ def _nats_of_documents(model, documents: list[list[int]], batch_size: int, bptt_
     """
     What each token costs in nats, NaN for the first of each document. The documents are dealt out to `batch_size` parts
     by their length, and stand one behind the other in each: of what is read at once the model packs as many documents
-    side by side as there are, and they are about equally long.
+    side by side as there are, and they are about equally long. Of equal documents the first alone is read, so that they
+    cost the same to the last bit, wherever they would have stood.
     """
-    by_length = sorted(range(len(documents)), key=lambda number: len(documents[number]))
-    parts = [by_length[part::batch_size] for part in range(min(batch_size, len(documents)))]
+    firsts = {}
+    for number, document in enumerate(documents):
+        firsts.setdefault(tuple(document), number)
+    by_length = sorted(firsts.values(), key=lambda number: len(documents[number]))
+    parts = [by_length[part::batch_size] for part in range(min(batch_size, len(by_length)))]
     order = [number for part in parts for number in part]
     ends = torch.tensor([len(documents[number]) for number in order]).cumsum(0)
     starts = torch.cat([torch.zeros(1, dtype=torch.long), ends[:-1]])
@@ -271,4 +313,4 @@ def _nats_of_documents(model, documents: list[list[int]], batch_size: int, bptt_
             logits = scored_logits(predict(model, chunk, state).logits, chunk)
             nats[chunk.indices[chunk.scored].numpy() + 1] = nats_of(logits, chunk, name).numpy()
     dealt = dict(zip(order, numpy.split(nats[:-1], ends[:-1].numpy()), strict=True))
-    return [dealt[number] for number in range(len(documents))]
+    return [dealt[firsts[tuple(document)]] for document in documents]

@@ -9,6 +9,7 @@ The result goes to the standard output, as JSON or CSV, and to `--output_file`; 
 `python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
 """
 
+import csv
 import json
 import math
 import sys
@@ -153,7 +154,8 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> None:
         rows = word_surprisal(rows, texts, regions)
     unit = "bits" if base == 2 else "nats"
     say(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
-    give(rows.to_csv(index=False).rstrip("\n"), arguments)
+    # In quotes a line end inside a token ends no row, for whatever reads it.
+    give(rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").removesuffix("\n"), arguments)
     if arguments.picture is not None:
         draw_surprisal(rows[rows["text"] == 0], arguments.by, unit, arguments.picture)
 
@@ -348,7 +350,7 @@ def give(text: str, arguments: Arguments) -> None:
     """The result, before anything is drawn."""
     print(text)
     if arguments.output_file is not None:
-        Path(arguments.output_file).write_text(text + "\n", encoding="utf-8")
+        Path(arguments.output_file).write_text(text + "\n", encoding="utf-8", newline="\n")
         say(f"The result is in {arguments.output_file}")
 
 

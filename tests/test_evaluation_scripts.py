@@ -6,6 +6,7 @@ import json
 import math
 
 import numpy
+import pandas
 import pytest
 import torch
 from conftest import TEXT, run_script
@@ -122,6 +123,17 @@ def test_a_text_on_the_command_line_and_a_whole_file(evaluate, tmp_path):
     assert typed == read
     assert [row["word"] for row in typed] == ["99", "bottles", "of", "beer"]
     assert typed[0]["surprisal"] == ""  # nothing predicts the first token
+
+
+def test_a_line_end_in_a_token_ends_no_row(folder, tmp_path):
+    command = ["surprisal", "--model", folder, "--text", "99\rof\nbeer\r\nNA", "--by", "token"]
+
+    run_script("evaluate.py", *command, "--output_file", tmp_path / "tokens.csv")
+
+    read = pandas.read_csv(tmp_path / "tokens.csv", keep_default_na=False)
+    assert read["start"].tolist() == list(range(14))
+    with (tmp_path / "tokens.csv").open(newline="") as file:
+        assert [row["unknown"] for row in csv.DictReader(file)] == [str(unknown) for unknown in read["unknown"]]
 
 
 def test_regions_come_with_their_texts(evaluate, tmp_path):

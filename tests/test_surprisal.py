@@ -1,9 +1,11 @@
 """Surprisal is -log of the probability, of each token, word, region and sentence, however it is computed."""
 
+import csv
 import math
 from itertools import product
 
 import numpy
+import pandas
 import pytest
 import reference
 import torch
@@ -327,6 +329,29 @@ def test_equal_scores_of_different_sentences_are_ties():
     frame = minimal_pairs(model, CHARACTERS, [{"sentence_good": "the barn", "sentence_bad": "past her"}])
 
     assert frame["correct"].tolist() == [0.5]
+
+
+NASTY = ["NA", "null", "None", "nan", "007", "1.50", "True", ",", ";", "#", "'", '"', '""', "\\", " ", "  x ", "\t"]
+NASTY += ["\r", "\n", "\r\n", "a\rb", "\u2028", "\x85"]
+
+
+def test_every_reader_finds_the_same_table_in_the_file(tmp_path):
+    """Whatever a token holds: line ends, quotes, commas, and what looks like a number or like nothing."""
+    tokenizer = char_tokenizer(NASTY)
+    tokenizer.add_tokens([word for word in NASTY if len(word) > 1])
+    tokens = surprisal(model_for(tokenizer), tokenizer, NASTY)
+    words = word_surprisal(tokens, NASTY, [[(0, len(text))] for text in NASTY])
+
+    for frame, column in ((tokens, "token"), (words, "word")):
+        frame.to_csv(tmp_path / "table.csv", index=False, quoting=csv.QUOTE_NONNUMERIC)
+
+        options = {"keep_default_na": False, "na_values": {"surprisal": ""}, "dtype": {column: str}}
+        for engine in ("c", "python"):
+            read = pandas.read_csv(tmp_path / "table.csv", engine=engine, **options)
+            pandas.testing.assert_frame_equal(read, frame, check_dtype=False, rtol=1e-12)
+        assert len(pandas.read_csv(tmp_path / "table.csv")) == len(frame)
+        with (tmp_path / "table.csv").open(newline="") as file:
+            assert [row[column] for row in csv.DictReader(file)] == frame[column].tolist()
 
 
 SMALL = word_tokenizer(["a b"])

@@ -50,6 +50,10 @@ def surprisal(
         stands there, so that the surprisal is that of `<unk>`. A warning counts those; an `<unk>` that the text itself
         holds, as WikiText does, is not one. `groupby("text")["surprisal"].sum()` is -log p of each text.
 
+        Written by `to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)` it has the same rows for whatever reads it,
+        line ends in tokens included, and `read_csv(path, keep_default_na=False, na_values={"surprisal": ""},
+        dtype={"token": str})` of pandas, which would take a token "NA" for a missing one, gives it back.
+
     Raises:
         ValueError: if there is no text, or one is empty or becomes no token, the tokenizer is slow, not the model's or without the
             `start_token`, `base` is not above 1, or predictions are not numbers.

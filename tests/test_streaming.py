@@ -65,7 +65,7 @@ def test_the_state_starts_anew_with_documents_if_it_is_to():
 
 
 def test_the_rest_of_a_document_starts_anew(tmp_path, monkeypatch):
-    for module in ("hf_lstm.tokenizers", "hf_lstm.data.corpora"):
+    for module in ("hf_lstm.tokenizers", "hf_lstm.data.readers"):
         monkeypatch.setattr(f"{module}.PIECE_LENGTH", 16)
     path = tmp_path / "text.txt"
     path.write_text("to be or not to be\n" * 10)

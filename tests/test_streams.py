@@ -26,7 +26,7 @@ from hf_lstm import (
     load_corpus,
     tokenizers,
 )
-from hf_lstm.data import load_documents
+from hf_lstm.data import load_documents, streams
 
 POEMS = [f"第{number}首，春風又綠江南岸。\n明月何時照我還？"[: 4 + number % 17] for number in range(60)]
 
@@ -73,7 +73,7 @@ def test_a_text_file_gives_what_its_text_gives(tmp_path_factory, text):
     if not text:
         return
     with pytest.MonkeyPatch.context() as monkeypatch:
-        for module in (tokenizers, sys.modules["hf_lstm.data.corpora"]):
+        for module in (tokenizers, sys.modules["hf_lstm.data.corpora"], sys.modules["hf_lstm.data.readers"]):
             monkeypatch.setattr(module, "PIECE_LENGTH", 16)
         rows = load_documents(path)["train"]
 
@@ -94,8 +94,6 @@ def test_any_part_can_be_read(poems):
 
 def test_texts_are_tokenized_once(tmp_path, monkeypatch):
     """Also if the tokenizer was used in between; another text or tokenizer begins anew."""
-    from hf_lstm.data import streams
-
     calls = []
     encode = streams.encode
     monkeypatch.setattr(streams, "encode", lambda *arguments: calls.append(1) or encode(*arguments))

@@ -1,7 +1,8 @@
 """From texts to batches: corpora, streams of tokens, lanes and documents."""
 
-from .corpora import joined, load_corpus, load_documents, one_split, read_records, read_text, standard_library
+from .corpora import joined, load_corpus, load_documents, one_split, standard_library
 from .lanes import DocumentDataset, LaneDataset
+from .readers import read_records, read_text
 from .streaming import StreamingLanes
 from .streams import TokenStream, as_stream
 

@@ -1,36 +1,34 @@
 """Corpora: texts from files, folders, the Hub or Python itself, as `datasets` that lie on disk and are read as needed.
 
 A corpus has a column `text`, a document in each row. A document may also lie in several rows, so that none must fit into
-memory: a column `continues` is then true in each row that goes on with the document of the row before.
+memory: a column `hf_lstm.continues` is then true in each row that goes on with the document of the row before. It is made
+here alone, of text files and by `join_records`, saved and loaded with the corpus, and left out of no selection of rows; the
+first row that is selected begins a document. A column of any other name says nothing of documents, `continues` too.
 """
 
-import codecs
 import errno
 import glob
 import hashlib
-import json
-import os
 import sysconfig
 import tokenize
-from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy
 import torch
+from transformers.utils import logging
 
-from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of
+from hf_lstm.tokenizers import PIECE_LENGTH
+
+from .readers import CONTINUES, CorpusError, check_file, csv_rows, json_rows, line_rows, text_rows
+
+logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
-# With a record in each line; read here, since `datasets` makes JSON's source of texts that stand among other values.
-LINES = (".jsonl", ".ndjson")
-READERS = {  # those of `datasets`; "NA" and "null" in a .csv file are texts too
-    ".json": ("json", {}),
-    ".csv": ("csv", {"keep_default_na": False}),
-    ".parquet": ("parquet", {}),
-}
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+RECORDS = {".jsonl": line_rows, ".ndjson": line_rows, ".json": json_rows, ".csv": csv_rows}
+TEXT = ("string", "large_string", "string_view")  # pyarrow's types
+FORMAT = 1  # of the rows in the cache: another number, and those of earlier versions are forgotten
 
 
 def load_corpus(
@@ -91,7 +89,9 @@ def load_documents(
     Args:
         name (`str` or `Path`):
             A text file in UTF-8, which is one document; a .jsonl, .json, .csv or .parquet file, one document per record; a
-            folder that `save_to_disk` made; or a data set on the Hub.
+            folder that `save_to_disk` made; or a data set on the Hub. A text is read as it is written, and never as a
+            number or a date. A .json file holds an array of records, or one record behind the other; the first row of a
+            .csv file names its columns.
         config_name (`str`, *optional*): Which configuration of a data set on the Hub.
         text_column (`str`, defaults to `"text"`): Where records hold their text.
         streaming (`bool`, defaults to `False`):
@@ -109,20 +109,20 @@ def load_documents(
             "be read as what `save_to_disk` writes" if kind == "folder" else "be found, on this disk or on the Hub"
         )
     else:
-        _check_file(path)
+        check_file(path)
         source = f"be read as {kind.removeprefix('.')}"
     try:
         with writable_cache():
             corpus = _open(path, kind, str(name), config_name, text_column, streaming)
+            if not isinstance(corpus, dict):
+                corpus = {"train": corpus}
+            if kind in ("folder", "hub", ".parquet"):
+                corpus = {split: _text_column(rows, text_column, name, kind) for split, rows in corpus.items()}
     except Exception as error:  # the readers behind `datasets` raise classes of their own
         for known in (error, error.__cause__):
             if isinstance(known, CorpusError):
                 raise known from None
         raise ValueError(f"{name} cannot {source}: {error.__cause__ or error}") from error
-    if not isinstance(corpus, dict):
-        corpus = {"train": corpus}
-    if kind != "text" and kind not in LINES:
-        corpus = {split: _text_column(rows, text_column, name) for split, rows in corpus.items()}
     return (IterableDatasetDict if streaming else DatasetDict)(corpus)
 
 
@@ -140,7 +140,7 @@ def one_split(corpus: dict, split: str, name: str | Path):
 def _kind_of(name):
     path = Path(name)
     suffix = path.suffix.lower()
-    if suffix in READERS or suffix in LINES:
+    if suffix in RECORDS or suffix == ".parquet":
         return suffix
     if suffix == ".txt" or path.is_file():
         return "text"
@@ -149,7 +149,7 @@ def _kind_of(name):
 
 def _open(path, kind, name, config_name, text_column, streaming):
     """What `datasets` makes of a source: one data set, or several by split."""
-    from datasets import Dataset, IterableDataset, config, load_dataset, load_from_disk
+    from datasets import Dataset, Features, IterableDataset, Value, config, load_dataset, load_from_disk
 
     if kind == "hub":
         return load_dataset(name, config_name, streaming=streaming)
@@ -160,27 +160,25 @@ def _open(path, kind, name, config_name, text_column, streaming):
         if not isinstance(corpus, dict):
             return corpus.to_iterable_dataset()
         return {split: rows.to_iterable_dataset() for split, rows in corpus.items()}
-    if kind in READERS:
-        reader, options = READERS[kind]
+    if kind == ".parquet":
+        options = {}
         if not streaming:  # a cache for these contents: `datasets` itself looks at a file's size and time alone
-            options = options | {"cache_dir": str(Path(config.HF_DATASETS_CACHE) / _digest(path))}
-        return load_dataset(reader, data_files=glob.escape(str(path)), streaming=streaming, **options)
-    rows, arguments = _text_rows, {"path": path}
-    if kind in LINES:
-        rows, arguments = _line_rows, {"path": path, "text_column": text_column}
+            options = {"cache_dir": str(Path(config.HF_DATASETS_CACHE) / _digest(path))}
+        return load_dataset("parquet", data_files=glob.escape(str(path)), streaming=streaming, **options)
+    if kind == "text":
+        rows, arguments, columns = text_rows, {}, {"text": Value("string"), CONTINUES: Value("bool")}
+    else:
+        rows, arguments, columns = RECORDS[kind], {"text_column": text_column}, {"text": Value("string")}
     if streaming:
-        return IterableDataset.from_generator(rows, gen_kwargs=arguments)
-    key = {"digest": _digest(path), "piece_length": PIECE_LENGTH}
-    return Dataset.from_generator(rows, gen_kwargs=arguments | {"path": path.resolve(), "key": key})
+        return IterableDataset.from_generator(rows, gen_kwargs={"path": path} | arguments, features=Features(columns))
+    key = {"digest": _digest(path), "piece_length": PIECE_LENGTH, "format": FORMAT}
+    arguments |= {"path": path.resolve(), "key": key}
+    return Dataset.from_generator(rows, gen_kwargs=arguments, features=Features(columns))
 
 
 def _digest(path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class CorpusError(ValueError):
-    """What is wrong, in words that need no others around them."""
 
 
 @contextmanager
@@ -205,143 +203,60 @@ def writable_cache():
         ) from error
 
 
-def read_text(path: str | Path) -> str:
-    """A UTF-8 file as it is, line ends included, without a byte order mark. Raises `ValueError` for anything else."""
-    path = Path(path)
-    _check_file(path)
-    return "".join(_decoded(path))
+def document_begins(rows) -> numpy.ndarray:
+    """Which rows of a data set begin a document, `(rows,)`: the first does, also where its own beginning was cut off."""
+    if CONTINUES not in rows.column_names:
+        return numpy.ones(len(rows), dtype=bool)
+    continues = rows.select_columns(CONTINUES).with_format("arrow")[:][CONTINUES]
+    begins = ~continues.fill_null(False).to_numpy()  # null where `datasets` put rows without the column beside others
+    begins[:1] = True
+    return begins
 
 
-def count_documents(rows) -> int:
-    """How many documents lie in the rows of a data set."""
-    if "continues" not in rows.column_names:
-        return len(rows)
-    return len(rows) - int(numpy.sum(rows.with_format("numpy")["continues"][:]))
+def check_text(rows, column: str, name: str | Path) -> None:
+    """Raise `ValueError` where a column of a data set is known to hold anything but text."""
+    if rows.features is None:
+        return
+    feature = rows.features[column]
+    kind = getattr(feature, "dtype", type(feature).__name__)  # lists and mixtures are features without one
+    if kind not in TEXT:
+        raise CorpusError(f"The column `{column}` of {name} holds {kind}: it must hold text.")
 
 
-def _text_rows(path, key=None):
-    """The pieces of a text file. By the key `datasets` tells its contents, and ways of reading them, apart."""
-    rest, continues = "", False
-    for text in _decoded(path):
-        *whole, rest = list(pieces_of(rest + text)) or [""]
-        for piece in whole:
-            yield {"text": piece, "continues": continues}
-            continues = True
-    yield {"text": rest, "continues": continues}
+def _text_column(rows, text_column, name, kind):
+    from datasets import Value
 
-
-def _decoded(path):
-    """The text of a file, a little at a time."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    position, data = 0, None
-    with path.open("rb") as file:
-        while data != b"":
-            data = file.read(PIECE_LENGTH)
-            if b"\0" in data:
-                raise CorpusError(
-                    f"{path} is no text, since byte {position + data.index(0)} is NUL: it is damaged, or in UTF-16, which "
-                    "`iconv` converts."
-                )
-            start = position - len(decoder.getstate()[0])  # of what is decoded now
-            try:
-                text = decoder.decode(data, final=data == b"")
-            except UnicodeDecodeError as error:
-                raise CorpusError(
-                    f"{path} is not UTF-8 (byte {start + error.start}: {error.reason}): convert it first, for example "
-                    "with `iconv`."
-                ) from error
-            yield text.removeprefix("\ufeff") if position == 0 else text
-            position += len(data)
-
-
-def _check_file(path):
-    if not path.is_file():
-        raise ValueError(f"The file {path} does not exist.")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"The file {path} cannot be read: you have no permission to.")
-    if path.suffix in COMPRESSED:
-        raise ValueError(f"{path} is compressed: unpack it first.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: there is nothing to read.")
-
-
-def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The records of a file with a JSON object in each line, and the numbers of their lines. Raises `ValueError`."""
-    path, number, found = Path(path), 0, False
-    _check_file(path)
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            where = f"{path} cannot be read as jsonl: line {number}"
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise CorpusError(f"{where} is not JSON ({error}): mend or remove it.") from error
-            if not isinstance(record, dict):
-                raise CorpusError(f"{where} is no record but {type(record).__name__}: put an object in each line.")
-            found = True
-            yield number, record
-    if not found:
-        raise CorpusError(f"{path} holds no record in its {number} lines: there is nothing to read.")
-
-
-def _line_rows(path, text_column, key=None):
-    """The texts of a file with a record in each line."""
-    for number, record in read_records(path):
-        if text_column not in record:
-            raise CorpusError(
-                f"{path} has no `{text_column}` in line {number}, only {', '.join(record) or 'nothing'}: name the one "
-                "that holds the text with `text_column`, and give it to every record."
-            )
-        text = record[text_column]
-        if text is not None and not isinstance(text, str):
-            raise CorpusError(
-                f"The column `{text_column}` of {path} holds {json.dumps(text)[:50]} in line {number}: it must hold text."
-            )
-        try:
-            (text or "").encode()
-        except UnicodeEncodeError as error:
-            raise CorpusError(
-                f"{path} cannot be read as jsonl: line {number} holds half of a character ({error.reason}): mend or "
-                "remove it."
-            ) from error
-        yield {"text": text or ""}
-
-
-def _text_column(rows, text_column, name):
     columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know them only when it is read
     if text_column not in columns:
-        raise ValueError(
+        raise CorpusError(
             f"{name} has no column `{text_column}`, only {', '.join(columns) or 'empty records'}: name the one that holds "
             "the text with `text_column`."
         )
-    if rows.features is not None:
-        feature = rows.features[text_column]
-        kind = getattr(feature, "dtype", type(feature).__name__)  # lists and mixtures are features without one
-        if kind not in ("string", "large_string"):
-            raise ValueError(f"The column `{text_column}` of {name} holds {kind}: it must hold text.")
-    rows = rows.select_columns([text_column, *(column for column in columns if column == "continues")])
+    check_text(rows, text_column, name)
+    if kind == "folder" and "continues" in columns and CONTINUES not in columns:
+        logger.warning(
+            f"{name} has a column `continues`, and each of its rows is read as a document of its own. Version 0.1.0 called "
+            f"the rest of a document so: if it wrote the folder, make it again, or rename the column to `{CONTINUES}`."
+        )
+    rows = rows.select_columns([text_column, *(column for column in columns if column == CONTINUES)])
+    if rows.features is not None and rows.features[text_column].dtype == "string_view":
+        rows = rows.cast_column(text_column, Value("large_string"))  # pyarrow computes little with views
     return rows if text_column == "text" else rows.rename_column(text_column, "text")
 
 
 def joined(rows):
     """The same rows as pieces of one document."""
-    if "continues" in rows.column_names:
-        return rows
-    return rows.add_column("continues", numpy.arange(len(rows)) > 0)
+    return rows.select_columns("text").add_column(CONTINUES, numpy.arange(len(rows)) > 0)
 
 
 def _hold_out(rows, fraction) -> dict:
     """The rows for training, and those kept for validation; both in order, which may tell one story."""
     import pyarrow.compute
 
-    if count_documents(rows) > 1:
+    begins = document_begins(rows)
+    if begins.sum() > 1:
         table = rows.with_format("arrow")[:]
-        starts = numpy.ones(len(rows), dtype=bool)
-        if "continues" in rows.column_names:
-            starts = ~table["continues"].to_numpy()
-        document = starts.cumsum() - 1  # of each row: they stay together
+        document = begins.cumsum() - 1  # of each row: they stay together
         filled = pyarrow.compute.greater(pyarrow.compute.binary_length(table["text"]), 0).fill_null(False).to_numpy()
         candidates = numpy.unique(document[filled])
         if len(candidates) < 2:

@@ -7,6 +7,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from .lanes import check_sizes, lane_item
+from .readers import CONTINUES
 from .streams import encode
 
 BATCH_SIZE = 16  # rows that are tokenized at once
@@ -23,7 +24,8 @@ class StreamingLanes(IterableDataset):
     accelerate leaves them out where `dispatch_batches` is off, as it is in `LSTMTrainingArguments`. A resumed run reads
     up to where it stopped and goes on with the same batches.
 
-    A row that `continues` a document starts from a zero state, since another lane has read what stands before it.
+    A row that goes on with a document (`hf_lstm.continues`) starts from a zero state, since another lane has read what
+    stands before it; the first one that a process reads in a pass begins a document.
 
     Args:
         documents (`datasets.IterableDataset`):
@@ -104,9 +106,10 @@ class StreamingLanes(IterableDataset):
                 texts = batch["text"]
                 if wrong := [text for text in texts if not isinstance(text, str | None)]:
                     raise ValueError(f"A row of `text` holds {wrong[0]!r}: it must hold text.")
-                continuing = batch.get("continues", [False] * len(texts))
+                continuing = batch.get(CONTINUES, [False] * len(texts))
                 for ids, continues in zip(encode(texts, self.tokenizer), continuing, strict=True):
                     if len(ids) > 0:
+                        continues = continues and not empty
                         empty = False
                         ids = torch.from_numpy(ids).long()
                         yield (ids if continues else torch.cat([eos, ids])), continues

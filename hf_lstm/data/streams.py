@@ -16,11 +16,12 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of, pieces_of_all
 
-from .corpora import count_documents, writable_cache
+from .corpora import check_text, document_begins, writable_cache
+from .readers import CONTINUES
 
 SIZES = ("num_bytes", "num_characters", "num_words")
 BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
-FORMAT = 2  # of the tokens in the cache: another number, and those of earlier versions are forgotten
+FORMAT = 3  # of the tokens in the cache: another number, and those of earlier versions are forgotten
 
 
 class TokenStream:
@@ -36,7 +37,8 @@ class TokenStream:
             characters and in words between white space; 0 if unknown.
 
     Raises:
-        ValueError: if `tokens` are no integers in a single dimension.
+        ValueError: if `tokens` are no integers in a single dimension, or `document_starts` do not ascend from 0 within
+            them.
     """
 
     def __init__(
@@ -48,7 +50,9 @@ class TokenStream:
         num_words: int = 0,
     ):
         self._hold(_as_arrow(tokens))
-        self.document_starts = torch.zeros(1, dtype=torch.long) if document_starts is None else document_starts
+        self.document_starts = torch.zeros(1, dtype=torch.long)
+        if document_starts is not None:
+            self.document_starts = _checked_starts(document_starts, len(self))
         self.num_bytes, self.num_characters, self.num_words = num_bytes, num_characters, num_words
         self._sources = None  # where each document lies in `tokens`, if they stand in another order
         self._rows = None  # the data set that holds the tokens, if one does
@@ -69,14 +73,14 @@ class TokenStream:
             tokenizer (`PreTrainedTokenizerBase`): Any tokenizer.
 
         Raises:
-            ValueError: if `texts` are a str, several splits or have no column `text`, no text holds a token, `tokenizer`
-                has no `eos_token` to put between several, or the tokens cannot be written.
+            ValueError: if `texts` are a str, several splits, have no column `text` or hold anything but text, no text
+                holds a token, `tokenizer` has no `eos_token` to put between several, or the tokens cannot be written.
         """
         import pyarrow.compute
         from datasets import Features, List, Value
 
         texts = _rows_of(texts)
-        documents = count_documents(texts)
+        documents = int(document_begins(texts).sum())
         if documents > 1 and tokenizer.eos_token_id is None:
             raise ValueError(
                 f"The tokenizer's `eos_token` (None) must be set, since it separates the {documents} documents: "
@@ -87,6 +91,7 @@ class TokenStream:
         with writable_cache():
             rows = texts.map(
                 tokenization,
+                with_indices=True,
                 batched=True,
                 batch_size=min(max(1, BATCH_BYTES // mean_bytes), 10_000),
                 remove_columns=texts.column_names,
@@ -222,18 +227,17 @@ class _Tokenization:
         self.separator = [tokenizer.eos_token_id] if separated else []
         self.dtype = numpy.min_scalar_type(max(tokenizer.get_vocab().values()))
 
-    def __call__(self, batch):
-        texts = batch["text"]
+    def __call__(self, batch, indices):
+        texts, continuing = batch["text"], batch.get(CONTINUES)
         rows = {name: [] for name in ("tokens", "starts", *SIZES)}
-        for text, ids, continues in zip(
-            texts, encode(texts, self.tokenizer), batch.get("continues", [None] * len(texts)), strict=True
-        ):
-            if continues is None and len(ids) == 0:
+        for number, (text, ids) in enumerate(zip(texts, encode(texts, self.tokenizer), strict=True)):
+            if continuing is None and len(ids) == 0:
                 continue  # an empty document is none
-            if not continues:
+            begins = continuing is None or not continuing[number] or indices[number] == 0
+            if begins:
                 ids = numpy.concatenate([numpy.array(self.separator, dtype=numpy.int32), ids])
             rows["tokens"].append(ids.astype(self.dtype))
-            rows["starts"].append(not continues)
+            rows["starts"].append(begins)
             for name, size in _sizes(text or "").items():
                 rows[name].append(size)
         return rows
@@ -247,6 +251,20 @@ class _Tokenization:
         return tokenizer, self.separator, self.dtype.name, PIECE_LENGTH, FORMAT
 
 
+def _checked_starts(document_starts, length):
+    starts = torch.as_tensor(document_starts)
+    if starts.dim() != 1 or len(starts) == 0 or starts.is_floating_point():
+        raise ValueError(
+            f"`document_starts` of shape {tuple(starts.shape)} and type {starts.dtype} must be integers in a single dimension."
+        )
+    if starts[0] != 0 or starts[-1] >= max(length, 1) or (starts.diff() <= 0).any():
+        raise ValueError(
+            f"`document_starts` ({str(starts.tolist())[:50]}) must ascend from 0, where the first document begins, to less "
+            f"than {length}, the number of tokens."
+        )
+    return starts
+
+
 def _rows_of(texts):
     """Texts as a data set."""
     from datasets import Dataset, Features, IterableDataset, Value
@@ -258,11 +276,22 @@ def _rows_of(texts):
     if isinstance(texts, IterableDataset):
         raise ValueError("`texts` is streamed, and has no end that is known: make `StreamingLanes` of it.")
     if not isinstance(texts, Dataset):
-        return Dataset.from_dict({"text": list(texts)}, features=Features({"text": Value("string")}))
+        texts = list(texts)
+        for number, text in enumerate(texts):
+            if text is not None and not isinstance(text, str):
+                raise ValueError(f"Text {number} of `texts` is {text!r}: it must be a str.")
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(
+                    f"Text {number} of `texts` holds half of a character ({error.reason}): mend or remove it."
+                ) from error
+        return Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
     if "text" not in texts.column_names:
         raise ValueError(
             f"`texts` has no column `text`, only {', '.join(texts.column_names)}: rename the one that holds the text."
         )
+    check_text(texts, "text", "`texts`")
     return texts
 
 

@@ -1,5 +1,6 @@
 """Streams: tokenized once, read from where they lie, in the order of their documents or in another."""
 
+import importlib.util
 import json
 import pickle
 import subprocess
@@ -10,9 +11,11 @@ import pytest
 import torch
 from conftest import make_ids, make_model
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import run
+from tokenizers import normalizers
 from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
 
 from hf_lstm import (
@@ -113,6 +116,90 @@ def test_texts_are_tokenized_once(tmp_path, monkeypatch):
     assert tokenizes()
     path.write_text("to be or not to go\n" * 8000)
     assert tokenizes()
+
+
+def changed(change):
+    """A tokenizer that encodes something else than the plain one."""
+    tokenizer = byte_tokenizer()
+    if isinstance(change, type):
+        tokenizer.__class__ = change
+    else:
+        change(tokenizer)
+    return tokenizer
+
+
+class Shifted(type(byte_tokenizer())):
+    """Whose ids are others by the attribute `shift`."""
+
+    def __call__(self, texts, **options):
+        encoded = super().__call__(texts, **options)
+        if isinstance(texts, list):
+            encoded["input_ids"] = [[token + self.shift for token in ids] for ids in encoded["input_ids"]]
+        return encoded
+
+
+def shifting(amount):
+    """A class, of which two of the same amount are equal."""
+
+    class Shifting(Shifted):
+        @property
+        def shift(self):
+            return amount
+
+    return Shifting
+
+
+def shifted(amount):
+    def change(tokenizer):
+        tokenizer.__class__ = Shifted
+        tokenizer.shift = amount
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        shifting(1),
+        shifting(2),
+        shifted(3),
+        shifted(4),
+        lambda tokenizer: tokenizer.add_tokens(["be or"]),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "normalizer", normalizers.Lowercase()),
+    ],
+    ids=["subclass", "another", "attribute", "another", "added token", "normalizer"],
+)
+def test_two_tokenizers_share_tokens_only_where_they_are_equal(tmp_path, monkeypatch, change):
+    path = tmp_path / "text.txt"
+    path.write_text("To be or not to be\n" * 10)
+    rows, calls, encode = load_documents(path)["train"], [], streams.encode
+    monkeypatch.setattr(streams, "encode", lambda *arguments: calls.append(1) or encode(*arguments))
+    plain = TokenStream.from_documents(rows, byte_tokenizer())
+
+    other = TokenStream.from_documents(rows, changed(change))
+    first = len(calls)
+    again = TokenStream.from_documents(rows, changed(change))
+
+    assert not torch.equal(other[:], plain[:])
+    assert torch.equal(other[:], again[:])
+    assert len(calls) - first == 1  # the first token alone is looked at each time
+
+
+def test_a_class_that_was_written_anew_tokenizes_anew(tmp_path, monkeypatch):
+    """Under its old name, in a module that was changed between two runs."""
+    path, hashes = tmp_path / "own_tokenizer.py", []
+    for shift in (1, 22, 1):
+        path.write_text(
+            "from transformers import PreTrainedTokenizerFast\n\n\nclass Own(PreTrainedTokenizerFast):\n"
+            f"    def __call__(self, *arguments, **options):\n        return {shift}\n"
+        )
+        specification = importlib.util.spec_from_file_location("own_tokenizer", path)
+        module = importlib.util.module_from_spec(specification)
+        monkeypatch.setitem(sys.modules, "own_tokenizer", module)
+        specification.loader.exec_module(module)
+        hashes.append(Hasher.hash(streams._Tokenization(changed(module.Own), False)))
+
+    assert hashes[0] == hashes[2] != hashes[1]
 
 
 @pytest.mark.slow

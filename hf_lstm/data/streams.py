@@ -7,12 +7,17 @@ is a stream without beginning or end and has none.
 
 import copy
 import hashlib
+import inspect
 import json
+import sys
 from collections.abc import Iterable, Sequence
 
 import numpy
+import tokenizers
 import torch
-from transformers import PreTrainedTokenizerBase
+import transformers
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of, pieces_of_all
 
@@ -245,10 +250,30 @@ class _Tokenization:
     def __getstate__(self):
         """What `datasets` tells one tokenization from another by: a tokenizer's own state changes as it is used."""
         tokenizer = self.tokenizer
+        state = tokenizer
         if tokenizer.is_fast:
             parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
-            tokenizer = (parts, tokenizer.split_special_tokens)
-        return tokenizer, self.separator, self.dtype.name, PIECE_LENGTH, FORMAT
+            stock = vars(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
+            own = {name: value for name, value in sorted(vars(tokenizer).items()) if name not in stock}
+            state = (parts, tokenizer.split_special_tokens, own)
+        libraries = (transformers.__version__, tokenizers.__version__)
+        return state, _code_of(type(tokenizer)), libraries, self.separator, self.dtype.name, PIECE_LENGTH, FORMAT
+
+
+def _code_of(kind):
+    """
+    A class in such a way that its hash is another where it computes something else. Of a class that can be imported
+    `datasets` would hash the name alone: beside it stands the source of its module, and of those it is derived from.
+    """
+    code = []
+    for part in kind.__mro__:
+        if part.__module__.split(".")[0] not in ("transformers", "builtins"):
+            try:
+                source = inspect.getsource(sys.modules[part.__module__])
+            except (KeyError, OSError, TypeError):  # written into a prompt: hashed by what it does
+                source = None
+            code.append((part, source))
+    return kind.__module__, kind.__qualname__, code
 
 
 def _checked_starts(document_starts, length):

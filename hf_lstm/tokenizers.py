@@ -170,26 +170,29 @@ def ends_lines(tokenizer) -> bool:
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:
     """
     What each id below `vocab_size` adds to a text that it continues, in bytes of UTF-8: for those who write text without a
-    tokenizer. Special tokens and ids without a token add nothing; in a text of lines of words, `<unk>` is shown and
-    `<eos>` is the line end.
+    tokenizer. Special tokens and ids without a token add nothing, and a token that was added adds what it is called; in a
+    text of lines of words, `<unk>` is shown and `<eos>` is the line end.
     """
-    decoder = str(json.loads(tokenizer.backend_tokenizer.to_str())["decoder"])
+    backend = tokenizer.backend_tokenizer
+    decoder = str(json.loads(backend.to_str())["decoder"])
     letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's name for each byte
-    special, hidden = set(tokenizer.all_special_ids), not ends_lines(tokenizer)
-    before = next(index for index in range(len(tokenizer)) if index not in special)
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    own, hidden = set(backend.get_vocab(with_added_tokens=False).values()), not ends_lines(tokenizer)
+    before = min(index for index in tokenizer.get_vocab().values() if index not in special)
 
     def text_after(ids):
         return tokenizer.decode([before, *ids], skip_special_tokens=hidden)
 
     added = []
     for index in range(vocab_size):
-        token = tokenizer.convert_ids_to_tokens(index) if index < len(tokenizer) else None
+        token = backend.id_to_token(index)
         if token is None:
             added.append(b"")
         elif index in special or not ("ByteLevel" in decoder or ("ByteFallback" in decoder and token in _BYTES)):
             added.append(text_after([index]).removeprefix(text_after([])).encode())
         elif "ByteLevel" in decoder:
-            added.append(bytes(letters[letter] for letter in token))
+            spelled = index in own and letters.keys() >= set(token)  # what was added is called as it is written
+            added.append(bytes(letters[letter] for letter in token) if spelled else token.encode())
         else:
             added.append(bytes([_BYTES.index(token)]))
     return added

@@ -1,5 +1,6 @@
 """Characters and bytes: what goes in comes out, nothing crashes, and no code of ours is needed afterwards."""
 
+import copy
 import subprocess
 import sys
 from itertools import pairwise
@@ -7,6 +8,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.normalizers import NFC
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -57,6 +59,24 @@ def test_the_bytes_of_words_that_stand_between_white_space():
     added = bytes_of_tokens(tokenizer, len(tokenizer))
 
     assert b"".join(added[index] for index in tokenizer("cat dog\nthe")["input_ids"]) == b" cat <unk>\n the"
+
+
+def test_the_bytes_of_added_tokens_are_what_they_are_called(tokenizer):
+    """Whether GPT-2 has letters for them or not."""
+    tokenizer, words = copy.deepcopy(tokenizer), ["two words", "<|user|>", "naïveté", "鳥 啼"]
+    tokenizer.add_tokens([*words, AddedToken("<end>", special=True)])
+
+    added = bytes_of_tokens(tokenizer, len(tokenizer) + 2)
+
+    assert added[-7:] == [*(word.encode() for word in words), b"", b"", b""]
+
+
+def test_the_bytes_of_tokens_with_gaps_between_their_ids():
+    backend = Tokenizer(models.WordLevel({"<unk>": 0, "a": 3, "b": 9}, unk_token="<unk>"))
+    backend.decoder = decoders.Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+
+    assert bytes_of_tokens(tokenizer, 11) == [b"", b"", b"", b"a", b"", b"", b"", b"", b"", b"b", b""]
 
 
 def test_special_tokens_have_the_first_ids_and_are_not_added(tokenizer):

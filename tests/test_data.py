@@ -4,11 +4,14 @@ import ast
 import json
 import logging
 import os
+from unicodedata import normalize
 
 import numpy
 import pytest
 import torch
+from conftest import make_model
 from datasets import Dataset, DatasetDict, concatenate_datasets
+from tokenizers import normalizers
 from transformers import AutoTokenizer
 
 from hf_lstm import (
@@ -18,6 +21,7 @@ from hf_lstm import (
     TokenStream,
     byte_tokenizer,
     char_tokenizer,
+    evaluate_stream,
     load_corpus,
     tokenizers,
     word_tokenizer,
@@ -67,6 +71,58 @@ def test_characters_and_words_are_those_of_the_targets(text, tokenizer, characte
     stream = TokenStream.from_documents([text], tokenizer)
 
     assert (stream.num_characters, stream.num_words) == (characters, words)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "text", "read"),
+    [
+        (normalizers.NFC(), "e\u0301a e\u0301", "éa é"),
+        (normalizers.NFD(), "éa é", "e\u0301a e\u0301"),
+        (normalizers.NFKC(), "ﬁ Ⅻ", "fi XII"),
+        (normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents(), normalizers.Lowercase()]), "É a", "e a"),
+        (normalizers.BertNormalizer(), "É 床", "e 床"),
+        (normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]), "a b", "a b"),
+        (normalizers.Sequence([normalizers.NFC(), normalizers.Replace(" ", "▁")]), "e\u0301 b", "é b"),
+    ],
+    ids=["NFC", "NFD", "NFKC", "no accents", "BERT", "Llama", "both"],
+)
+def test_the_text_that_is_counted_is_the_one_that_is_predicted(normalizer, text, read):
+    """In two documents, all of which is predicted."""
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizer
+
+    stream = TokenStream.from_documents([text, text], tokenizer)
+
+    sizes = (stream.num_bytes, stream.num_characters, stream.num_words)
+    assert sizes == (2 * len(read.encode()), 2 * len(read), 2 * len(read.split()))
+
+
+@pytest.mark.parametrize(("text", "expected"), [("e\u0301ab", (2, 2)), ("ae\u0301b", (3, 2)), ("abe\u0301", (3, 2))])
+def test_a_composed_text_is_counted_without_its_first_token(text, expected):
+    stream = TokenStream.from_documents([text], char_tokenizer([text], nfc=True))
+
+    assert len(stream) == 3
+    assert (stream.num_bytes, stream.num_characters) == expected
+
+
+def test_bits_per_byte_are_those_of_the_text_that_is_predicted():
+    """However its characters were written."""
+    texts = ["caf\u00e9 cr\u00e8me", "\u00e9t\u00e9"]
+    tokenizer = char_tokenizer(texts, nfc=True)
+    model = make_model(vocab_size=len(tokenizer))
+
+    composed, apart = (
+        evaluate_stream(model, TokenStream.from_documents([normalize(form, text) for text in texts], tokenizer))
+        for form in ("NFC", "NFD")
+    )
+
+    assert composed == apart
+
+
+def test_line_ends_that_become_words_are_counted_as_written():
+    stream = TokenStream.from_documents(["a b\n", "b\n"], word_tokenizer(["a b"]))
+
+    assert (stream.num_bytes, stream.num_characters, stream.num_words) == (6, 6, 3)
 
 
 def test_the_first_byte_of_a_character_is_one_byte():

@@ -16,7 +16,7 @@ import numpy
 import tokenizers
 import torch
 import transformers
-from tokenizers import Tokenizer, models
+from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of, pieces_of_all
@@ -27,6 +27,16 @@ from .readers import CONTINUES
 SIZES = ("num_bytes", "num_characters", "num_words")
 BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
 FORMAT = 3  # of the tokens in the cache: another number, and those of earlier versions are forgotten
+# The normalizers that make another text; all others only write spaces and line ends in another way.
+FORMS = (
+    normalizers.NFC,
+    normalizers.NFD,
+    normalizers.NFKC,
+    normalizers.NFKD,
+    normalizers.Nmt,
+    normalizers.Precompiled,
+)
+FORMS += (normalizers.Lowercase, normalizers.StripAccents, normalizers.BertNormalizer)
 
 
 class TokenStream:
@@ -39,7 +49,9 @@ class TokenStream:
             Where each document begins, ascending, first 0; without it there is one document.
         num_bytes, num_characters, num_words (`int`, defaults to 0):
             How much text the targets spell, all tokens but the first, which nothing predicts: in UTF-8, in Unicode
-            characters and in words between white space; 0 if unknown.
+            characters and in words between white space; 0 if unknown. The text is that which is predicted: in the
+            Unicode form that a fast tokenizer's normalizer gives it (NFC, NFD, NFKC, NFKD, SentencePiece's, lower case,
+            without accents) and otherwise as it was written, whatever the tokenizer writes for spaces and line ends.
 
     Raises:
         ValueError: if `tokens` are no integers in a single dimension, or `document_starts` do not ascend from 0 within
@@ -234,7 +246,7 @@ class _Tokenization:
 
     def __call__(self, batch, indices):
         texts, continuing = batch["text"], batch.get(CONTINUES)
-        rows = {name: [] for name in ("tokens", "starts", *SIZES)}
+        rows, form = {name: [] for name in ("tokens", "starts", *SIZES)}, _form_of(self.tokenizer)
         for number, (text, ids) in enumerate(zip(texts, encode(texts, self.tokenizer), strict=True)):
             if continuing is None and len(ids) == 0:
                 continue  # an empty document is none
@@ -243,7 +255,8 @@ class _Tokenization:
                 ids = numpy.concatenate([numpy.array(self.separator, dtype=numpy.int32), ids])
             rows["tokens"].append(ids.astype(self.dtype))
             rows["starts"].append(begins)
-            for name, size in _sizes(text or "").items():
+            text = "".join(_formed(piece, form) for piece in pieces_of(text))  # as it is tokenized
+            for name, size in _sizes(text).items():
                 rows[name].append(size)
         return rows
 
@@ -367,13 +380,30 @@ def _encode_pieces(pieces, tokenizer):
             batch, length = [], 0
 
 
+def _form_of(tokenizer):
+    """The part of a tokenizer's normalizer that makes another text of a text; None without one."""
+    normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
+    parts = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]
+    kept = [copy.deepcopy(part) for part in parts if isinstance(part, FORMS)]
+    for part in kept:
+        if isinstance(part, normalizers.BertNormalizer):  # which also puts spaces around Chinese characters
+            part.clean_text = part.handle_chinese_chars = False
+    return normalizers.Sequence(kept) if kept else None
+
+
+def _formed(piece: str, form) -> str:
+    return piece if form is None else form.normalize_str(piece)
+
+
 def _sizes(text: str) -> dict[str, int]:
     return dict(zip(SIZES, (len(text.encode()), len(text), len(text.split())), strict=True))
 
 
 def _first_sizes(texts: Iterable[str | None], tokenizer) -> dict[str, int]:
     """How much text the first token spells: its share of the bytes where several tokens spell one character."""
+    form = _form_of(tokenizer)
     for piece in pieces_of_all(texts):
+        piece = _formed(piece, form)  # which has the same tokens, and they stand where they are counted
         ids = encode([piece], tokenizer)[0]
         if len(ids) == 0:
             continue

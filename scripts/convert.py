@@ -10,9 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_lstm  # noqa: F401  registers the model
+from hf_lstm.convert.checking import check_file
 
 
 @dataclass
@@ -30,25 +32,35 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
     folder = Path(arguments.output_dir)
+    trust = {"trust_remote_code": arguments.trust_remote_code}
     if arguments.to == "torch":
-        from hf_lstm.convert.torch_export import export_step
+        from hf_lstm.convert.torch_export import difference, export_step
 
-        print(f"written to {export_step(model, folder / 'step.pt2')}")
+        model = AutoModelForCausalLM.from_pretrained(arguments.model, **trust)
+        report(export_step(model, folder / "step.pt2"), model, difference, model.dtype)
         return
 
     from hf_lstm.convert.onnx import difference, export_onnx, quantize_onnx
 
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32, **trust)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trust)
     paths = export_onnx(model, tokenizer, folder)
-    for path in paths + [quantize_onnx(path) for path in paths]:
-        print(
-            f"written to {path}, {path.stat().st_size / 1e6:.1f} MB; "
-            f"its log-probabilities differ from the model's by {difference(model, path):.2g} nats at most"
-        )
+    for path in paths:
+        report(path, model, difference, model.dtype)
+    for path in paths:
+        report(quantize_onnx(path), model, difference, None)
     runner = shutil.copy(Path(__file__).with_name("run_onnx.py"), folder)
     print(f'python {runner} {folder} "a beginning" lets it write, with onnxruntime and numpy alone')
+
+
+def report(path: Path, model, difference, dtype: torch.dtype | None) -> None:
+    """Say that a file is written, once it has been run."""
+    found = check_file(path, lambda: difference(model, path), dtype)
+    print(
+        f"written to {path}, {path.stat().st_size / 1e6:.1f} MB; "
+        f"its log-probabilities differ from the model's by {found:.2g} nats at most"
+    )
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ metadata = step.get_modelmeta().custom_metadata_map
 tokens = [token.encode("latin-1") for token in json.loads(metadata["tokens"])]
 ends = json.loads(metadata["ends"])
 
-text, ids = prompt.encode(), []
+text, ids = prompt.encode(errors="surrogateescape"), []
 while text:  # the longest token that the text goes on with
     ids.append(max(range(len(tokens)), key=lambda index: len(tokens[index]) * text.startswith(tokens[index])))
     if not tokens[ids[-1]] or not text.startswith(tokens[ids[-1]]):

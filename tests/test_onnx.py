@@ -47,6 +47,15 @@ def test_one_graph_goes_on_where_the_other_ended(name, tmp_path):
     assert abs(logits - expected).max() < 1e-5 * abs(expected).max()
 
 
+def test_an_output_layer_of_its_own(tmp_path):
+    """Set by hand, whatever the config says of it, and with a bias."""
+    model = byte_model()
+    model.lm_head = torch.nn.Linear(12, 260)
+
+    for path in export_onnx(model, byte_tokenizer(), tmp_path):
+        assert difference(model, path) < 1e-4
+
+
 def test_eight_bits(tmp_path):
     model = byte_model(hidden_size=256)
     with torch.no_grad():
@@ -77,10 +86,15 @@ def test_other_activations(act, tmp_path):
 TEXT = "the cat sat on the mat, 東風吹雁上\n" * 3
 
 
-@pytest.mark.parametrize("make", [char_tokenizer, lambda texts: bpe_tokenizer(texts, 280)], ids=["char", "bpe"])
-def test_the_folder_writes_by_itself(make, tmp_path, run):
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(char_tokenizer, torch.float32), (lambda texts: bpe_tokenizer(texts, 280), torch.bfloat16)],
+    ids=["char", "bpe"],
+)
+def test_the_folder_writes_by_itself(make, dtype, tmp_path, run):
     tokenizer = make([TEXT])
-    model = make_model(torch.float32, vocab_size=len(tokenizer))
+    tokenizer.add_tokens(["the user says", "東風"])
+    model = make_model(dtype, vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = None
     model.save_pretrained(tmp_path / "model")
     tokenizer.save_pretrained(tmp_path / "model")
@@ -89,6 +103,8 @@ def test_the_folder_writes_by_itself(make, tmp_path, run):
     printed = run("convert.py", "--to", "onnx", "--model", tmp_path / "model", "--output_dir", folder)
 
     assert "chunk_int8.onnx, 0.0 MB" in printed
+    nats = [float(line.split()[-4]) for line in printed.splitlines() if line.startswith("written to")]
+    assert max(nats[:2]) < 1e-3  # in float32, whatever the model is in
     metadata = onnxruntime.InferenceSession(folder / "step.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(metadata["ends"]) == []  # as the model was saved
     for prompt, code in (("the cat 東", 0), ("the dog", 0 if make is not char_tokenizer else 1)):
@@ -98,8 +114,11 @@ def test_the_folder_writes_by_itself(make, tmp_path, run):
             assert b"the model has no token that 'dog' begins with" in wrote.stderr
         else:
             assert wrote.stdout.strip()
-    asked = subprocess.run([sys.executable, folder / "run_onnx.py", folder, "?!"], capture_output=True, timeout=60)
+    asked = subprocess.run(
+        [sys.executable, folder / "run_onnx.py", folder, b"?!\xff"], capture_output=True, timeout=60
+    )
     assert asked.returncode == (1 if make is char_tokenizer else 0)
+    assert b"Traceback" not in asked.stderr  # the last byte is no UTF-8
 
 
 def test_the_runner_needs_little():

@@ -8,7 +8,8 @@ import torch
 from conftest import CONFIGS, make_ids, make_model
 from transformers import DynamicCache
 
-from hf_lstm.convert.torch_export import Step, export_step
+from hf_lstm.convert.checking import check_file
+from hf_lstm.convert.torch_export import Step, difference, export_step
 
 
 @pytest.mark.parametrize("name", ["tied_narrow", "residual_narrow"])
@@ -29,15 +30,59 @@ def test_the_file_computes_what_the_model_does(name, tmp_path):
             torch.testing.assert_close(state[2 * index + 1], layer.values, rtol=0, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_half_precision_step_takes_what_it_hands_on(dtype, tmp_path):
+    """h in half, c in float32."""
+    model = make_model(dtype, num_hidden_layers=1)
+
+    path = export_step(model, tmp_path / "step.pt2")
+
+    assert [part.dtype for part in Step(model).zero_state(1)] == [dtype, torch.float32]
+    assert difference(model, path) == 0
+
+
+@pytest.mark.parametrize(
+    ("found", "dtype", "message"),
+    [
+        (0.1, torch.float32, r"differ from the model's by 0\.1 nats, more than rounding does \(0\.0035\)"),
+        (float("nan"), None, "differ from the model's by nan nats"),
+        (
+            RuntimeError("dtype mismatch!\nat line 3"),
+            torch.float16,
+            "could not be run and is removed: dtype mismatch!$",
+        ),
+    ],
+)
+def test_a_file_that_computes_something_else_is_removed(found, dtype, message, tmp_path):
+    def difference():
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    path = tmp_path / "step.pt2"
+    path.touch()
+
+    with pytest.raises(ValueError, match=message):
+        check_file(path, difference, dtype)
+
+    assert not path.exists()
+
+
 @pytest.mark.slow
-def test_it_runs_where_the_package_is_not(tmp_path, run):
-    make_model(torch.float32).save_pretrained(tmp_path / "model")
-    run("convert.py", "--to", "torch", "--model", tmp_path / "model", "--output_dir", tmp_path)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_it_runs_where_the_package_is_not(dtype, tmp_path, run):
+    make_model(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
+
+    printed = run("convert.py", "--to", "torch", "--model", tmp_path / "model", "--output_dir", tmp_path)
+
+    assert "its log-probabilities differ from the model's by 0 nats at most" in printed
     code = f"""
 import sys, torch
 sys.modules["hf_lstm"] = sys.modules["transformers"] = None
 step = torch.export.load({str(tmp_path / "step.pt2")!r}).module()
-logits, state = step(torch.tensor([[5]]), [torch.zeros(1, 12) for _ in range(4)])
+state = [torch.zeros(1, 12, dtype=dtype) for dtype in (torch.{dtype}, torch.float32) * 2]
+for token in (5, 6, 7):
+    logits, state = step(torch.tensor([[token]]), state)
 print(tuple(logits.shape), len(state))
 """
 

@@ -6,9 +6,14 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from .checking import largest_difference
+
 
 class Step(nn.Module):
-    """`(input_ids (B, 1), [h, c, ...] (B, H) of each layer)` to `(logits (B, 1, V), [h, c, ...])`."""
+    """
+    `(input_ids (B, 1), [h, c, ...] (B, H) of each layer)` to `(logits (B, 1, V), [h, c, ...])`. As in the model, h has the
+    type of the weights, and c float32 where that is a half.
+    """
 
     def __init__(self, model):
         super().__init__()
@@ -21,10 +26,12 @@ class Step(nn.Module):
         logits = self.model(input_ids, past_key_values=cache).logits
         return logits, [part for layer in cache.layers for part in layer.get_state()]
 
+    @torch.no_grad()
     def zero_state(self, rows: int) -> list[torch.Tensor]:
-        """What a text begins from."""
-        weight = self.model.get_input_embeddings().weight
-        return [weight.new_zeros(rows, size) for size in self.model.config.cell_sizes for _ in "hc"]
+        """The state that a text begins from, in the types that the model itself hands on."""
+        cache = DynamicCache(config=self.model.config)
+        self.model(torch.zeros(rows, 1, dtype=torch.long, device=self.model.device), past_key_values=cache)
+        return [torch.zeros_like(part) for layer in cache.layers for part in layer.get_state()]
 
 
 def export_step(model, path: str | Path) -> Path:
@@ -38,8 +45,22 @@ def export_step(model, path: str | Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     step = Step(model).eval()
     rows = {0: torch.export.Dim("rows", min=1)}
-    examples = (torch.zeros(2, 1, dtype=torch.long), step.zero_state(2))
+    examples = (torch.zeros(2, 1, dtype=torch.long, device=model.device), step.zero_state(2))
     with torch.no_grad():
         program = torch.export.export(step, examples, dynamic_shapes=(rows, [rows] * len(examples[1])))
     torch.export.save(program, path)
     return path
+
+
+def difference(model, path: str | Path, rows: int = 3, length: int = 9) -> float:
+    """
+    The largest difference, in nats, of the log-probabilities of a file's step and of the model, over random tokens and
+    the state that follows them.
+    """
+    step, state = torch.export.load(path).module(), Step(model).zero_state(rows)
+
+    def read(ids):
+        logits, state[:] = step(ids.to(model.device), state)
+        return logits
+
+    return largest_difference(model, read, 1, rows, length)

@@ -120,6 +120,23 @@ def test_texts_are_as_probable_to_the_harness(results, model, tokenizer):
     assert bits == pytest.approx(-expected.sum() / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-4)
 
 
+def test_a_text_of_any_length_is_read_whole_by_the_harness(folder, model, tokenizer):
+    """With `max_length`; without it 2,048 tokens at once, since neither config nor tokenizer names a longest text."""
+    from lm_eval.api.instance import Instance
+    from lm_eval.models.huggingface import HFLM
+
+    text = TEXTS[3] * 3
+    expected = -surprisal(model, tokenizer, [text], math.e, start_token="<bos>")["surprisal"].sum()
+    options = {"pretrained": str(folder), "device": "cpu", "dtype": "float32", "trust_remote_code": True}
+    request = Instance("loglikelihood_rolling", {}, (text,), 0)
+
+    stock, whole, cut = HFLM(**options), HFLM(**options, max_length=100_000), HFLM(**options, max_length=7)
+
+    assert len(tokenizer(text)["input_ids"]) > 2048 == stock.max_length
+    assert whole.loglikelihood_rolling([request])[0] == pytest.approx(expected, rel=1e-5)
+    assert cut.loglikelihood_rolling([request])[0] != pytest.approx(expected, rel=1e-3)
+
+
 def test_continuations_are_as_probable_to_the_harness(results, model, tokenizer):
     right = 0
     for question, found in zip(QUESTIONS, responses(results, "hf_lstm_choosing"), strict=True):

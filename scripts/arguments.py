@@ -61,7 +61,7 @@ class DataArguments:
         default=None, metadata={"help": "A file of flags, such as those in scripts/recipes; later ones win."}
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Text, .jsonl, .csv or .parquet file, or a folder `save_to_disk` made."}
+        default=None, metadata={"help": "Text, .jsonl, .json, .csv or .parquet file, or a folder `save_to_disk` made."}
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "File for validation; without it a tenth of the training data is kept for it."}

@@ -247,6 +247,17 @@ def test_every_kind_of_string_is_text(tmp_path, kind, streaming):
         assert "".join(text for rows in joined.values() for text in rows["text"] if text) == "0072024-01-31床"
 
 
+def test_texts_of_a_parquet_file_are_utf8(tmp_path):
+    offsets, data = b"\0\0\0\0\1\0\0\0\3\0\0\0", b"ab\xff"
+    texts = pyarrow.Array.from_buffers(
+        pyarrow.string(), 2, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
+    )
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "bytes.parquet")
+
+    with pytest.raises(ValueError, match=r"The column `text` of .*bytes.parquet is not UTF-8 in rows 1 to 2"):
+        load_documents(tmp_path / "bytes.parquet")
+
+
 @pytest.mark.parametrize("values", [[1, 2], [b"a"], [["a"]], [True]], ids=["integers", "bytes", "lists", "booleans"])
 def test_a_column_of_something_else_is_refused(tmp_path, values):
     rows = Dataset.from_dict({"text": values})

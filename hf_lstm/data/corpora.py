@@ -233,6 +233,8 @@ def _text_column(rows, text_column, name, kind):
             "the text with `text_column`."
         )
     check_text(rows, text_column, name)
+    if kind == ".parquet" and hasattr(rows, "data"):
+        _check_bytes(rows.data[text_column], text_column, name)
     if kind == "folder" and "continues" in columns and CONTINUES not in columns:
         logger.warning(
             f"{name} has a column `continues`, and each of its rows is read as a document of its own. Version 0.1.0 called "
@@ -242,6 +244,22 @@ def _text_column(rows, text_column, name, kind):
     if rows.features is not None and rows.features[text_column].dtype == "string_view":
         rows = rows.cast_column(text_column, Value("large_string"))  # pyarrow computes little with views
     return rows if text_column == "text" else rows.rename_column(text_column, "text")
+
+
+def _check_bytes(texts, text_column, name):
+    """Raise `ValueError` where the texts of a prepared file, which may hold any bytes, are not UTF-8."""
+    import pyarrow
+
+    first = 1
+    for chunk in texts.chunks:
+        try:
+            chunk.validate(full=True)
+        except pyarrow.ArrowInvalid as error:
+            raise CorpusError(
+                f"The column `{text_column}` of {name} is not UTF-8 in rows {first:,} to {first + len(chunk) - 1:,} "
+                f"({error}): write the file anew, from text."
+            ) from error
+        first += len(chunk)
 
 
 def joined(rows):

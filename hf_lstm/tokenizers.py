@@ -1,17 +1,25 @@
 """Tokenizers: stock `PreTrainedTokenizerFast` objects, saved as tokenizer.json, that need no code of ours to load.
 
-`<pad>`, `<unk>`, `<bos>` and `<eos>` are ids 0 to 3 of each. Encoding adds no token, and, but for `<unk>` and `<eos>` in
-the words of `word_tokenizer`, text that looks like a special token is text. There is no longest text: `model_max_length`
-is as good as infinite. Batches are padded on the left, as `generate()` needs it; training collators pad on their own.
+`<pad>`, `<unk>`, `<bos>` and `<eos>` are ids 0 to 3 of each. Encoding adds no token. A special or added token that is
+written in a text is recognised by `tokenizer(...)`, as everywhere in transformers, and is letters to [`encode_raw`], through
+which raw text enters this package. The stock `apply_chat_template` makes one string of a conversation and calls the
+tokenizer: there, the content of messages is read as the template's own markers are, unless it is asked to
+`sanitize_control_tokens`, where transformers has that. Tokenizers saved by version 0.1.0 keep their setting
+(`"split_special_tokens": true` in their tokenizer_config.json), with which every text is letters.
+
+There is no longest text: `model_max_length` is as good as infinite. Batches are padded on the left, as `generate()` needs
+it; training collators pad on their own.
 """
 
-import json
+import codecs
+import copy
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, islice
+from weakref import WeakKeyDictionary
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
@@ -47,21 +55,28 @@ def char_tokenizer(texts: Iterable[str], byte_fallback: bool = False, nfc: bool 
         characters.update(normalizer.normalize_str(piece) if nfc else piece)
     if not characters:
         raise ValueError("`texts` hold no character: there is nothing to make a vocabulary of.")
-    vocabulary = _vocabulary([*sorted(characters), *(_BYTES if byte_fallback else ())])
+    vocabulary = _vocabulary([*sorted(characters), *(_FALLBACK if byte_fallback else ())])
     # no merges: single characters
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL_TOKENS["unk_token"], byte_fallback=byte_fallback)
     )
     if nfc:
         tokenizer.normalizer = normalizer
-    tokenizer.decoder = _BYTE_DECODER if byte_fallback else decoders.Fuse()
+    if byte_fallback:
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    else:
+        tokenizer.decoder = decoders.Fuse()
     return _fast(tokenizer)
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8: byte b has id 4 + b. Nothing is unknown to it, and every text decodes to itself."""
-    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(_BYTES), merges=[], byte_fallback=True))
-    tokenizer.decoder = _BYTE_DECODER
+    """
+    One token per byte of UTF-8: byte b has id 4 + b. Nothing is unknown to it, and every text decodes to itself. Bytes that
+    are not UTF-8 decode as `bytes.decode("utf-8", errors="replace")` does.
+    """
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(_LETTERS), merges=[]))  # no merges: single bytes
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return _fast(tokenizer)
 
 
@@ -73,7 +88,9 @@ def word_tokenizer(
 
     `split="whitespace"` is for texts that come in words, as WikiText and the Penn Treebank do (Mikolov et al. 2010):
     what stands between white space is a word, a line end is `<eos>`, and `<unk>` and `<eos>` in a text are those tokens.
-    A line whose words stand one space apart decodes to itself.
+    A line whose words stand one space apart decodes to itself. Decoded alone, a continuation lacks the space before its
+    first word, since nothing says that something stood before it: so it is in the stock `pipeline` and in
+    `TextStreamer(skip_prompt=True)`. `Session`, [`StreamDecoder`] and the scripts decode it behind its prompt.
 
     `split="unicode"` is for any text: a word is a run of letters and digits with the space before it, and each mark of
     punctuation, Chinese or Japanese character and line end is a word of its own. What is known decodes to itself.
@@ -142,8 +159,8 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         ValueError: for a `vocab_size` that holds no pair, or `texts` that are one `str` or hold no character.
     """
     _check_texts(texts)
-    least = len(SPECIAL_TOKENS) + len(_BYTES) + 1
-    _check_vocab_size(vocab_size, least, f"the {len(SPECIAL_TOKENS)} special tokens, {len(_BYTES)} bytes and a pair")
+    least = len(SPECIAL_TOKENS) + len(_LETTERS) + 1
+    _check_vocab_size(vocab_size, least, f"the {len(SPECIAL_TOKENS)} special tokens, {len(_LETTERS)} bytes and a pair")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -162,9 +179,169 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     return _fast(tokenizer)
 
 
+def encode_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool = False) -> BatchEncoding:
+    """
+    Encode text as it is written: what looks like a special or an added token is letters. Corpora, sentences to score,
+    prompts and the content of messages are encoded here, so that no text can end a document or speak for another.
+
+    In the words of `word_tokenizer`, `<unk>` and `<eos>` stay those tokens, as the corpora write them. An added token of
+    white space alone stays a token too, since models of code have those for ordinary text.
+
+    Args:
+        texts (`list[str]`): Any texts, whole or in pieces.
+        tokenizer (`PreTrainedTokenizerBase`): Any tokenizer. It is not changed, so that threads may share it.
+        offsets (`bool`, defaults to `False`): Whether to say where in its text each token stands; fast tokenizers can.
+
+    Returns:
+        `BatchEncoding`: `input_ids`, a list for each text, and `offset_mapping` if it was asked for.
+
+    Raises:
+        ValueError: if a text holds half of a surrogate pair.
+    """
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"The text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair or a byte that "
+                "is not UTF-8: mend it, or leave it out."
+            ) from error
+    if not texts:
+        return BatchEncoding({"input_ids": [], "offset_mapping": []} if offsets else {"input_ids": []})
+    options = {"return_offsets_mapping": True} if offsets else {}
+    reader, markers = _raw_reader(tokenizer)
+    encoded = reader(
+        texts,
+        add_special_tokens=False,
+        split_special_tokens=True,
+        return_attention_mask=False,
+        verbose=False,
+        **options,
+    )
+    if markers:
+        encoded["input_ids"] = [
+            [tokenizer.unk_token_id if index in markers else index for index in ids] for ids in encoded["input_ids"]
+        ]
+    return encoded
+
+
+def _raw_reader(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, set[int]]:
+    """
+    A copy for raw text alone, and the ids that text cannot mean. Asked for per call, `split_special_tokens` is set on the
+    Rust object, where another thread's call would change it; and it is for special tokens: added ones count as such here.
+    """
+    if not tokenizer.is_fast:
+        return tokenizer, set()
+    rules = repr((tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer))
+    known = _RAW_READERS.get(tokenizer)
+    if known is None or known[0] != rules:
+        reader = copy.deepcopy(tokenizer)
+        added = [token.content for token in reader.added_tokens_decoder.values() if not token.content.isspace()]
+        reader.add_tokens(added, special_tokens=True)
+        reader.split_special_tokens = True
+        _RAW_READERS[tokenizer] = known = (rules, reader, _markers_in_text(reader, added))
+    return known[1:]
+
+
+def _markers_in_text(reader, added: list[str]) -> set[int]:
+    """The added tokens that are words of a vocabulary of words: in a text they are unknown, but for `<unk>` and `<eos>`."""
+    found = reader(["", *added], add_special_tokens=False, split_special_tokens=True)["input_ids"][1:]
+    if reader.unk_token is None or not isinstance(reader.backend_tokenizer.model, models.WordLevel):
+        return set()
+    own = reader.convert_tokens_to_ids(added)
+    return {index for index in own if [index] in found} - {reader.unk_token_id, reader.eos_token_id}
+
+
+_RAW_READERS = WeakKeyDictionary()  # of each tokenizer: copying one of 50,000 tokens takes a tenth of a second
+
+
 def ends_lines(tokenizer) -> bool:
     """Whether `<eos>` is what a tokenizer makes of a line end, as `word_tokenizer` does, and not a document's end."""
-    return tokenizer("\n", add_special_tokens=False)["input_ids"] == [tokenizer.eos_token_id]
+    return encode_raw(["\n"], tokenizer)["input_ids"] == [[tokenizer.eos_token_id]]
+
+
+class StreamDecoder:
+    """
+    Decode a continuation token by token: the prompt's text and all that [`step`] and [`end`] return are what decoding the
+    whole gives, in whole characters, spaces between words included. The last tokens are the only ones looked at, so that a
+    token costs the same after any text. What is not UTF-8 becomes U+FFFD as soon as it cannot be a character any more; a
+    text of tokenizers whose decoder spoils a whole run of bytes then (those of `char_tokenizer` with `byte_fallback`, and
+    the bytes of version 0.1.0) loses the bytes themselves alone.
+
+    Special tokens are left out, unless `<eos>` is a line end.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): Any fast tokenizer.
+        prompt_ids (`Sequence[int]`, *optional*): The tokens before the continuation; the last `CONTEXT` are enough.
+
+    Attributes:
+        context (`tuple[int, ...]`): The last tokens that spell text: all that the next step depends on.
+    """
+
+    CONTEXT = 4  # tokens: more than the bytes of a character that is not complete
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_ids: Sequence[int] = ()):
+        self.tokenizer, self.rules = tokenizer, repr(tokenizer.backend_tokenizer.decoder)
+        self.spelt = {}  # by token, of those met
+        added = tokenizer.added_tokens_decoder.items()
+        self.hidden = set() if ends_lines(tokenizer) else {index for index, token in added if token.special}
+        last = islice(filter(self.is_text, reversed(prompt_ids)), self.CONTEXT)
+        self.context = tuple(last)[::-1]
+
+    def step(self, token: int) -> str:
+        """The text that is certain with one token more: often none while the bytes of a character come in."""
+        if not self.is_text(token):
+            return ""
+        before, self.context = self.context, (*self.context, token)[-self.CONTEXT :]
+        held, spelt = self._incomplete(before), self.spell(token)
+        if spelt is not None:
+            return _characters(held + spelt)[0]
+        old, new = (self.tokenizer.decode(list(ids)) for ids in (before, (*before, token)))
+        return ("\ufffd" if held else "") + new[len(old) :]
+
+    def end(self) -> str:
+        """What waits, as U+FFFD, where the text ends: what comes then completes it no more."""
+        waiting = self.waiting
+        while self._incomplete(self.context):
+            self.context = self.context[:-1]
+        return waiting
+
+    @property
+    def waiting(self) -> str:
+        """What decoding the whole shows of a character that is not complete: U+FFFD, or nothing."""
+        return "\ufffd" if self._incomplete(self.context) else ""
+
+    def is_text(self, token: int) -> bool:
+        """Whether an id is that of a token, and of one that is shown."""
+        return token not in self.hidden and self.tokenizer.convert_ids_to_tokens(token) is not None
+
+    def spell(self, token: int) -> bytes | None:
+        """The bytes that a token stands for, or `None` where the tokens around it have a say in its text."""
+        if token not in self.spelt:
+            name = self.tokenizer.convert_ids_to_tokens(token)
+            if "ByteLevel" in self.rules:
+                letters = all(letter in _LETTERS for letter in name)  # of bytes: an added token may have others
+                self.spelt[token] = bytes(_LETTERS[letter] for letter in name) if letters else name.encode()
+            elif "ByteFallback" in self.rules:
+                self.spelt[token] = _FALLBACK.get(name)
+            else:
+                joins = self.rules == "Fuse()" and not self.tokenizer.clean_up_tokenization_spaces
+                self.spelt[token] = name.encode() if joins else None
+        return self.spelt[token]
+
+    def _incomplete(self, context) -> bytes:
+        spelt = b""
+        for token in reversed(context):
+            if (piece := self.spell(token)) is None:
+                break
+            spelt = piece + spelt
+        return _characters(spelt)[1]
+
+
+def _characters(data: bytes) -> tuple[str, bytes]:
+    """What bytes of UTF-8 spell, and those at the end that a character may begin with."""
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    return decoder.decode(data), decoder.getstate()[0]
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:
@@ -173,28 +350,13 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list
     tokenizer. Special tokens and ids without a token add nothing, and a token that was added adds what it is called; in a
     text of lines of words, `<unk>` is shown and `<eos>` is the line end.
     """
-    backend = tokenizer.backend_tokenizer
-    decoder = str(json.loads(backend.to_str())["decoder"])
-    letters = {letter: byte for byte, letter in bytes_to_unicode().items()}  # GPT-2's name for each byte
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    own, hidden = set(backend.get_vocab(with_added_tokens=False).values()), not ends_lines(tokenizer)
-    before = min(index for index in tokenizer.get_vocab().values() if index not in special)
-
-    def text_after(ids):
-        return tokenizer.decode([before, *ids], skip_special_tokens=hidden)
-
+    decoder, special = StreamDecoder(tokenizer), set(tokenizer.all_special_ids)
+    before = next(index for index in range(len(tokenizer)) if index not in special)
     added = []
     for index in range(vocab_size):
-        token = backend.id_to_token(index)
-        if token is None:
-            added.append(b"")
-        elif index in special or not ("ByteLevel" in decoder or ("ByteFallback" in decoder and token in _BYTES)):
-            added.append(text_after([index]).removeprefix(text_after([])).encode())
-        elif "ByteLevel" in decoder:
-            spelled = index in own and letters.keys() >= set(token)  # what was added is called as it is written
-            added.append(bytes(letters[letter] for letter in token) if spelled else token.encode())
-        else:
-            added.append(bytes([_BYTES.index(token)]))
+        decoder.context = (before,)
+        spelt = decoder.spell(index) if index not in special and decoder.is_text(index) else None
+        added.append(decoder.step(index).encode() if spelt is None else spelt)
     return added
 
 
@@ -215,8 +377,8 @@ def pieces_of_all(texts: Iterable[str | None]) -> Iterator[str]:
     return (piece for text in texts for piece in pieces_of(text))
 
 
-_BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-_BYTE_DECODER = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+_FALLBACK = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+_LETTERS = {letter: byte for byte, letter in sorted(bytes_to_unicode().items())}  # GPT-2's name for each byte
 
 
 def _check_texts(texts):
@@ -242,7 +404,6 @@ def _fast(tokenizer: Tokenizer) -> PreTrainedTokenizerFast:
         tokenizer_object=tokenizer,
         **SPECIAL_TOKENS,
         padding_side="left",
-        split_special_tokens=True,
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     )

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream
+from hf_lstm.data.streams import encode
 from hf_lstm.hub import push_folder
 from hf_lstm.model_card import describe_run, write_model_card
 from hf_lstm.tokenizers import ends_lines
@@ -87,7 +88,7 @@ def sample(model, tokenizer, start: str) -> str:
 
 def encode_prompt(prompt: str, tokenizer) -> list[int]:
     """An empty prompt is the `<eos>` that stands before each document."""
-    return tokenizer(prompt, add_special_tokens=False)["input_ids"] if prompt else [tokenizer.eos_token_id]
+    return encode([prompt], tokenizer)[0].tolist() if prompt else [tokenizer.eos_token_id]
 
 
 def prepare(model_args: ModelArguments, data_args: DataArguments, training_args: TrainArguments):

@@ -1,8 +1,10 @@
 """Characters and bytes: what goes in comes out, nothing crashes, and no code of ours is needed afterwards."""
 
 import copy
+import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
 import pytest
@@ -10,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.normalizers import NFC
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, PythonBackend
 
-from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizers, word_tokenizer
-from hf_lstm.tokenizers import bytes_of_tokens, ends_lines
+from hf_lstm import TokenStream, bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizers, word_tokenizer
+from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, encode_raw, ends_lines
 
 TEXTS = [
     "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。",
@@ -39,10 +41,11 @@ def tokenizer(request):
 
 @pytest.mark.parametrize("text", TEXTS, ids=["chinese", "english", "marks", "specials"])
 def test_seen_text_comes_back(tokenizer, text):
-    ids = tokenizer(text)["input_ids"]
+    ids = encode_raw([text], tokenizer)["input_ids"][0]
 
     assert tokenizer.decode(ids) == text
     assert tokenizer.unk_token_id not in ids
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 @pytest.mark.parametrize("text", TEXTS[:3], ids=["chinese", "english", "marks"])
@@ -61,6 +64,7 @@ def test_the_bytes_of_words_that_stand_between_white_space():
     assert b"".join(added[index] for index in tokenizer("cat dog\nthe")["input_ids"]) == b" cat <unk>\n the"
 
 
+<<<<<<< HEAD
 def test_the_bytes_of_added_tokens_are_what_they_are_called(tokenizer):
     """Whether GPT-2 has letters for them or not."""
     tokenizer, words = copy.deepcopy(tokenizer), ["two words", "<|user|>", "naïveté", "鳥 啼"]
@@ -77,6 +81,13 @@ def test_the_bytes_of_tokens_with_gaps_between_their_ids():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
     assert bytes_of_tokens(tokenizer, 11) == [b"", b"", b"", b"a", b"", b"", b"", b"", b"", b"b", b""]
+=======
+def test_the_bytes_of_an_added_token_are_its_own():
+    for tokenizer in (byte_tokenizer(), bpe_tokenizer(TEXTS, 262)):
+        tokenizer.add_tokens(["a b", "床 前"])
+
+        assert bytes_of_tokens(tokenizer, len(tokenizer))[-2:] == [b"a b", "床 前".encode()]
+>>>>>>> bf0eb85 (tokenizers: letters are decided where raw text enters)
 
 
 def test_special_tokens_have_the_first_ids_and_are_not_added(tokenizer):
@@ -86,6 +97,124 @@ def test_special_tokens_have_the_first_ids_and_are_not_added(tokenizer):
     assert [tokenizer.pad_token, tokenizer.unk_token, tokenizer.bos_token, tokenizer.eos_token] == specials
     assert min(tokenizer(TEXTS[0])["input_ids"]) > 3
     assert tokenizer.decode([2, *tokenizer("a")["input_ids"], 3], skip_special_tokens=True) == "a"
+
+
+ROLES = ["<|user|>", "<|assistant|>"]
+
+
+@pytest.mark.parametrize("name", [*MAKERS, "words"])
+@pytest.mark.parametrize("special", [True, False], ids=["special", "added"])
+def test_tokens_in_a_call_are_letters_in_raw_text(name, special, tmp_path):
+    tokenizer = MAKERS[name]() if name in MAKERS else word_tokenizer(["a b <|user|>x"])
+    tokenizer.add_tokens(ROLES, special_tokens=special)
+    user, assistant = tokenizer.convert_tokens_to_ids(ROLES)
+    tokenizer.save_pretrained(tmp_path)
+    text = "<|user|>a<eos><|assistant|>b<bos><pad>"
+
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        letters = encode_raw([text], one)["input_ids"][0]
+        stream = TokenStream.from_documents([text], one)
+
+        assert [id for id in one(text)["input_ids"] if id in (0, 2, 3, user, assistant)] == [user, 3, assistant, 2, 0]
+        assert not set(letters) & {0, 2, 3, user, assistant}
+        assert stream[:].tolist() == letters
+        assert one(text)["input_ids"] == tokenizer(text)["input_ids"]  # as before: nothing was set on it
+
+
+def test_a_chat_template_writes_its_markers(tmp_path):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(ROLES, special_tokens=True)
+    tokenizer.chat_template = (
+        "{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<eos>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    tokenizer.save_pretrained(tmp_path)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "A"}]
+
+    for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
+        ids = one.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+
+        assert ids == [260, 4 + ord("H"), 4 + ord("i"), 3, 261, 4 + ord("A"), 3, 261]
+
+
+def test_words_know_unk_and_eos_alone():
+    tokenizer = word_tokenizer(["the cat sat"])
+    text = "the <unk> <eos> <pad> <bos> cat<eos>\n"
+
+    encoded = encode_raw([text], tokenizer, offsets=True)
+
+    assert encoded["input_ids"] == [[tokenizer.convert_tokens_to_ids("the"), 1, 3, 1, 1, 1, 3]]
+    assert encoded["offset_mapping"][0][:3] == [(0, 3), (4, 9), (10, 15)]
+
+
+def test_added_white_space_is_a_token_in_raw_text():
+    """As models of code have it for ordinary text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["    "])
+
+    assert encode_raw(["    a"], tokenizer)["input_ids"] == tokenizer(["    a"])["input_ids"] == [[260, 4 + ord("a")]]
+
+
+def test_a_tokenizer_of_version_0_1_0_keeps_its_setting(tmp_path):
+    bytes_of_version_0_1_0().save_pretrained(tmp_path)
+
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+
+    assert loaded("<eos>")["input_ids"] == encode_raw(["<eos>"], loaded)["input_ids"][0]
+    assert len(loaded("<eos>")["input_ids"]) == 5
+
+
+def test_raw_text_and_calls_do_not_disturb_each_other():
+    tokenizer = bpe_tokenizer(TEXTS * 3, vocab_size=300)
+    texts = ["a<eos>", "<eos>b" * 40]
+    raw, called = encode_raw(texts, tokenizer)["input_ids"], tokenizer(texts)["input_ids"]
+
+    def encode(number):
+        if number % 2:
+            return encode_raw(texts, tokenizer)["input_ids"] == raw
+        return tokenizer(texts, padding=True)["input_ids"][1] == called[1]
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(encode, range(400)))
+
+
+def test_a_changed_normalizer_changes_raw_text():
+    tokenizer = char_tokenizer(["e\u0301é"])
+    before = encode_raw(["e\u0301"], tokenizer)["input_ids"]
+
+    tokenizer.backend_tokenizer.normalizer = NFC()
+
+    assert [len(ids) for ids in before + encode_raw(["e\u0301"], tokenizer)["input_ids"]] == [2, 1]
+
+
+@pytest.mark.parametrize("text", ["ab\ud83d", "\udcff"])
+def test_half_a_character_is_refused(text):
+    with pytest.raises(
+        ValueError, match=r"The text holds '\\ud\w+' at character \d, half of a surrogate pair or a byte"
+    ):
+        encode_raw(["fine", text], byte_tokenizer())
+
+
+def test_slow_tokenizers_read_letters():
+    class Slow(PythonBackend):
+        vocab_size = 128
+
+        def get_vocab(self):
+            return {chr(code): code for code in range(128)} | self._added_tokens_encoder
+
+        def _tokenize(self, text):
+            return list(text)
+
+        def _convert_token_to_id(self, token):
+            return ord(token)
+
+        def _convert_id_to_token(self, index):
+            return chr(index)
+
+    tokenizer = Slow(eos_token="<eos>")
+
+    assert tokenizer("a<eos>")["input_ids"] == [97, tokenizer.eos_token_id]
+    assert encode_raw(["a<eos>"], tokenizer)["input_ids"] == [[ord(letter) for letter in "a<eos>"]]
 
 
 def test_characters_are_code_points():
@@ -231,7 +360,7 @@ def test_every_text_comes_back(name):
     @settings(max_examples=300, deadline=None)
     @given(UNICODE)
     def check(text):
-        ids = tokenizer(text)["input_ids"]
+        ids = encode_raw([text], tokenizer)["input_ids"][0]
         assert tokenizer.decode(ids) == text
         assert tokenizer.unk_token_id not in ids
 
@@ -274,6 +403,115 @@ def test_what_a_character_tokenizer_lacks_is_spelt_in_bytes():
     assert len(tokenizer) == 4 + 2 + 256
     assert tokenizer("a床b")["input_ids"] == [4, *(6 + byte for byte in "床".encode()), 5]
     assert tokenizer.decode(tokenizer("<0x41>")["input_ids"]) == "<0x41>"
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.binary(max_size=3) | st.sampled_from(["你".encode(), "é".encode(), b"a"]), max_size=8).map(b"".join)
+)
+def test_bytes_decode_as_pythons(data):
+    assert BYTES.decode([4 + byte for byte in data]) == data.decode("utf-8", errors="replace")
+
+
+BYTES = byte_tokenizer()
+
+
+def test_one_bad_byte_spoils_no_text():
+    text = "hello world, naïve café 你好"
+    ids = BYTES(text)["input_ids"][:-1]
+
+    assert BYTES.decode(ids) == text[:-1] + "\ufffd"
+
+
+def test_a_bad_byte_among_characters_spoils_its_run_alone():
+    tokenizer = char_tokenizer(["ab"], byte_fallback=True)
+    ids = tokenizer("a床b前a")["input_ids"]
+
+    assert tokenizer.decode(ids[:2] + ids[4:]) == "a\ufffdb前a"
+
+
+def bytes_of_version_0_1_0():
+    """Its decoder works by runs: a single bad byte makes U+FFFD of each byte around it."""
+    names = ["<pad>", "<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    vocabulary = {name: index for index, name in enumerate(names)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokenizers.SPECIAL_TOKENS, split_special_tokens=True)
+
+
+def foreign(decoder, **options):
+    names = ["[UNK]", "▁a", "▁床", "b", "##c", "▁", "'", "s", "<0xE5>", "<0xBA>", "<0x8A>", ".", "<s>"]
+    model = models.WordLevel({name: index for index, name in enumerate(names)}, unk_token="[UNK]")
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]", bos_token="<s>", **options)
+
+
+CONTINUED = MAKERS | {
+    "words": lambda: word_tokenizer(["roses are red\nviolets are blue\n the end"]),
+    "bytes of another decoder": bytes_of_version_0_1_0,
+    "metaspace": lambda: foreign(decoders.Metaspace()),
+    "wordpiece": lambda: foreign(decoders.WordPiece()),
+    "no decoder": lambda: foreign(None),
+    "llama": lambda: foreign(
+        decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CONTINUED)
+def test_prompt_and_continuation_are_the_whole_decoded(name):
+    tokenizer = CONTINUED[name]()
+    shown = ends_lines(tokenizer)
+    choose, runs = random.Random(0), "ByteFallback" in repr(tokenizer.backend_tokenizer.decoder)
+    for _ in range(60):
+        ids = [choose.randrange(len(tokenizer)) for _ in range(12)]
+        start, end = choose.randrange(9), choose.randrange(9, 13)
+        whole = tokenizer.decode(ids[:end], skip_special_tokens=not shown)
+        if runs and "\ufffd" in whole:
+            continue  # a decoder by runs takes back what was told
+        before = StreamDecoder(tokenizer)
+        prompt = "".join(before.step(token) for token in ids[:start])
+        decoder = StreamDecoder(tokenizer, ids[:start])
+
+        text = "".join(decoder.step(token) for token in ids[start:end]) + decoder.end()
+
+        assert prompt + text == whole
+
+
+def test_bytes_of_version_0_1_0_are_told_at_once():
+    tokenizer = bytes_of_version_0_1_0()
+    data = b"a\xff\xfe" + "é床".encode() + b"\xe5\xba" + b"z"
+    decoder = StreamDecoder(tokenizer, [4 + ord("x")])
+
+    pieces = [decoder.step(4 + byte) for byte in data]
+
+    assert pieces == ["a", "\ufffd", "\ufffd", "", "é", "", "", "床", "", "", "\ufffdz"]
+    assert tokenizer.decode([4 + byte for byte in data]) == "\ufffd" * len(data)
+
+
+def test_a_character_may_wait():
+    decoder = StreamDecoder(BYTES)
+
+    pieces = [(decoder.step(4 + byte), decoder.waiting) for byte in "a床".encode()[:3]]
+
+    assert pieces == [("a", ""), ("", "\ufffd"), ("", "\ufffd")]
+    assert StreamDecoder(BYTES, decoder.context).step(4 + "床".encode()[2]) == "床"
+    assert decoder.end() == "\ufffd"
+    assert decoder.step(4 + ord("b")) == "b"
+
+
+def test_decoding_costs_the_same_after_any_text():
+    tokenizer = word_tokenizer(["a b"])
+    lengths, decode = [], tokenizer.decode
+    tokenizer.decode = lambda ids: (lengths.append(len(ids)), decode(ids))[1]
+    decoder = StreamDecoder(tokenizer, [4, 5] * 500)
+    for _ in range(50):
+        decoder.step(4)
+
+    assert max(lengths) == StreamDecoder.CONTEXT + 1
 
 
 def test_unicode_words_are_those_of_raw_text():

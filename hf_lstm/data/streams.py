@@ -19,14 +19,14 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of, pieces_of_all
+from hf_lstm.tokenizers import PIECE_LENGTH, encode_raw, pieces_of, pieces_of_all
 
 from .corpora import check_text, document_begins, writable_cache
 from .readers import CONTINUES
 
 SIZES = ("num_bytes", "num_characters", "num_words")
 BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
-FORMAT = 3  # of the tokens in the cache: another number, and those of earlier versions are forgotten
+FORMAT = 4  # of the tokens in the cache: another number, and those of earlier versions are forgotten
 # The normalizers that make another text; all others only write spaces and line ends in another way.
 FORMS = (
     normalizers.NFC,
@@ -375,8 +375,7 @@ def _encode_pieces(pieces, tokenizer):
         batch.append(piece)
         length += len(piece)
         if length >= BATCH_BYTES or index + 1 == len(pieces):
-            ids = tokenizer(batch, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-            yield from (numpy.array(one, dtype=numpy.int32) for one in ids)
+            yield from (numpy.array(one, dtype=numpy.int32) for one in encode_raw(batch, tokenizer)["input_ids"])
             batch, length = [], 0
 
 
@@ -410,7 +409,7 @@ def _first_sizes(texts: Iterable[str | None], tokenizer) -> dict[str, int]:
         if not tokenizer.is_fast:
             start, end, tokens = 0, len(tokenizer.decode(ids[:1])), 1
         else:
-            offsets = tokenizer(piece, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+            offsets = encode_raw([piece], tokenizer, offsets=True)["offset_mapping"][0]
             (start, end), tokens = offsets[0], offsets.count(offsets[0])
         spelled = _sizes(piece[start:end])
         words = len(piece.split()) - len(piece[end:].split())

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_lstm.data.streams import TokenStream
-from hf_lstm.tokenizers import pieces_of
+from hf_lstm.tokenizers import encode_raw, pieces_of
 
 from .reading import evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
 
@@ -265,13 +265,7 @@ def _encode(texts: list[str], tokenizer) -> tuple[list[list[int]], list[numpy.nd
         except UnicodeEncodeError as error:
             raise ValueError(f"Text {number} holds half of a character ({error.reason}): mend it.") from error
     pieces = [(number, piece) for number, text in enumerate(texts) for piece in pieces_of(text)]
-    encoded = tokenizer(
-        [piece for _, piece in pieces],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_offsets_mapping=True,
-        verbose=False,
-    )
+    encoded = encode_raw([piece for _, piece in pieces], tokenizer, offsets=True)
     ids, spans, lengths = [[] for _ in texts], [[] for _ in texts], [0] * len(texts)
     for (number, piece), tokens, offsets in zip(pieces, encoded["input_ids"], encoded["offset_mapping"], strict=True):
         ids[number] += tokens

@@ -1,15 +1,17 @@
 """What `generate()` lacks: a state that can be kept in a file and taken up again, and texts that grow with it."""
 
+import contextlib
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
+import uuid
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers.decoders import DecodeStream
 from transformers import (
     Cache,
     DynamicCache,
@@ -21,10 +23,11 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_lstm.data.streams import encode
 from hf_lstm.evaluation import check_tokenizer, start_ids
 from hf_lstm.model.decoding_lstm import BareCells
 from hf_lstm.model.kernels_lstm import is_plain
-from hf_lstm.tokenizers import ends_lines, pieces_of
+from hf_lstm.tokenizers import StreamDecoder
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
 READ_AT_ONCE = 1024  # tokens
@@ -41,7 +44,7 @@ def save_state(model, cache: Cache, path: str | Path) -> None:
         path (`str` or `Path`): The file.
 
     Raises:
-        ValueError: if the cache is not the model's, or has read nothing.
+        ValueError: if the cache is not the model's, or has read nothing, or `path` names no file.
         OSError: if the file cannot be written.
     """
     _write(path, STATE, model, _tensors_of(model, cache), cache.get_seq_length())
@@ -59,10 +62,25 @@ def load_state(model, path: str | Path) -> DynamicCache:
     return _cache_of(model, *_read(path, STATE, model), path)
 
 
+class _State(NamedTuple):
+    """
+    A session between two steps: read and replaced as one object, so that whatever interrupts a step, and whoever looks on
+    from another thread, finds it before the step or behind it.
+    """
+
+    cache: Cache  # what has been read: a step works on a copy
+    unread: tuple[int, ...] = ()  # the last token of the text, if there is one: it says what comes next
+    context: tuple[int, ...] = ()  # what a `StreamDecoder` goes on from
+    untold: str = ""  # text of the last step that was interrupted before it was handed out
+
+
 class Session:
     """
     A text that a model reads and continues, piece by piece. What was read is in the state: it is never read again, and
     the session stays as small as it was. Any number of sessions may use one model at once, each in a thread of its own.
+
+    A step happens wholly or not at all. After Ctrl-C, an exception in the model or a `stream` that was left, the session has
+    read and written up to some token, can be gone on with, forked and saved; so it can from another thread meanwhile.
 
     Args:
         model (`LSTMForCausalLM`): In evaluation mode.
@@ -80,25 +98,38 @@ class Session:
             raise ValueError(f"{type(tokenizer).__name__} does not decode piece by piece: a fast tokenizer is needed.")
         check_tokenizer(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        self.cache = DynamicCache(config=model.config)
-        self._unread = start_ids(start_token, tokenizer)  # the last ones of the text
+        unread = tuple(start_ids(start_token, tokenizer))
+        self._state = _State(DynamicCache(config=model.config), unread, StreamDecoder(tokenizer, unread).context)
+
+    @property
+    def cache(self) -> Cache:
+        """The state after what has been read, all but the last token of the text. Each step puts another in its place."""
+        return self._state.cache
+
+    @property
+    def waiting(self) -> str:
+        """
+        What was written and not yet told. The text's pieces and this are together what decoding the whole gives: U+FFFD
+        while a character lacks bytes that the next `stream` may write, and what an interruption kept from being told,
+        which the next `stream` begins with. A `feed` lets go of both.
+        """
+        return self._state.untold + StreamDecoder(self.tokenizer, self._state.context).waiting
 
     def feed(self, text: str) -> None:
         """
-        Let the model read on.
+        Let the model read on. Text is letters, whatever it looks like: see [`~tokenizers.encode_raw`].
 
         Raises:
-            ValueError: if the text becomes no token.
+            ValueError: if the text becomes no token, or holds half of a surrogate pair.
         """
-        ids = []
-        for piece in pieces_of(text):
-            ids += self.tokenizer(piece, add_special_tokens=False, verbose=False)["input_ids"]
+        state, ids = self._state, encode([text], self.tokenizer)[0].tolist()
         if not ids:
             raise ValueError(f"{text!r} becomes no token: there is nothing to read.")
-        self._unread += ids
-        if len(self._unread) > 1:
-            self._unread, ids = self._unread[-1:], self._unread[:-1]  # the last one says what comes next: later
-            self._read(ids)
+        *read, last = (*state.unread, *ids)
+        cache = _apart(state.cache)
+        if read:
+            self._read(read, cache)
+        self._state = _State(cache, (last,), StreamDecoder(self.tokenizer, [*state.context, *ids]).context)
 
     def stream(
         self,
@@ -112,88 +143,129 @@ class Session:
     ) -> Iterator[str]:
         """
         Let the model write on: yields the text as it comes, whole characters at a time, until `max_new_tokens` or the
-        end of the document. Whoever stops earlier has a session that has written so far. On a CPU a long text is written
-        with a copy of the layers' weights, made once and dropped when it ends: change no weights in the middle of one.
+        end of the document. Whoever stops earlier has a session that has written so far. The text that was fed and the
+        pieces of all streams are what decoding the whole gives, so that a character which `max_new_tokens` cuts is told by
+        the next stream, when it is complete; see `waiting`. On a CPU a long text is written with a copy of the layers'
+        weights, made once and dropped when it ends: change no weights in the middle of one.
 
         Args:
             max_new_tokens (`int`, defaults to 200): Tokens to write at most.
-            do_sample, temperature, top_k, top_p, min_p: As `generate()` has them.
+            do_sample, temperature, top_k, top_p, min_p: As `generate()` has them; a `top_k` of 0 means all tokens.
             seed (`int`, *optional*): The same one writes the same text; without it torch's own generator is asked.
 
         Raises:
             ValueError: if nothing was read yet, or a number is not what `generate()` takes.
         """
-        if not self._unread:
+        if not self._state.unread:
             raise ValueError("The session has read nothing: `feed` it a text first, or begin it with a `start_token`.")
         if max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` ({max_new_tokens}) must be at least 1.")
         warpers = LogitsProcessorList()
         if temperature != 1:
             warpers.append(TemperatureLogitsWarper(temperature))
-        for warper, value in ((TopKLogitsWarper, top_k), (TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)):
+        for warper, value in ((TopKLogitsWarper, top_k or None), (TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)):
             if value is not None:
                 warpers.append(warper(value))
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
-        return self._stream(max_new_tokens, warpers if do_sample else None, generator)
+        return _Stream(self, self._write(max_new_tokens, warpers if do_sample else None, generator))
 
-    def _stream(self, max_new_tokens, warpers, generator):
+    def _write(self, max_new_tokens, warpers, generator) -> Iterator[None]:
+        """Step by step: `untold` is not empty whenever it yields."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
-        decoder = DecodeStream(skip_special_tokens=not ends_lines(self.tokenizer))  # there <eos> is a line end
+        decoder = StreamDecoder(self.tokenizer)
         owned = vars(type(self.model)).keys()  # no wrapper's and no subclass's, which may do more
         cells = self.model.bare_cells() if {"forward", "bare_cells"} <= owned else None
         for _ in range(max_new_tokens):
-            unread, self._unread = self._unread, []
-            scores = self._read(unread, cells)
+            state = self._state
+            cache, decoder.context = _apart(state.cache), state.context
+            scores = self._read(state.unread, cache, cells)
             if warpers is None:
                 token = int(scores.argmax())
             else:
                 shares = warpers(None, scores.float()).softmax(dim=-1)
                 token = int(torch.multinomial(shares, 1, generator=generator))
-            self._unread = [token]
+            text = state.untold + (decoder.end() if token in ends else decoder.step(token))
+            self._state = _State(cache, (token,), decoder.context, text)
+            if text:
+                yield
             if token in ends:
                 return
-            text = decoder.step(self.tokenizer.backend_tokenizer, token)
-            if text:
-                yield text
 
     @torch.no_grad()
-    def _read(self, ids: list[int], cells: BareCells | None = None) -> torch.Tensor:
-        """What comes next, `(1, V)`."""
+    def _read(self, ids: Sequence[int], cache: Cache, cells: BareCells | None = None) -> torch.Tensor:
+        """What comes next, `(1, V)`; the cache is brought up to the ids."""
         if cells is not None and is_plain(self.model, type(self.model)):
             token = torch.tensor([ids], device="cpu")
-            if cells.can_read(token, self.cache):
-                return self.model.lm_head(cells.read(token[0], self.cache))
+            if cells.can_read(token, cache):
+                return self.model.lm_head(cells.read(token[0], cache))
         for chunk in torch.tensor([ids], device=self.model.device).split(READ_AT_ONCE, dim=1):
-            logits = self.model(chunk, past_key_values=self.cache, logits_to_keep=1).logits
+            logits = self.model(chunk, past_key_values=cache, logits_to_keep=1).logits
         return logits[:, -1]
 
     def fork(self) -> "Session":
         """Another session that has read the same."""
         other = copy.copy(self)
-        other.cache, other._unread = copy.deepcopy(self.cache), list(self._unread)
+        state = other._state
+        other._state = state._replace(cache=copy.deepcopy(state.cache))
         return other
 
     def save(self, path: str | Path) -> None:
         """
-        Write the session into a safetensors file of some kilobytes; the text itself is not in it. Raises `ValueError` if
-        nothing was read yet.
+        Write the session into a safetensors file of some kilobytes; the text itself is not in it, but for the last few
+        tokens. Raises `ValueError` if nothing was read yet, or `path` names no file.
         """
-        if not self._unread:
+        state = self._state
+        if not state.unread:
             raise ValueError("The session has read nothing: there is nothing to save.")
-        length = self.cache.get_seq_length()
-        tensors = _tensors_of(self.model, self.cache) if length else {}
-        _write(path, SESSION, self.model, tensors | {"unread": torch.tensor(self._unread)}, length)
+        length = state.cache.get_seq_length()
+        tensors = _tensors_of(self.model, state.cache) if length else {}
+        tensors |= {"unread": torch.tensor(state.unread), "context": torch.tensor(state.context, dtype=torch.long)}
+        tensors["untold"] = torch.tensor(list(state.untold.encode()), dtype=torch.uint8)
+        _write(path, SESSION, self.model, tensors, length)
 
     @classmethod
     def load(cls, model, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> "Session":
         """The session that `save` wrote. Raises `ValueError` as [`load_state`] does."""
         session = cls(model, tokenizer)
         tensors, length = _read(path, SESSION, model)
-        session._unread = tensors.pop("unread").tolist()
-        if tensors:
-            session.cache = _cache_of(model, tensors, length, path)
+        unread = tensors.pop("unread")
+        context = tensors.pop("context", unread).tolist()  # version 0.1.0 wrote neither this nor what was untold
+        untold = bytes(tensors.pop("untold", torch.empty(0)).tolist()).decode()
+        cache = _cache_of(model, tensors, length, path) if tensors else session.cache
+        session._state = _State(cache, tuple(unread.tolist()), StreamDecoder(tokenizer, context).context, untold)
         return session
+
+
+class _Stream(Iterator[str]):
+    """
+    The pieces that a session's steps leave untold. Each is told by a `return`, not by the `yield` of a generator: what
+    interrupts it before that keeps it untold, and nothing that comes after can.
+    """
+
+    def __init__(self, session: Session, steps: Iterator[None]):
+        self.session, self.steps = session, steps
+
+    def __next__(self) -> str:
+        next(self.steps)
+        state = self.session._state
+        try:
+            self.session._state = state._replace(untold="")
+            return state.untold
+        except BaseException:
+            self.session._state = state
+            raise
+
+    def close(self) -> None:
+        """End the stream: the session has written so far."""
+        self.steps.close()
+
+
+def _apart(cache: Cache) -> Cache:
+    """A cache for one step to write into: its layers put other tensors in the place of theirs and change none."""
+    copied = copy.copy(cache)
+    copied.layers = [copy.copy(layer) for layer in cache.layers]
+    return copied
 
 
 def _tensors_of(model, cache: Cache) -> dict[str, torch.Tensor]:
@@ -223,15 +295,20 @@ def _cache_of(model, tensors: dict[str, torch.Tensor], length: int, path: str | 
 
 
 def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor], length: int) -> None:
-    """Beside the old file first, so that there is always a whole one."""
+    """Beside the old file first, under a name of its own, so that there is always a whole one, whoever else saves there."""
+    if not Path(path).name or Path(path).is_dir():
+        raise ValueError(f"`path` ({str(path)!r}) names no file: give it a name, such as `talk.session`.")
     path = Path(path)
-    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished = path.with_name(f"{uuid.uuid4().hex}.unfinished")
     metadata = {"format": kind, "model": _digest(dict(model.named_parameters())), "tokens": str(int(length))}
     try:
         save_file(tensors, unfinished, metadata=metadata | {"digest": _digest(tensors)})
+        os.replace(unfinished, path)
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
-    os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
 
 
 def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], int]:

@@ -11,10 +11,12 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers.generation import BaseStreamer
 
 from hf_lstm import Session
-from hf_lstm.tokenizers import ends_lines
+from hf_lstm.data.streams import encode
+from hf_lstm.tokenizers import StreamDecoder, ends_lines
 
 HELP = """What you type is read as it stands, and the model goes on; an empty line lets it go on, Ctrl-C stops it.
 /save FILE keeps the text that grew so far, /load FILE takes one up, /reset begins anew, /quit or Ctrl-D ends."""
@@ -47,6 +49,25 @@ class SamplingArguments:
     num_beams: int | None = field(default=None, metadata={"help": "Beams; their text appears at the end."})
 
 
+class Printer(BaseStreamer):
+    """The prompt and what is written, on the terminal, as it comes."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.decoder = tokenizer, None
+
+    def put(self, value: torch.Tensor) -> None:
+        ids = value.flatten().tolist()
+        if self.decoder is None:
+            self.decoder = StreamDecoder(self.tokenizer, ids)
+            text = self.tokenizer.decode(ids, skip_special_tokens=not ends_lines(self.tokenizer))
+        else:
+            text = "".join(self.decoder.step(token) for token in ids)
+        print(text, end="", flush=True)
+
+    def end(self) -> None:
+        print(self.decoder.end(), flush=True)
+
+
 def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     folder = Path(arguments.model)
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -55,6 +76,8 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
     )
+    with contextlib.suppress(AttributeError):  # a standard input that is no file
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused where it is read, line by line
     if arguments.interactive:
         set_seed(arguments.seed)
         converse(model, tokenizer, arguments.prompt, sampling)
@@ -70,9 +93,9 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     elif sampling.top_k is None:
         options["top_k"] = 0  # `generate()` would draw among 50
     if prompt:
-        inputs = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
-        options |= {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        ids = inputs["input_ids"][0].tolist()
+        ids = encode([prompt], tokenizer)[0].tolist()
+        options["input_ids"] = torch.tensor([ids], dtype=torch.long, device=model.device)
+        options["attention_mask"] = torch.ones_like(options["input_ids"])
         if ids and max(ids) >= model.config.vocab_size:
             raise ValueError(
                 f"The tokenizer makes {max(ids)} of a part of the prompt, and the model's vocabulary ends at "
@@ -81,7 +104,7 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
         if tokenizer.unk_token_id in ids:
             print("The model does not know some characters of the prompt.", file=sys.stderr)
     if sampling.num_beams in (None, 1):
-        options["streamer"] = TextStreamer(tokenizer, skip_special_tokens=not ends_lines(tokenizer))
+        options["streamer"] = Printer(tokenizer)
 
     set_seed(arguments.seed)
     with torch.inference_mode():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from hf_lstm import Session, char_tokenizer
+from hf_lstm import Session, char_tokenizer, word_tokenizer
 
 TEXT = "the horse raced past the barn fell, and the old man the boat"
 TOKENIZER = char_tokenizer([TEXT])
@@ -102,6 +102,45 @@ def test_ctrl_c_stops_what_is_written(talk, model, monkeypatch):
 
     assert len(said[0]) <= 5
     assert said[1].strip()
+
+
+def test_what_is_not_utf_8_ends_nothing(talk, model, monkeypatch):
+    typed = io.TextIOWrapper(io.BytesIO(b"the horse\n\xff\xfe\n/save \n fell\n"), encoding="utf-8")
+    monkeypatch.setattr(io, "StringIO", lambda _: typed)
+    monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), write_through=True))
+
+    said = talk()
+
+    first, second = answers(model, "the horse", " fell")
+    assert (said[0], said[3]) == (first, second)
+    complaints = sys.stderr.buffer.getvalue().decode().splitlines()
+    assert [complaint.split(":")[0] for complaint in complaints] == [
+        "The text holds '\\udcff' at character 0, half of a surrogate pair or a byte that is not UTF-8",
+        "`path` ('') names no file",
+    ]
+
+
+def test_a_prompt_and_what_follows_are_the_whole_decoded(tmp_path, run, model, monkeypatch):
+    tokenizer = word_tokenizer([TEXT])
+    model = make_model(torch.float32, vocab_size=len(tokenizer))
+    model.generation_config.eos_token_id = None
+    for part in (model, tokenizer):
+        part.save_pretrained(tmp_path)
+    ids = tokenizer("the horse", return_tensors="pt")
+
+    written = run("generate.py", "--model", tmp_path, "--prompt", "the horse", *GREEDY)
+
+    whole = model.generate(**ids, max_new_tokens=12, do_sample=False)[0]
+    assert written == tokenizer.decode(whole) + "\n"
+
+
+def test_a_prompt_that_is_not_utf_8(tmp_path, run, model, monkeypatch):
+    for part in (model, TOKENIZER):
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff"), encoding="utf-8"))
+
+    with pytest.raises(SystemExit, match=r"^generate.py: The text holds '\\udcff' at character 4, half of"):
+        run("generate.py", "--model", tmp_path)
 
 
 def test_flags_that_need_the_text(run, tmp_path, talk):

@@ -1,14 +1,18 @@
 """A session reads everything once, writes what `generate()` writes, and disturbs no other."""
 
 import copy
+import sys
 from concurrent.futures import ThreadPoolExecutor
+from itertools import count
 
 import pytest
 import torch
 from conftest import make_model
 from torch import nn
 
-from hf_lstm import LSTMForCausalLM, Session, bpe_tokenizer, byte_tokenizer, char_tokenizer
+from hf_lstm import LSTMForCausalLM, Session, bpe_tokenizer, byte_tokenizer, char_tokenizer, save_state, word_tokenizer
+from hf_lstm.generation import SESSION, _tensors_of
+from hf_lstm.generation import _write as write_file
 from hf_lstm.model.decoding_lstm import BareCells
 
 TEXT = "the horse raced past the barn fell, and the old man the boat"
@@ -117,6 +121,114 @@ def test_whoever_stops_reading_has_what_was_written(model):
     assert text == written(whole, do_sample=False)
 
 
+class Interruption:
+    """Ctrl-C at one instruction, counted through what a step runs of this package."""
+
+    FILES = ("generation.py", "tokenizers.py", "decoding_lstm.py", "cache_lstm.py", "modeling_lstm.py")
+
+    def __init__(self, instruction):
+        self.left, self.came = instruction, False
+
+    def _trace(self, frame, event, argument):
+        if not frame.f_code.co_filename.endswith(self.FILES):
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode" and not self.came:
+            self.left -= 1
+            if self.left < 0:
+                self.came = True
+                raise KeyboardInterrupt
+        return self._trace
+
+    def __enter__(self):
+        sys.settrace(self._trace)
+        return self
+
+    def __exit__(self, kind, *_):
+        sys.settrace(None)
+        return kind is KeyboardInterrupt
+
+
+@pytest.fixture
+def plain():
+    """Written by the bare cells."""
+    model = make_model(torch.float32, vocab_size=len(TOKENIZER))
+    model.generation_config.eos_token_id = None
+    return model
+
+
+@pytest.mark.parametrize("cells", [True, False], ids=["cells", "model"])
+def test_an_interrupted_text_goes_on(plain, cells, tmp_path):
+    """Every instruction in turn, thousands of them, passes too: here each 397th, another one in each step."""
+    if not cells:
+        plain.register_forward_hook(lambda module, inputs, output: output)
+    expected = written(session_of(plain, "the horse"), max_new_tokens=20, do_sample=False)
+    for instruction in count(3, 397):
+        session, pieces = session_of(plain, "the horse"), []
+        with Interruption(instruction) as interruption:
+            pieces.extend(session.stream(5, do_sample=False))
+        if not interruption.came:
+            break
+        session.save(tmp_path / "talk")
+        for other in (session.fork(), Session.load(plain, TOKENIZER, tmp_path / "talk"), session):
+            rest = written(other, max_new_tokens=5, do_sample=False)
+            assert len(rest) >= 5
+            assert expected.startswith("".join(pieces) + rest)  # no token is lost, and none is told twice
+    assert instruction > 2000
+
+
+def test_an_interrupted_text_is_read_wholly_or_not_at_all(plain, monkeypatch):
+    monkeypatch.setattr("hf_lstm.generation.READ_AT_ONCE", 4)
+    expected = written(session_of(plain, "the horse raced past"), do_sample=False, max_new_tokens=5)
+    lengths = set()
+    for instruction in count(3, 397):
+        session = session_of(plain, "the horse")
+        with Interruption(instruction) as interruption:
+            session.feed(" raced past")
+        if not interruption.came:
+            break
+        lengths.add(length := session.cache.get_seq_length())
+        assert {layer.get_seq_length() for layer in session.cache.layers} == {length}
+        if length == len("the hors"):
+            session.feed(" raced past")
+        assert written(session, do_sample=False, max_new_tokens=5) == expected
+    assert len("the hors") in lengths <= {len("the hors"), len("the horse raced pas")}
+
+
+def test_a_step_that_fails_changes_nothing(plain):
+    session, expected = session_of(plain), written(session_of(plain), do_sample=False)
+    failing = plain.model.layers[1].register_forward_hook(lambda *_: 1 / 0)
+    before = [(layer.keys, layer.values) for layer in session.cache.layers]
+
+    with pytest.raises(ZeroDivisionError):
+        written(session, do_sample=False)
+    with pytest.raises(ZeroDivisionError):
+        session.feed("the boat")
+    failing.remove()
+
+    assert [(layer.keys, layer.values) for layer in session.cache.layers] == before
+    assert written(session, do_sample=False) == expected
+
+
+def test_a_session_seen_in_the_middle_of_a_step_is_whole(plain, tmp_path):
+    """As from another thread, or from a signal handler."""
+    expected, forks = written(session_of(plain), do_sample=False, max_new_tokens=12), []
+    session = session_of(plain)
+
+    def look(*_):
+        session.save(tmp_path / str(len(forks)))
+        forks.append(session.fork())
+
+    looking = plain.model.layers[1].register_forward_hook(look)
+    written(session, do_sample=False, max_new_tokens=4)
+    looking.remove()
+
+    for number, fork in enumerate(forks):
+        for other in (fork, Session.load(plain, TOKENIZER, tmp_path / str(number))):
+            assert written(other, do_sample=False, max_new_tokens=8) == expected[number : number + 8]
+    assert len(forks) == 4
+
+
 @pytest.fixture
 def taken(monkeypatch):
     """What the bare cells read."""
@@ -221,7 +333,131 @@ def test_characters_are_whole():
         pieces = list(session.stream(40, do_sample=False))
 
         expected = tokenizer.decode(ids[0], skip_special_tokens=True).removeprefix(text)
-        assert expected.startswith("".join(pieces).rstrip("\ufffd"))
+        assert "".join(pieces) + session.waiting == expected
+
+
+class Scripted(nn.Module):
+    """A model that writes what it is told to."""
+
+    def __init__(self, tokenizer, ids):
+        super().__init__()
+        self.inner, self.ids = make_model(torch.float32, vocab_size=len(tokenizer)), iter(ids)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "inner" else getattr(self.inner, name)
+
+    def forward(self, input_ids, **options):
+        output = self.inner(input_ids, **options)
+        if self.writes:
+            output.logits[:, -1, next(self.ids)] = torch.inf
+        return output
+
+    writes = True
+
+
+def scripted(tokenizer, prompt, ids, start_token=None):
+    model = Scripted(tokenizer, ids).eval()
+    session = Session(model, tokenizer, start_token)
+    model.writes = False
+    if prompt:
+        session.feed(prompt)
+    model.writes = True
+    return session
+
+
+WORDS = word_tokenizer(["roses are red\nviolets are blue"])
+
+
+def test_words_stand_apart():
+    session = scripted(WORDS, "roses are", WORDS("red\nviolets are")["input_ids"])
+    session.model.inner.generation_config.eos_token_id = None  # it is a line end
+
+    text = "roses are" + written(session, max_new_tokens=3, do_sample=False)
+    session.model.writes = False
+    session.feed(" blue")
+    session.model.writes = True
+    text += " blue" + written(session, max_new_tokens=1, do_sample=False)
+
+    assert text == "roses are red\nviolets blue are"
+
+
+def test_a_text_of_words_begins_without_a_space():
+    session = scripted(WORDS, "", WORDS("roses are")["input_ids"], start_token="<eos>")
+
+    assert written(session, max_new_tokens=2, do_sample=False) == "roses are"
+
+
+@pytest.mark.parametrize("way", ["on", "loaded", "forked"])
+@pytest.mark.parametrize("cut", [1, 2, 3, 4])
+def test_a_character_may_be_cut_between_two_streams(tmp_path, cut, way):
+    tokenizer = byte_tokenizer()
+    session = scripted(tokenizer, "a", tokenizer("床é前")["input_ids"])
+
+    text = written(session, max_new_tokens=cut, do_sample=False)
+    waiting = session.waiting
+    if way == "loaded":
+        session.save(tmp_path / "talk")
+        session = Session.load(session.model, tokenizer, tmp_path / "talk")
+    elif way == "forked":
+        session = session.fork()
+    text += written(session, max_new_tokens=8 - cut, do_sample=False)
+
+    assert text == "床é前"
+    assert waiting == ("" if cut == 3 else "\ufffd")
+
+
+def test_bytes_that_are_no_character_are_told_at_once():
+    data = b"a\xff" + "床".encode() + b"\xe5\xba" + b"bc\xe5"
+    session = scripted(byte_tokenizer(), "x", [4 + byte for byte in data])
+
+    pieces = list(session.stream(len(data), do_sample=False))
+
+    assert "".join(pieces) + session.waiting == data.decode(errors="replace") == "a\ufffd床\ufffdbc\ufffd"
+    assert pieces == ["a", "\ufffd", "床", "\ufffdb", "c"]
+
+
+def test_half_a_character_is_told_where_its_document_ends():
+    tokenizer = byte_tokenizer()
+    session = scripted(tokenizer, "x", [4 + 0xE5, 4 + 0xBA, tokenizer.eos_token_id, 4 + 0x8A])
+    session.model.inner.generation_config.eos_token_id = tokenizer.eos_token_id
+
+    assert list(session.stream(9, do_sample=False)) == ["\ufffd"]
+    assert list(session.stream(1, do_sample=False)) == ["\ufffd"]  # another document: it completes nothing
+
+
+def test_what_is_fed_ends_a_character_that_waits():
+    tokenizer = byte_tokenizer()
+    session = scripted(tokenizer, "x", [4 + 0xE5, 4 + 0x8A])
+
+    assert written(session, max_new_tokens=1, do_sample=False) == ""
+    session.model.writes = False
+    session.feed("y")
+    session.model.writes = True
+
+    assert session.waiting == ""
+    assert written(session, max_new_tokens=1, do_sample=False) == "\ufffd"
+
+
+def test_a_session_of_version_0_1_0_is_loaded(model, tmp_path):
+    session = session_of(model)
+    tensors = _tensors_of(model, session.cache) | {"unread": torch.tensor(session._state.unread)}
+    write_file(tmp_path / "old", SESSION, model, tensors, session.cache.get_seq_length())
+
+    assert written(Session.load(model, TOKENIZER, tmp_path / "old"), seed=1) == written(session, seed=1)
+
+
+def test_what_is_fed_is_letters(model):
+    tokenizer = byte_tokenizer()
+    model = make_model(vocab_size=260)
+    session = Session(model, tokenizer)
+
+    session.feed("a<eos>b")
+
+    assert session.cache.get_seq_length() == len("a<eos>b") - 1
+
+
+def test_a_top_k_of_0_means_all(model):
+    assert written(session_of(model), seed=1, top_k=0) == written(session_of(model), seed=1)
 
 
 @pytest.mark.parametrize(
@@ -233,6 +469,10 @@ def test_characters_are_whole():
         (lambda m: Session(m, byte_tokenizer()), r"ids up to 259, and the model a vocabulary of \d+"),
         (lambda m: Session(m, TOKENIZER).stream(), "has read nothing: `feed` it"),
         (lambda m: Session(m, TOKENIZER).save("nowhere"), "has read nothing: there is nothing to save"),
+        (lambda m: session_of(m).save(""), r"`path` \(''\) names no file: give it a name"),
+        (lambda m: session_of(m).save("/"), r"`path` \('/'\) names no file: give it a name"),
+        (lambda m: save_state(m, session_of(m).cache, "."), r"`path` \('.'\) names no file"),
+        (lambda m: session_of(m).feed("a\ud83d"), r"The text holds '\\ud83d' at character 1"),
         (lambda m: session_of(m).stream(max_new_tokens=0), r"`max_new_tokens` \(0\) must be at least 1"),
         (lambda m: session_of(m).stream(temperature=0.0), "temperature"),
         (lambda m: session_of(m).stream(top_p=2.0), "top_p"),
@@ -245,7 +485,7 @@ def test_what_cannot_be_is_refused(model, call, message):
 
 
 def test_a_state_is_no_session(model, tmp_path):
-    from hf_lstm import load_state, save_state
+    from hf_lstm import load_state
 
     session = session_of(model)
     session.save(tmp_path / "session")

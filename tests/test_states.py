@@ -2,6 +2,7 @@
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -99,9 +100,26 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
         save_state(model, read(model, IDS), tmp_path / "state")
 
     assert (tmp_path / "state").read_bytes() == before
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
     monkeypatch.undo()
     with pytest.raises(OSError, match=r"nowhere/state cannot be written: .*No such file"):
         save_state(model, read(model), tmp_path / "nowhere" / "state")
+
+
+def test_many_may_save_to_one_path(tmp_path, monkeypatch):
+    model, paths = make_model(), []
+    caches = [read(model, IDS[:, :length]) for length in range(1, 9)]
+    monkeypatch.setattr(
+        "hf_lstm.generation.save_file",
+        lambda tensors, path, metadata: (paths.append(path), save_file(tensors, path, metadata)),
+    )
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda cache: save_state(model, cache, tmp_path / "state"), caches * 5))
+
+    assert len(set(paths)) == 40  # each its own until it is whole
+    assert 1 <= load_state(model, tmp_path / "state").get_seq_length() <= 8
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
 def test_a_cache_that_has_read_nothing_is_refused(tmp_path):

@@ -32,7 +32,7 @@ def ways_to_write(model, tokenizer, states: dict[int, DynamicCache], tokens: int
             ids = model(ids, past_key_values=cache).logits[:, -1:].argmax(dim=-1)
 
     def by_session(length):
-        session.cache, session._unread = copy.deepcopy(states[length]), [5]
+        session._state = session._state._replace(cache=copy.deepcopy(states[length]), unread=(5,))
         all(session.stream(max_new_tokens=tokens, do_sample=False))
 
     def by_generate(length):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import CONFIGS, make_ids, make_model
-from transformers import AutoModelForCausalLM, TorchAoConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from hf_lstm import byte_tokenizer
 
@@ -153,3 +153,56 @@ def test_trl_trains_packed_documents(tmp_path, packing):
 
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert losses[-1] < 0.6 * losses[0]
+
+
+CHAT = (
+    "{% for message in messages %}<|{{ message.role }}|>"
+    "{% if message.role == 'assistant' %}{% generation %}{{ message.content }}<eos>{% endgeneration %}"
+    "{% else %}{{ message.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+@pytest.mark.parametrize("chat", [False, True], ids=["text", "messages"])
+def test_a_tuned_model_stops(tmp_path, chat):
+    """TRL writes `<eos>`, and a chat template its roles, as text: what is trained on are the tokens."""
+    import trl
+    from datasets import Dataset
+
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens(["<|user|>", "<|assistant|>"], special_tokens=True)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    answer = "ten green bottles"
+    messages = [{"role": "user", "content": "Sing"}, {"role": "assistant", "content": answer}]
+    rows = {"messages": [messages] * 32} if chat else {"text": [answer] * 32}
+    torch.manual_seed(0)
+    model = make_model(torch.float32, vocab_size=len(tokenizer), hidden_size=48, num_hidden_layers=1)
+    model.init_weights()
+    trainer = trl.SFTTrainer(
+        model=model,
+        args=trl.SFTConfig(
+            str(tmp_path / "run"),
+            packing=False,
+            per_device_train_batch_size=4,
+            learning_rate=0.02,
+            num_train_epochs=12,
+            assistant_only_loss=chat,
+            report_to="none",
+            save_strategy="no",
+            use_cpu=True,
+            bf16=False,
+            activation_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_dict(rows),
+        processing_class=tokenizer,
+    )
+    spelt = [4 + byte for byte in answer.encode()]
+    question = [260, *(4 + byte for byte in b"Sing"), 261]
+    assert list(trainer.train_dataset[0]["input_ids"]) == (question if chat else []) + [*spelt, 3]
+
+    trainer.train()
+
+    prompt = question if chat else spelt[:1]
+    written = model.generate(torch.tensor([prompt]), max_new_tokens=60, do_sample=False)[0].tolist()
+    assert written == (question if chat else []) + [*spelt, 3]

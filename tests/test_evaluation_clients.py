@@ -159,18 +159,27 @@ def test_the_harness_gets_the_greedy_text(results, model, tokenizer):
         assert written == tokenizer.decode(expected[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
+def test_the_harness_reads_special_tokens(model, tokenizer):
+    from lm_eval.models.huggingface import HFLM
+
+    harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), device="cpu")
+
+    assert harness.tok_encode("the<eos>horse") == [*tokenizer("the")["input_ids"], 3, *tokenizer("horse")["input_ids"]]
+
+
 @pytest.mark.parametrize("with_bos", [False, True])
 def test_minicons_finds_the_same_surprisals(model, tokenizer, with_bos):
     from minicons.scorer import IncrementalLMScorer
 
-    theirs = copy.deepcopy(tokenizer)
-    theirs.split_special_tokens = False  # it types "<bos>" before each text
-    scorer = IncrementalLMScorer(model, "cpu", tokenizer=theirs)
+    scorer = IncrementalLMScorer(model, "cpu", tokenizer=copy.deepcopy(tokenizer))  # it types "<bos>" and pads
 
     found = scorer.token_score(TEXTS[:3], surprisal=True, base_two=True, bos_token=with_bos)
 
+    ids = scorer.encode(TEXTS[:3], bos_token=with_bos)["input_ids"]
     tokens = surprisal(model, tokenizer, TEXTS[:3], start_token="<bos>" if with_bos else None)
     for number, text in enumerate(found):
+        read = [index for index in ids[number].tolist() if index != tokenizer.pad_token_id]
+        assert read == [2] * with_bos + tokenizer(TEXTS[number])["input_ids"]
         expected = tokens[tokens["text"] == number]["surprisal"].to_numpy()
         scores = [score for _, score in text][1:]  # its first, of the first token or of <bos>, is 0
         numpy.testing.assert_allclose(scores, expected if with_bos else expected[1:], rtol=1e-4)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
 from transformers.generation import BaseStreamer
 
 from hf_lstm import Session
@@ -104,7 +104,8 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
         if tokenizer.unk_token_id in ids:
             print("The model does not know some characters of the prompt.", file=sys.stderr)
     if sampling.num_beams in (None, 1):
-        options["streamer"] = Printer(tokenizer)
+        shown = {"skip_special_tokens": not ends_lines(tokenizer)}
+        options["streamer"] = Printer(tokenizer) if tokenizer.is_fast else TextStreamer(tokenizer, **shown)
 
     set_seed(arguments.seed)
     with torch.inference_mode():

@@ -159,11 +159,11 @@ def plain():
 
 @pytest.mark.parametrize("cells", [True, False], ids=["cells", "model"])
 def test_an_interrupted_text_goes_on(plain, cells, tmp_path):
-    """Every instruction in turn, thousands of them, passes too: here each 397th, another one in each step."""
+    """Every instruction in turn, thousands of them, passes too: here each 599th, another one in each step."""
     if not cells:
         plain.register_forward_hook(lambda module, inputs, output: output)
     expected = written(session_of(plain, "the horse"), max_new_tokens=20, do_sample=False)
-    for instruction in count(3, 397):
+    for instruction in count(3, 599):
         session, pieces = session_of(plain, "the horse"), []
         with Interruption(instruction) as interruption:
             pieces.extend(session.stream(5, do_sample=False))
@@ -181,7 +181,7 @@ def test_an_interrupted_text_is_read_wholly_or_not_at_all(plain, monkeypatch):
     monkeypatch.setattr("hf_lstm.generation.READ_AT_ONCE", 4)
     expected = written(session_of(plain, "the horse raced past"), do_sample=False, max_new_tokens=5)
     lengths = set()
-    for instruction in count(3, 397):
+    for instruction in count(3, 599):
         session = session_of(plain, "the horse")
         with Interruption(instruction) as interruption:
             session.feed(" raced past")

@@ -350,12 +350,19 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list
     tokenizer. Special tokens and ids without a token add nothing, and a token that was added adds what it is called; in a
     text of lines of words, `<unk>` is shown and `<eos>` is the line end.
     """
-    decoder, special = StreamDecoder(tokenizer), set(tokenizer.all_special_ids)
-    before = next(index for index in range(len(tokenizer)) if index not in special)
+    decoder, backend = StreamDecoder(tokenizer), tokenizer.backend_tokenizer
+    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    own = set(backend.get_vocab(with_added_tokens=False).values())
+    before = min(index for index in tokenizer.get_vocab().values() if index not in special)
     added = []
     for index in range(vocab_size):
         decoder.context = (before,)
-        spelt = decoder.spell(index) if index not in special and decoder.is_text(index) else None
+        if not decoder.is_text(index):
+            spelt = b""
+        elif index not in own and index not in special:
+            spelt = backend.id_to_token(index).encode()  # GPT-2's letters are not those of a token that was added
+        else:
+            spelt = None if index in special else decoder.spell(index)
         added.append(decoder.step(index).encode() if spelt is None else spelt)
     return added
 

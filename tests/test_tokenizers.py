@@ -64,7 +64,6 @@ def test_the_bytes_of_words_that_stand_between_white_space():
     assert b"".join(added[index] for index in tokenizer("cat dog\nthe")["input_ids"]) == b" cat <unk>\n the"
 
 
-<<<<<<< HEAD
 def test_the_bytes_of_added_tokens_are_what_they_are_called(tokenizer):
     """Whether GPT-2 has letters for them or not."""
     tokenizer, words = copy.deepcopy(tokenizer), ["two words", "<|user|>", "naïveté", "鳥 啼"]
@@ -81,13 +80,6 @@ def test_the_bytes_of_tokens_with_gaps_between_their_ids():
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
 
     assert bytes_of_tokens(tokenizer, 11) == [b"", b"", b"", b"a", b"", b"", b"", b"", b"", b"b", b""]
-=======
-def test_the_bytes_of_an_added_token_are_its_own():
-    for tokenizer in (byte_tokenizer(), bpe_tokenizer(TEXTS, 262)):
-        tokenizer.add_tokens(["a b", "床 前"])
-
-        assert bytes_of_tokens(tokenizer, len(tokenizer))[-2:] == [b"a b", "床 前".encode()]
->>>>>>> bf0eb85 (tokenizers: letters are decided where raw text enters)
 
 
 def test_special_tokens_have_the_first_ids_and_are_not_added(tokenizer):

@@ -273,19 +273,26 @@ class _Tokenization:
         return state, _code_of(type(tokenizer)), libraries, self.separator, self.dtype.name, PIECE_LENGTH, FORMAT
 
 
+KEPT_BY_PYTHON = ("__dict__", "__weakref__", "__slotnames__")  # in a class, the last once an object of it was copied
+
+
 def _code_of(kind):
     """
-    A class in such a way that its hash is another where it computes something else. Of a class that can be imported
-    `datasets` would hash the name alone: beside it stands the source of its module, and of those it is derived from.
+    Represent a class so that its hash changes with what it computes. Of one that can be imported `datasets` would hash the
+    name alone: here it is the source of its module; of any other, its members. So it is for all it is derived from.
     """
     code = []
     for part in kind.__mro__:
-        if part.__module__.split(".")[0] not in ("transformers", "builtins"):
-            try:
-                source = inspect.getsource(sys.modules[part.__module__])
-            except (KeyError, OSError, TypeError):  # written into a prompt: hashed by what it does
-                source = None
-            code.append((part, source))
+        if part.__module__.split(".")[0] in ("transformers", "builtins"):
+            continue
+        try:
+            source = inspect.getsource(sys.modules[part.__module__])
+        except (KeyError, OSError, TypeError):  # written into a prompt
+            source = None
+        members = None
+        if source is None or "<locals>" in part.__qualname__:
+            members = {name: value for name, value in vars(part).items() if name not in KEPT_BY_PYTHON}
+        code.append((part.__module__, part.__qualname__, source, members))
     return kind.__module__, kind.__qualname__, code
 
 

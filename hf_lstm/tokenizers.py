@@ -13,6 +13,7 @@ it; training collators pad on their own.
 
 import codecs
 import copy
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, islice
@@ -264,9 +265,9 @@ class StreamDecoder:
     """
     Decode a continuation token by token: the prompt's text and all that [`step`] and [`end`] return are what decoding the
     whole gives, in whole characters, spaces between words included. The last tokens are the only ones looked at, so that a
-    token costs the same after any text. What is not UTF-8 becomes U+FFFD as soon as it cannot be a character any more; a
-    text of tokenizers whose decoder spoils a whole run of bytes then (those of `char_tokenizer` with `byte_fallback`, and
-    the bytes of version 0.1.0) loses the bytes themselves alone.
+    token costs the same after any text. What is not UTF-8 becomes U+FFFD as soon as it cannot be a character any more.
+    Where the tokenizer's decoder then makes U+FFFD of a whole run of bytes (`char_tokenizer` with `byte_fallback`, and the
+    bytes of version 0.1.0), the characters of the run that were told stay.
 
     Special tokens are left out, unless `<eos>` is a line end.
 
@@ -295,12 +296,12 @@ class StreamDecoder:
         before, self.context = self.context, (*self.context, token)[-self.CONTEXT :]
         held, spelt = self._incomplete(before), self.spell(token)
         if spelt is not None:
-            return _characters(held + spelt)[0]
+            return self._characters(held + spelt)[0]
         old, new = (self.tokenizer.decode(list(ids)) for ids in (before, (*before, token)))
-        return ("\ufffd" if held else "") + new[len(old) :]
+        return self._broken(held) + new[len(old) :]
 
     def end(self) -> str:
-        """What waits, as U+FFFD, where the text ends: what comes then completes it no more."""
+        """Tell what waits, as U+FFFD, where the text ends: what comes then completes it no more."""
         waiting = self.waiting
         while self._incomplete(self.context):
             self.context = self.context[:-1]
@@ -308,8 +309,8 @@ class StreamDecoder:
 
     @property
     def waiting(self) -> str:
-        """What decoding the whole shows of a character that is not complete: U+FFFD, or nothing."""
-        return "\ufffd" if self._incomplete(self.context) else ""
+        """U+FFFD in place of a character that is not complete, or nothing: what decoding the whole shows of it."""
+        return self._broken(self._incomplete(self.context))
 
     def is_text(self, token: int) -> bool:
         """Whether an id is that of a token, and of one that is shown."""
@@ -335,13 +336,18 @@ class StreamDecoder:
             if (piece := self.spell(token)) is None:
                 break
             spelt = piece + spelt
-        return _characters(spelt)[1]
+        return self._characters(spelt)[1]
 
+    def _characters(self, data: bytes) -> tuple[str, bytes]:
+        """What bytes of UTF-8 spell, and those at the end that a character may begin with."""
+        decoder = codecs.getincrementaldecoder("utf-8")(
+            "surrogateescape" if "ByteFallback" in self.rules else "replace"
+        )
+        text = decoder.decode(data)
+        return re.sub("[\udc80-\udcff]", "\ufffd", text), decoder.getstate()[0]  # of `ByteFallback`: one for each byte
 
-def _characters(data: bytes) -> tuple[str, bytes]:
-    """What bytes of UTF-8 spell, and those at the end that a character may begin with."""
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    return decoder.decode(data), decoder.getstate()[0]
+    def _broken(self, data: bytes) -> str:
+        return "\ufffd" * (len(data) if "ByteFallback" in self.rules else bool(data))
 
 
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:

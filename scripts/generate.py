@@ -50,19 +50,13 @@ class SamplingArguments:
 
 
 class Printer(BaseStreamer):
-    """The prompt and what is written, on the terminal, as it comes."""
+    """The prompt and what is written, on the terminal, in whole characters as they come."""
 
     def __init__(self, tokenizer):
-        self.tokenizer, self.decoder = tokenizer, None
+        self.decoder = StreamDecoder(tokenizer)
 
     def put(self, value: torch.Tensor) -> None:
-        ids = value.flatten().tolist()
-        if self.decoder is None:
-            self.decoder = StreamDecoder(self.tokenizer, ids)
-            text = self.tokenizer.decode(ids, skip_special_tokens=not ends_lines(self.tokenizer))
-        else:
-            text = "".join(self.decoder.step(token) for token in ids)
-        print(text, end="", flush=True)
+        print("".join(self.decoder.step(token) for token in value.flatten().tolist()), end="", flush=True)
 
     def end(self) -> None:
         print(self.decoder.end(), flush=True)

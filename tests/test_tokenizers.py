@@ -480,8 +480,19 @@ def test_bytes_of_version_0_1_0_are_told_at_once():
 
     pieces = [decoder.step(4 + byte) for byte in data]
 
-    assert pieces == ["a", "\ufffd", "\ufffd", "", "é", "", "", "床", "", "", "\ufffdz"]
+    assert pieces == ["a", "\ufffd", "\ufffd", "", "é", "", "", "床", "", "", "\ufffd\ufffdz"]
     assert tokenizer.decode([4 + byte for byte in data]) == "\ufffd" * len(data)
+
+
+@pytest.mark.parametrize("after", [[], [5]], ids=["end", "letter"])
+def test_half_a_character_among_characters(after):
+    tokenizer = char_tokenizer(["ab"], byte_fallback=True)
+    ids = [*tokenizer("a床")["input_ids"][:-1], *after]
+    decoder = StreamDecoder(tokenizer, ids[:1])
+
+    text = "".join(decoder.step(token) for token in ids[1:])
+
+    assert "a" + text + decoder.waiting == tokenizer.decode(ids) == "a\ufffd\ufffd" + "b" * len(after)
 
 
 def test_a_character_may_wait():

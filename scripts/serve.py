@@ -1,20 +1,33 @@
-"""Serve a model to OpenAI clients: `transformers serve`, and what our models need for it.
+"""Serve a model to OpenAI clients at /v1/completions, /v1/chat/completions and /v1/responses.
 
 python scripts/serve.py --model runs/first --port 8000
 curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def main(", "max_tokens": 100}'
+
+serve_fields.py says what a request may hold, and serve_writer.py writes.
 """
 
+import itertools
+import json
+import logging
+import reprlib
 import sys
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
-import transformers
-from fastapi import HTTPException
-from fastapi.responses import JSONResponse, StreamingResponse
-from transformers import HfArgumentParser
-from transformers.cli.serve import Serve
-from transformers.cli.serving import chat_completion, completion, response
+import uvicorn
+from serve_fields import CHAT_COMPLETION, COMPLETION, PROMPT, RESPONSE, Refused, read_body, read_messages
+from serve_writer import Job, Piece, Prompt, Writer, encode_chat
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_lstm import LSTMForCausalLM
+from hf_lstm.evaluation import check_tokenizer
 
 
 @dataclass
@@ -29,10 +42,6 @@ class Arguments:
     trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
 
 
-def refuse(why: str) -> None:
-    raise HTTPException(status_code=400, detail=why)
-
-
 class Stream(StreamingResponse):
     """A stream that ends with its client: left where it waits to be sent, it would be written on until it is collected."""
 
@@ -43,111 +52,305 @@ class Stream(StreamingResponse):
             await self.body_iterator.aclose()  # which stops `generate()`
 
 
-class Answers:
-    """What is wrong with a request is said to its client, in the words that OpenAI's own show."""
+class Endpoint:
+    """Reads the requests of one address, has them written, and answers in that address's words."""
 
-    async def handle_request(self, body: dict, request_id: str):
+    last = ""  # line of a stream
+
+    def __init__(self, writer: Writer, model: str, limit: int):
+        self.writer, self.model, self.limit = writer, model, limit
+
+    async def answer(self, request: Request) -> Response:
+        body = await read_body(request, self.rules)
+        if body.get("model", self.model) != self.model:
+            raise Refused(
+                f"`model` ({reprlib.repr(body['model'])}) must be {self.model!r}, the one served here.", "model"
+            )
+        job = self.read(body)
+        head = {"id": f"{self.prefix}{uuid.uuid4().hex}", "model": self.model}
+        if body.get("stream"):
+            return Stream(self.stream(job, head, body), media_type="text/event-stream")
+        answers = [Piece(index) for index in range(len(job.prompts) * job.n)]
+        async with aclosing(self.writer.pieces(job)) as pieces:
+            async for piece in pieces:
+                if await request.is_disconnected():
+                    return Response(status_code=499)  # nobody reads it
+                so_far = answers[piece.index]
+                answers[piece.index] = Piece(
+                    piece.index, so_far.text + piece.text, so_far.tokens + piece.tokens, piece.reason
+                )
+        return JSONResponse(self.whole(answers, job, head))
+
+    async def stream(self, job: Job, head: dict, body: dict) -> AsyncIterator[str]:
         try:
-            answer = await super().handle_request(body, request_id)
-        except HTTPException as error:
-            content = {"message": error.detail, "type": "invalid_request_error"}
-            return JSONResponse({"error": content}, status_code=error.status_code)
-        if isinstance(answer, StreamingResponse):
-            return Stream(answer.body_iterator, media_type=answer.media_type)
-        return answer
+            async with aclosing(self.writer.pieces(job)) as pieces:
+                async for event in self.events(pieces, job, head, body):
+                    kind = f"event: {event['type']}\n" if "type" in event else ""
+                    yield f"{kind}data: {json.dumps(event)}\n\n"
+        except Exception as error:
+            logging.getLogger("uvicorn.error").exception("An answer failed.")
+            yield f"data: {json.dumps(error_object(f'The answer failed: {error}', 500))}\n\n"
+        yield self.last
 
-
-class CheckedCompletions(completion.CompletionHandler):
-    """As transformers', with OpenAI's sampling, and every refusal said before anything is generated."""
-
-    limit = Arguments.limit
-
-    async def handle_request(self, body: dict, request_id: str):
-        self._validate_request(body)
-        if not isinstance(body.get("prompt"), str):
-            refuse(f"`prompt` ({body.get('prompt')!r}) must be one text.")
-        for name, kinds, least in (
-            ("max_tokens", int, 1),
-            ("temperature", (int, float), 0),
-            ("top_p", (int, float), 0),
-            ("seed", int, 0),
-        ):
-            value = body.get(name)
-            if value is not None and (isinstance(value, bool) or not isinstance(value, kinds) or value < least):
-                refuse(f"`{name}` ({value!r}) must be a number of at least {least}.")
-        if (body.get("top_p") or 0) > 1:
-            refuse(f"`top_p` ({body['top_p']}) must be at most 1.")
-        _, model, tokenizer = self._resolve_model(body)
-        ids = tokenizer(body["prompt"])["input_ids"]
-        if not ids:
-            refuse(f"`prompt` ({body['prompt']!r}) becomes no token: there is nothing to continue.")
-        if max(ids) >= model.config.vocab_size:
-            refuse(
-                f"`prompt` has a token {max(ids)}, and the model's vocabulary ends at {model.config.vocab_size - 1}."
+    def plan(self, body: dict, prompts: list[Prompt], max_tokens: int | None, default: int, **options) -> Job:
+        """A job, once its tokens are the model's and, with those of the answers, within the limit."""
+        last = self.writer.model.config.vocab_size - 1
+        for ids, *_ in prompts:
+            if not ids:
+                raise Refused("The prompt becomes no token: there is nothing to continue.")
+            if not 0 <= min(ids) <= max(ids) <= last:
+                raise Refused(f"The prompt has a token id beyond 0 to {last}, where the model's vocabulary ends.")
+        read, n = sum(len(prompt.ids) for prompt in prompts), body.get("n", 1)
+        room = (self.limit // n - read) // len(prompts)  # tokens of each answer
+        if max_tokens is None:
+            max_tokens = max(1, min(default, room))
+        if max_tokens > room:
+            raise Refused(
+                f"The prompt has {read} tokens, an answer {max_tokens} and `n` is {n}: the limit is {self.limit} together."
             )
-        tokens = self._build_generation_config(body, model.generation_config).max_new_tokens
-        if len(ids) + tokens > self.limit:
-            refuse(
-                f"The prompt has {len(ids)} tokens and `max_tokens` is {tokens}: the limit is {self.limit} together."
-            )
-        return await super().handle_request(body, request_id)
+        stop = body.get("stop", [])
+        return Job(
+            prompts,
+            max_tokens,
+            n=n,
+            stops=[stop] if isinstance(stop, str) else stop,
+            temperature=body.get("temperature", 1.0),
+            top_p=float(body.get("top_p", 1)),
+            seed=body.get("seed"),
+            **options,
+        )
 
-    def _build_generation_config(self, body: dict, model_generation_config, use_cb: bool = False):
-        """Tokens are drawn, among all, unless the temperature is 0; `generate()` would take the most probable."""
-        body = {"max_tokens": min(256, self.limit // 2), "temperature": 1.0} | {
-            name: value for name, value in body.items() if value is not None
+    def read_chat(self, messages: list[dict], field: str) -> Prompt:
+        if self.writer.tokenizer.chat_template is None:
+            raise Refused("The model's tokenizer has no chat template: ask /v1/completions, which continues a text.")
+        return Prompt(encode_chat(self.writer.tokenizer, read_messages(messages, field)))
+
+
+class Choices(Endpoint):
+    """Answers in `choices`, as OpenAI's older addresses give them."""
+
+    last = "data: [DONE]\n\n"
+
+    def whole(self, answers: list[Piece], job: Job, head: dict) -> dict:
+        choices = [self.choice(answer, job) for answer in answers]
+        return self.head(head, self.kind) | {"choices": choices, "usage": self.usage(job)}
+
+    async def events(self, pieces, job: Job, head: dict, body: dict) -> AsyncIterator[dict]:
+        head = self.head(head, self.chunk_kind)
+        counted = body.get("stream_options", {}).get("include_usage", False)
+        head |= {"usage": None} if counted else {}
+        for choice in self.first_deltas(job):
+            yield head | {"choices": [choice]}
+        async for piece in pieces:
+            yield head | {"choices": [self.delta(piece, job)]}
+        if counted:
+            yield head | {"choices": [], "usage": self.usage(job)}
+
+    def head(self, head: dict, kind: str) -> dict:
+        return head | {"object": kind, "created": int(time.time())}
+
+    def usage(self, job: Job) -> dict:
+        return {
+            "prompt_tokens": job.read,
+            "completion_tokens": job.written,
+            "total_tokens": job.read + job.written,
         }
-        config = super()._build_generation_config(body, model_generation_config, use_cb=use_cb)
-        config.do_sample = body["temperature"] > 0
-        if config.do_sample:
-            config.top_k = 0
-        else:
-            config.temperature = config.top_k = config.top_p = None
-        return config
 
 
-class Completions(Answers, CheckedCompletions):
-    pass
+class Completions(Choices):
+    rules, prefix, kind, chunk_kind = COMPLETION, "cmpl-", "text_completion", "text_completion"
+
+    def read(self, body: dict) -> Job:
+        if "prompt" not in body:
+            raise Refused(f"`prompt` is missing: it must be {PROMPT.words}.", "prompt")
+        prompts, n, echo = body["prompt"], body.get("n", 1), body.get("echo", False)
+        if isinstance(prompts, str) or isinstance(prompts[0], int):
+            prompts = [prompts]
+        if body.get("best_of", n) != n:
+            raise Refused(f"`best_of` ({body['best_of']}) must be `n` ({n}): each answer is given.", "best_of")
+        if body.get("max_tokens") == 0 and not echo:
+            raise Refused(
+                "`max_tokens` (0) must be at least 1 without `echo`: the answer would be empty.", "max_tokens"
+            )
+        prompts = [self.writer.encode(prompt) if isinstance(prompt, str) else Prompt(prompt) for prompt in prompts]
+        return self.plan(body, prompts, body.get("max_tokens"), 256, echo=echo, logprobs=body.get("logprobs"))
+
+    def choice(self, piece: Piece, job: Job) -> dict:
+        logprobs = None
+        if job.logprobs is not None:
+            name = self.writer.name
+            logprobs = {
+                "tokens": [name(token.id) for token in piece.tokens],
+                "token_logprobs": [token.logprob for token in piece.tokens],
+                "top_logprobs": [
+                    None if token.logprob is None else {name(id): value for id, value in token.largest.items()}
+                    for token in piece.tokens
+                ],
+                "text_offset": [token.start for token in piece.tokens],
+            }
+        return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.reason}
+
+    delta = choice
+
+    def first_deltas(self, job: Job) -> list[dict]:
+        return []
 
 
-class NoChat(Answers):
-    """A language model continues a text: it answers no messages, unless its tokenizer says how they become a text."""
+class ChatCompletions(Choices):
+    rules, prefix, kind, chunk_kind = CHAT_COMPLETION, "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def _resolve_model(self, body: dict):
-        model_id, model, tokenizer = super()._resolve_model(body)
-        if tokenizer.chat_template is None:
-            refuse("The model's tokenizer has no chat template: ask /v1/completions, which continues a text.")
-        return model_id, model, tokenizer
+    def read(self, body: dict) -> Job:
+        if "messages" not in body:
+            raise Refused("`messages` is missing: it must be a list of messages.", "messages")
+        limits = {body[name] for name in ("max_tokens", "max_completion_tokens") if name in body}
+        if len(limits) > 1:
+            raise Refused("`max_tokens` and `max_completion_tokens` differ: leave one out.", "max_tokens")
+        prompt = self.read_chat(body["messages"], "messages")
+        return self.plan(body, [prompt], next(iter(limits), None), self.limit)
+
+    def choice(self, piece: Piece, job: Job) -> dict:
+        message = {"role": "assistant", "content": piece.text, "refusal": None}
+        return {"index": piece.index, "message": message, "logprobs": None, "finish_reason": piece.reason}
+
+    def delta(self, piece: Piece, job: Job, **more) -> dict:
+        delta = {"content": piece.text} | more
+        return {"index": piece.index, "delta": delta, "logprobs": None, "finish_reason": piece.reason}
+
+    def first_deltas(self, job: Job) -> list[dict]:
+        return [self.delta(Piece(index), job, role="assistant") for index in range(job.n)]
 
 
-class ChatCompletions(NoChat, chat_completion.ChatCompletionHandler):
-    pass
+class Responses(Endpoint):
+    rules, prefix = RESPONSE, "resp_"
+
+    def read(self, body: dict) -> Job:
+        if "input" not in body:
+            raise Refused("`input` is missing: it must be a text or a list of messages.", "input")
+        messages = body["input"]
+        messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+        if "instructions" in body:
+            messages = [{"role": "system", "content": body["instructions"]}, *messages]
+        return self.plan(body, [self.read_chat(messages, "input")], body.get("max_output_tokens"), self.limit)
+
+    def whole(self, answers: list[Piece], job: Job, head: dict) -> dict:
+        (answer,) = answers
+        status = "incomplete" if answer.reason == "length" else "completed"
+        usage = {
+            "input_tokens": job.read,
+            "output_tokens": job.written,
+            "total_tokens": job.read + job.written,
+            "input_tokens_details": {"cached_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": 0},
+        }
+        return self.response(head, status) | {"output": [self.item(head, answer.text, status)], "usage": usage}
+
+    async def events(self, pieces, job: Job, head: dict, body: dict) -> AsyncIterator[dict]:
+        numbers = itertools.count()
+
+        def event(kind, **values):
+            return {"type": f"response.{kind}", "sequence_number": next(numbers)} | values
+
+        item = self.item(head, "", "in_progress") | {"content": []}
+        place = {"item_id": item["id"], "output_index": 0, "content_index": 0}
+        yield event("created", response=self.response(head, "in_progress"))
+        yield event("in_progress", response=self.response(head, "in_progress"))
+        yield event("output_item.added", output_index=0, item=item)
+        yield event("content_part.added", **place, part=self.part(""))
+        text = ""
+        async for piece in pieces:
+            text += piece.text
+            yield event("output_text.delta", **place, delta=piece.text, logprobs=[])
+        yield event("output_text.done", **place, text=text, logprobs=[])
+        yield event("content_part.done", **place, part=self.part(text))
+        response = self.whole([Piece(0, text, [], piece.reason)], job, head)
+        yield event("output_item.done", output_index=0, item=response["output"][0])
+        yield event(response["status"], response=response)
+
+    def response(self, head: dict, status: str) -> dict:
+        details = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return head | {
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": status,
+            "incomplete_details": details,
+            "error": None,
+            "output": [],
+            "tools": [],
+            "tool_choice": "auto",
+            "parallel_tool_calls": False,
+        }
+
+    def item(self, head: dict, text: str, status: str) -> dict:
+        name = head["id"].replace(self.prefix, "msg_", 1)
+        return {"id": name, "type": "message", "role": "assistant", "status": status, "content": [self.part(text)]}
+
+    def part(self, text: str) -> dict:
+        return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
 
 
-class Responses(NoChat, response.ResponseHandler):
-    pass
+def error_object(message: str, status: int, field: str | None = None) -> dict:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": field, "code": None}}
 
 
-def main(arguments: Arguments, **options) -> Serve:
+async def say_refused(request: Request, error: Refused) -> Response:
+    return JSONResponse(error_object(str(error), 400, error.field), status_code=400)
+
+
+async def say_unknown(request: Request, error: HTTPException) -> Response:
+    message = f"{error.detail}: this server answers POST to {', '.join(ADDRESSES)} and GET to /v1/models and /health."
+    return JSONResponse(error_object(message, error.status_code), status_code=error.status_code, headers=error.headers)
+
+
+async def say_failed(request: Request, error: Exception) -> Response:  # which is logged where it is raised again
+    return JSONResponse(error_object(f"The answer failed: {error}", 500), status_code=500)
+
+
+ADDRESSES = {
+    "/v1/completions": Completions,
+    "/v1/chat/completions": ChatCompletions,
+    "/v1/responses": Responses,
+}
+
+
+def make_app(arguments: Arguments) -> Starlette:
+    """The application for a server of ASGI, with the model in memory."""
     if arguments.limit < 2:
         raise ValueError(
             f"`limit` ({arguments.limit}) must be at least 2, a token of the prompt and one of the answer."
         )
-    transformers.LSTMForCausalLM = LSTMForCausalLM  # where transformers' ModelManager looks up config.architectures[0]
-    # Serve imports its handlers when it is made; tests/test_serving.py fails if it no longer takes them from there.
-    Completions.limit = arguments.limit
-    completion.CompletionHandler = Completions
-    chat_completion.ChatCompletionHandler = ChatCompletions
-    response.ResponseHandler = Responses
-    print(f"{arguments.model} answers at http://{arguments.host}:{arguments.port}/v1, Ctrl-C stops it.", flush=True)
-    return Serve(
-        force_model=arguments.model,
-        host=arguments.host,
-        port=arguments.port,
-        device=arguments.device,
-        trust_remote_code=arguments.trust_remote_code,
-        **options,
+    trusted = {"trust_remote_code": arguments.trust_remote_code}
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trusted)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map=arguments.device, **trusted).eval()
+    check_tokenizer(model, tokenizer)
+    writer = Writer(model, tokenizer)
+    began = int(time.time())
+
+    async def models(request):
+        served = {"id": arguments.model, "object": "model", "created": began, "owned_by": "local"}
+        return JSONResponse({"object": "list", "data": [served]})
+
+    async def health(request):
+        return JSONResponse({"status": "ok"})
+
+    return Starlette(
+        routes=[
+            Route("/v1/models", models),
+            Route("/health", health),
+            *(
+                Route(address, endpoint(writer, arguments.model, arguments.limit).answer, methods=["POST"])
+                for address, endpoint in ADDRESSES.items()
+            ),
+        ],
+        exception_handlers={Refused: say_refused, HTTPException: say_unknown, Exception: say_failed},
     )
+
+
+def main(arguments: Arguments) -> None:
+    app = make_app(arguments)
+    print(f"{arguments.model} answers at http://{arguments.host}:{arguments.port}/v1, Ctrl-C stops it.", flush=True)
+    # What is still written when the server is stopped stops with it.
+    uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=1)
 
 
 if __name__ == "__main__":

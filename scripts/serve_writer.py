@@ -1,0 +1,314 @@
+"""The text that scripts/serve.py answers with: prompts become token ids, and one thread continues them, one after the other.
+
+Log probabilities are in nats, before the temperature. Shapes: V vocabulary.
+"""
+
+import asyncio
+import re
+import threading
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import NamedTuple
+
+import jinja2
+import torch
+from serve_fields import Refused
+from transformers import (
+    DynamicCache,
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, encode_raw
+
+READ_AT_ONCE = 512  # tokens of a prompt whose log probabilities are asked for
+
+
+def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
+    """
+    Encode a conversation in the tokenizer's chat template: the template's own markers are tokens, and what the messages
+    hold is letters, whatever it looks like. The template is rendered once more with letters for the messages' that no marker
+    has: the markers in there are its own. Between two of them, text is encoded as one.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerFast`): One with a `chat_template`.
+        messages (`list[dict]`): With `role`, `content` and, for some, `name`, all texts.
+
+    Raises:
+        Refused: if the template refuses the messages, or changes one that looks like a marker.
+    """
+    markers = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
+    pattern = re.compile("|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True)) or "(?!)")
+    letters = sorted(
+        {letter for marker in markers for letter in marker if not letter.isspace()}
+    )  # templates strip space
+    said = {letter for message in messages for value in message.values() for letter in value}
+    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in said)  # a plane for private use
+    twins = dict(zip(letters, unused, strict=False))
+    hide, show = str.maketrans(twins), str.maketrans({twin: letter for letter, twin in twins.items()})
+    hidden = [
+        {key: value if key == "role" else value.translate(hide) for key, value in message.items()}
+        for message in messages
+    ]
+    render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+    try:
+        text, marked = render(messages), render(hidden)
+    except jinja2.TemplateError as error:
+        raise Refused(f"The model's chat template refuses the messages: {error}.", "messages") from error
+    if pattern.findall(text) == pattern.findall(marked):  # none in the messages, which the template may look into
+        marked, show = text, {}
+    elif marked.translate(show) != text:
+        raise Refused("The chat template changes a message that looks like a special token: leave it out.", "messages")
+    between = encode_raw([part.translate(show) for part in pattern.split(marked)], tokenizer)["input_ids"]
+    own = tokenizer.convert_tokens_to_ids(pattern.findall(marked))
+    return between[0] + [index for marker, ids in zip(own, between[1:], strict=True) for index in (marker, *ids)]
+
+
+@dataclass
+class Token:
+    """A token of an answer: where its text begins and, if asked for, its log probability and the largest ones, in nats."""
+
+    id: int
+    start: int = 0
+    logprob: float | None = None
+    largest: dict[int, float] = field(default_factory=dict)
+
+
+class Piece(NamedTuple):
+    """Text that came to one of the answers to a request, and why that ended."""
+
+    index: int
+    text: str = ""
+    tokens: list[Token] = []
+    reason: str | None = None
+
+
+class Prompt(NamedTuple):
+    """What is continued: its tokens, and, if it came as a text, that and where in it each token begins."""
+
+    ids: list[int]
+    text: str | None = None
+    starts: list[int] = []
+
+
+@dataclass
+class Job:
+    """Prompts to continue, each `n` times."""
+
+    prompts: list[Prompt]
+    max_tokens: int
+    n: int
+    stops: list[str]
+    temperature: float
+    top_p: float
+    seed: int | None
+    logprobs: int | None = None
+    echo: bool = False
+    written: int = 0
+
+    @property
+    def read(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+
+class Answer:
+    """
+    A text that grows token by token behind an `echo` of the prompt, if any, and is shown as far as it cannot be the beginning
+    of a stop string. `cut` is where a stop string was found, `reason` why the text is complete: OpenAI's `finish_reason`.
+    """
+
+    def __init__(self, index: int, decoder, stops: list[str], echo: str, tokens: list[Token]):
+        self.index, self.decoder, self.stops = index, decoder, stops
+        self.text, self.tokens = echo, list(tokens)
+        self.begin, self.shown, self.cut, self.reason = len(echo), 0, None, None
+
+    def add(self, token: Token, ends: bool) -> Piece | None:
+        token.start = len(self.text)
+        self.tokens.append(token)
+        if ends:
+            return self.finish("stop")
+        self._grow(self.decoder.step(token.id))
+        return self._piece()
+
+    def finish(self, reason: str) -> Piece:
+        self._grow(self.decoder.end())
+        self.reason = self.reason or reason
+        return self._piece()
+
+    def _grow(self, text: str) -> None:
+        before = len(self.text)
+        self.text += text
+        starts = [(self.text.find(stop, max(self.begin, before - len(stop) + 1)), stop) for stop in self.stops]
+        found = [(start + len(stop), start) for start, stop in starts if start >= 0]
+        if found and self.cut is None:
+            self.cut, self.reason = min(found)[1], "stop"  # the first to be complete, whatever the tokens are
+
+    def _piece(self) -> Piece | None:
+        end = len(self.text) if self.cut is None else self.cut
+        if self.reason is None:
+            tail = self.text[self.begin :]
+            lengths = [(stop, n) for stop in self.stops for n in range(1, min(len(stop), len(tail) + 1))]
+            end -= max((n for stop, n in lengths if tail.endswith(stop[:n])), default=0)
+            if end <= self.shown:
+                return None
+        tokens = [token for token in self.tokens if token.start < end or end == len(self.text)]
+        self.tokens = self.tokens[len(tokens) :]
+        text, self.shown = self.text[self.shown : end], end
+        return Piece(self.index, text, tokens, self.reason)
+
+
+class Scores(LogitsProcessor):
+    """Keeps the log probabilities of each step."""
+
+    def __call__(self, input_ids, scores):
+        self.logprobs = scores.log_softmax(dim=-1)
+        return scores
+
+
+class Growth(StoppingCriteria):
+    """A function that gets the tokens of each step and says which rows are complete."""
+
+    def __init__(self, function):
+        self.function = function
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return self.function(input_ids)
+
+
+class Writer:
+    """
+    A model that continues prompts, in a thread of its own.
+
+    Raises:
+        ValueError: if the tokenizer is slow.
+    """
+
+    def __init__(self, model, tokenizer):
+        if not tokenizer.is_fast:
+            raise ValueError(f"{type(tokenizer).__name__} does not decode piece by piece: a fast tokenizer is needed.")
+        self.model, self.tokenizer = model, tokenizer
+        self.thread = ThreadPoolExecutor(1)
+        # What the model's makers chose holds, but for what cannot be streamed and what a request says itself.
+        defaults = model.generation_config
+        stops, ends = defaults.stop_strings or [], defaults.eos_token_id
+        self.stops = [stops] if isinstance(stops, str) else list(stops)
+        self.ends = set(ends) if isinstance(ends, list) else {ends}
+        defaults.update(stop_strings=None, num_beams=1, num_return_sequences=1)
+        defaults.update(temperature=None, top_k=None, top_p=None)
+
+    def encode(self, text: str) -> Prompt:
+        """Encode a text in which special tokens are tokens."""
+        encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
+        return Prompt(encoded["input_ids"], text, [start for start, _ in encoded["offset_mapping"]])
+
+    def name(self, token: int) -> str:
+        """A token as OpenAI shows it: its text, or its bytes where they are not UTF-8."""
+        if token in self.tokenizer.all_special_ids:
+            return self.tokenizer.convert_ids_to_tokens(token)
+        try:
+            return self._bytes[token].decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._bytes[token])
+
+    @cached_property
+    def _bytes(self) -> list[bytes]:
+        return bytes_of_tokens(self.tokenizer, self.model.config.vocab_size)
+
+    async def pieces(self, job: Job) -> AsyncIterator[Piece]:
+        """The answers as they are written. Closing it ends the writing."""
+        loop, queue, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
+
+        def send(piece):
+            loop.call_soon_threadsafe(queue.put_nowait, piece)
+
+        writing = self.thread.submit(self._write, job, send, left)
+        writing.add_done_callback(send)
+        try:
+            while (piece := await queue.get()) is not writing:
+                yield piece
+            writing.result()  # or what went wrong
+        finally:
+            left.set()
+            writing.cancel()
+
+    def _write(self, job: Job, send, left: threading.Event) -> None:
+        devices = [self.model.device] if self.model.device.type == "cuda" else []
+        with torch.random.fork_rng(devices, enabled=job.seed is not None):  # a seed is for its own request
+            if job.seed is not None:
+                torch.manual_seed(job.seed)
+            for number, prompt in enumerate(job.prompts):
+                if left.is_set():
+                    return
+                echo, tokens = self._read(prompt, job) if job.echo else ("", [])
+                answers = [
+                    Answer(index, StreamDecoder(self.tokenizer, prompt.ids), job.stops + self.stops, echo, tokens)
+                    for index in range(number * job.n, (number + 1) * job.n)
+                ]
+                if job.max_tokens > 0:
+                    self._continue(prompt.ids, answers, job, send, left)
+                for answer in answers:
+                    if answer.reason is None:
+                        send(answer.finish("length"))
+
+    def _continue(self, ids: list[int], answers: list[Answer], job: Job, send, left: threading.Event) -> None:
+        scores, length = Scores(), len(ids)
+
+        def grow(input_ids):
+            nonlocal length
+            for row, answer in enumerate(answers):
+                for token in input_ids[row, length:].tolist():
+                    if answer.reason is None:
+                        job.written += 1
+                        token = (
+                            Token(token) if job.logprobs is None else scored(token, scores.logprobs[row], job.logprobs)
+                        )
+                        if piece := answer.add(token, token.id in self.ends):
+                            send(piece)
+            length = input_ids.shape[1]
+            done = [answer.reason is not None or left.is_set() for answer in answers]
+            return torch.tensor(done, device=input_ids.device)
+
+        inputs = torch.tensor([ids] * len(answers), device=self.model.device)
+        # Nearer to 0 the most probable token is all that could be drawn, and scores would overflow.
+        drawn = {"do_sample": True, "temperature": float(job.temperature), "top_k": 0, "top_p": job.top_p}
+        self.model.generate(
+            inputs,
+            attention_mask=torch.ones_like(inputs),
+            max_new_tokens=job.max_tokens,
+            logits_processor=LogitsProcessorList([] if job.logprobs is None else [scores]),
+            stopping_criteria=StoppingCriteriaList([Growth(grow)]),
+            **(drawn if job.temperature >= 1e-4 else {"do_sample": False}),
+        )
+
+    @torch.no_grad()
+    def _read(self, prompt: Prompt, job: Job) -> tuple[str, list[Token]]:
+        """The text of a prompt and its tokens, with log probabilities but for the first, which nothing predicts."""
+        ids, text, starts = prompt.ids, prompt.text, prompt.starts
+        if text is None:
+            text, starts, decoder = "", [], StreamDecoder(self.tokenizer)
+            for token in ids:
+                starts.append(len(text))
+                text += decoder.step(token)
+        tokens = [Token(token) for token in ids]
+        if job.logprobs is not None and len(ids) > 1:
+            cache, following = DynamicCache(config=self.model.config), iter(ids[1:])
+            inputs = torch.tensor([ids[:-1]], device=self.model.device)
+            for chunk in inputs.split(READ_AT_ONCE, dim=1):
+                logprobs = self.model(chunk, past_key_values=cache).logits[0].float().log_softmax(dim=-1)
+                tokens += [scored(next(following), step, job.logprobs) for step in logprobs]
+            tokens[1 : len(ids)] = []  # of these nothing was known
+        for token, start in zip(tokens, starts, strict=True):
+            token.start = start
+        return text, tokens
+
+
+def scored(token: int, logprobs: torch.Tensor, count: int) -> Token:
+    """A token with its log probability and, beside it, the `count` largest of `logprobs`, `(V,)`."""
+    logprobs = logprobs.clamp(min=-9999.0)  # JSON knows no infinity
+    values, indices = logprobs.topk(min(count, len(logprobs)))
+    own = logprobs[token].item()
+    return Token(token, logprob=own, largest=dict(zip(indices.tolist(), values.tolist(), strict=True)) | {token: own})

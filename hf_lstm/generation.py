@@ -30,6 +30,7 @@ from hf_lstm.model.kernels_lstm import is_plain
 from hf_lstm.tokenizers import StreamDecoder
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
+REMEMBERED = ("held", "document")  # by the first layer of a cache; files of version 0.1.0 lack them
 READ_AT_ONCE = 1024  # tokens
 
 
@@ -281,16 +282,22 @@ def _tensors_of(model, cache: Cache) -> dict[str, torch.Tensor]:
         for index, state in enumerate(states)
         for name, tensor in zip("hc", state, strict=True)
     }
-    _check_shapes(tensors, sizes, "`cache`")
+    for name in REMEMBERED:
+        if (tensor := getattr(cache.layers[0], name)) is not None:
+            tensors[f"layers.0.{name}"] = tensor.detach().cpu().contiguous()
+    _check_shapes(tensors, model.config, "`cache`")
     return tensors
 
 
 def _cache_of(model, tensors: dict[str, torch.Tensor], length: int, path: str | Path) -> DynamicCache:
-    _check_shapes(tensors, model.config.cell_sizes, str(path))
+    _check_shapes(tensors, model.config, str(path))
     cache = DynamicCache(config=model.config)
     for index, layer in enumerate(cache.layers):
         h, c = (tensors[f"layers.{index}.{name}"].to(model.device) for name in "hc")
         layer.update(h, c, num_tokens=length)
+    for name in REMEMBERED:
+        if (tensor := tensors.get(f"layers.0.{name}")) is not None:
+            setattr(cache.layers[0], name, tensor.to(model.device))
     return cache
 
 
@@ -331,9 +338,13 @@ def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], 
     return tensors, int(metadata["tokens"])
 
 
-def _check_shapes(tensors: dict[str, torch.Tensor], sizes: list[int], source: str) -> None:
+def _check_shapes(tensors: dict[str, torch.Tensor], config, source: str) -> None:
     rows = len(next(iter(tensors.values()), ()))
-    expected = {f"layers.{index}.{name}": (rows, size) for index, size in enumerate(sizes) for name in "hc"}
+    expected = {
+        f"layers.{index}.{name}": (rows, size) for index, size in enumerate(config.cell_sizes) for name in "hc"
+    }
+    optional = {"layers.0.held": (rows, config.output_size), "layers.0.document": (rows,)}
+    expected |= {name: shape for name, shape in optional.items() if name in tensors}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected or rows == 0:
         raise ValueError(

@@ -39,6 +39,28 @@ def test_a_loaded_state_goes_on_to_the_bit(tmp_path, name, dtype):
         )
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_and_documents_go_on_after_loading(tmp_path, name):
+    """What padding repeats and the number of the last document are saved too; a file without them still loads."""
+    model, seq_idx = make_model(**CONFIGS[name]), torch.tensor([[1] * 7 + [2] * 5, [1] * 12])
+    mask = torch.tensor([[1] * 12, [1] * 6 + [0] * 6])
+    with torch.no_grad():
+        expected = model(IDS, seq_idx=seq_idx, attention_mask=mask).logits[:, 7:]
+        cache = model(IDS[:, :7], seq_idx=seq_idx[:, :7], attention_mask=mask[:, :7]).past_key_values
+
+    save_state(model, cache, tmp_path / "a.state")
+    loaded = load_state(model, tmp_path / "a.state")
+
+    with torch.no_grad():
+        batch = {"seq_idx": seq_idx[:, 7:], "attention_mask": mask[:, 7:], "past_key_values": loaded}
+        actual = model(IDS[:, 7:], **batch).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
+
+    cache.layers[0].held = cache.layers[0].document = None  # as version 0.1.0 wrote it
+    save_state(model, cache, tmp_path / "old.state")
+    assert load_state(model, tmp_path / "old.state").layers[0].document is None
+
+
 def test_generation_goes_on_from_it(tmp_path):
     model = make_model()
     options = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones(2, 12)}

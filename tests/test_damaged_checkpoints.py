@@ -1,6 +1,8 @@
 """A checkpoint that is not whole, or not the config's, is refused in one sentence; what was saved long ago still loads."""
 
 import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -105,31 +107,112 @@ def test_a_damaged_checkpoint_is_refused(folder, damage):
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+class Trap:
+    """Whoever unpickles it without care makes a folder."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def set_a_trap(folder, name):
+    """The weights are in a pickle of that name, and in no other file."""
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    torch.save(weights | {"trap": Trap(folder / "executed")}, folder / name)
+    return weights
+
+
 def test_a_pickle_is_never_read(folder):
-    weights = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "pytorch_model.bin")
+    set_a_trap(folder, "pytorch_model.bin")
 
-    with pytest.raises((OSError, ValueError), match=r"model\.safetensors|is a pickle"):
+    with pytest.raises(OSError, match=r"no file named model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(folder, weights_only=False)
+    for argument, value in (("use_safetensors", False), ("gguf_file", "x.gguf")):
+        with pytest.raises(ValueError, match=rf"`{argument}` \('?{value}'?\) asks for weights of another format"):
+            LSTMForCausalLM.from_pretrained(folder, **{argument: value})
+    with pytest.raises(ValueError, match=r"names the weights 'pytorch_model\.bin'"):
+        LSTMForCausalLM.from_pretrained(folder / "pytorch_model.bin", config=LSTMConfig(), weights_only=False)
+    assert not (folder / "executed").exists()
+
+
+FOREIGN = ["weights.bin", "x.dat", "x.pickle", "x.BIN", "x.SAFETENSORS", "x.safetensors.bin", "model", "dir/x.pt"]
+FOREIGN += ["../outside.safetensors", "in/../../outside.safetensors", "..\\outside.safetensors", "./x.safetensors"]
+FOREIGN += ["/tmp/outside.safetensors", "C:/outside.safetensors", "x.safetensors\n", "", ".safetensors"]
+
+
+@pytest.mark.parametrize("written", FOREIGN, ids=repr)
+@pytest.mark.parametrize("place", ["index", "config", "index that the config names"])
+def test_weights_are_read_from_safetensors_files_inside_the_folder_only(folder, written, place):
+    weights = set_a_trap(folder, "trap.pickle")
+    change_config(folder, dtype=None)  # then transformers looks into the file to find it
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, written)}
+    name = "model.safetensors.index.json" if place == "index" else "other.safetensors.index.json"
+    (folder / name).write_text(json.dumps(index))
+    if place != "index":
+        change_config(folder, transformers_weights=written if place == "config" else name)
+    if written and Path(written).suffix != ".safetensors":
+        (folder / written).parent.mkdir(exist_ok=True)
+        (folder / "trap.pickle").rename(folder / written)
+
+    for cls in (LSTMForCausalLM, AutoModelForCausalLM):
+        with pytest.raises(ValueError, match=re.escape(f"names the weights {written!r}")):
+            cls.from_pretrained(folder, weights_only=False)
+    assert not (folder / "executed").exists()
+
+
+@pytest.mark.parametrize("named", ["adapter_model.bin", ["x.safetensors"], "../x.safetensors.index.json", 3])
+def test_a_config_names_safetensors_files_or_an_index_of_such(folder, named):
+    change_config(folder, transformers_weights=named)
+
+    with pytest.raises(ValueError, match=r"`transformers_weights` in the config of .* names the weights"):
         AutoModelForCausalLM.from_pretrained(folder)
-    with pytest.raises(ValueError, match=r"pytorch_model\.bin is a pickle"):
-        AutoModelForCausalLM.from_pretrained(folder, use_safetensors=False)
 
 
-def test_a_pickle_that_another_file_names_is_never_read(folder):
-    weights = load_file(folder / "model.safetensors")
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": []}'])
+def test_a_damaged_index_is_named(folder, content):
     (folder / "model.safetensors").unlink()
-    torch.save(weights, folder / "weights.bin")
-    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, "weights.bin")}
+    (folder / "model.safetensors.index.json").write_text(content)
+
+    with pytest.raises(ValueError, match=r"index\.json does not say in which file each weight lies"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
+def test_a_variant_has_an_index_of_its_own(folder):
+    weights = set_a_trap(folder, "x.dat")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, "x.dat")}
+    (folder / "model.safetensors.index.fp16.json").write_text(json.dumps(index))
+
+    with pytest.raises(ValueError, match=r"names the weights 'x\.dat'"):
+        AutoModelForCausalLM.from_pretrained(folder, variant="fp16")
+
+
+def test_weights_that_come_another_way_are_checked_too(folder, monkeypatch):
+    """An adapter's, and its base model's; here peft's part is played by nobody having looked before."""
+    weights = set_a_trap(folder, "x.dat")
+    index = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(weights, "x.dat")}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr("hf_lstm.model.loading_lstm.check_sources", lambda *_: None)
 
-    with pytest.raises(ValueError, match=r"weights\.bin is a pickle"):
+    with pytest.raises(ValueError, match=r"names the weights 'x\.dat'"):
         AutoModelForCausalLM.from_pretrained(folder)
-    (folder / "model.safetensors.index.json").unlink()
-    (folder / "weights.bin").rename(folder / "adapter_model.bin")
-    change_config(folder, transformers_weights="adapter_model.bin")
-    with pytest.raises(ValueError, match=r"adapter_model\.bin is a pickle"):
-        AutoModelForCausalLM.from_pretrained(folder)
+
+
+@pytest.mark.parametrize("shard", ["1GB", "1KB"])
+def test_names_count_as_written_wherever_they_link_to(folder, tmp_path_factory, shard):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    blobs, snapshot = tmp_path_factory.mktemp("blobs"), tmp_path_factory.mktemp("snapshot")
+    model.save_pretrained(blobs, max_shard_size=shard)
+    for number, path in enumerate(sorted(blobs.iterdir())):
+        (snapshot / path.name).symlink_to(path.rename(blobs / f"{number}"))  # as the cache of the Hub has it
+
+    loaded = AutoModelForCausalLM.from_pretrained(snapshot)
+
+    assert len(list(snapshot.glob("*.safetensors"))) == (1 if shard == "1GB" else 7)
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 def test_whoever_asks_for_the_report_gets_it(folder):

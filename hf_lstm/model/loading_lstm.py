@@ -1,10 +1,14 @@
 """What a checkpoint must be before a model is made of it: complete, of the model's shapes, of numbers, and no pickle."""
 
+import json
+import os
+import re
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.utils import cached_file
 
 
 class StrictLoading:
@@ -16,12 +20,16 @@ class StrictLoading:
         As every model's, and stricter: nothing is initialised at random in silence.
 
         Raises:
-            ValueError: if the weights are no whole safetensors file, or there are too few, too many, ones of other
-                shapes or numbers that are none. `output_loading_info=True` and `ignore_mismatched_sizes=True` leave
-                it to whoever asks for them what to do about weights that are too few, too many or of other shapes.
+            ValueError: if the weights are no whole safetensors file inside the model's folder, or there are too few, too
+                many, ones of other shapes or numbers that are none. `output_loading_info=True` and
+                `ignore_mismatched_sizes=True` leave it to whoever asks for them what to do about weights that are too
+                few, too many or of other shapes.
         """
         informed = kwargs.pop("output_loading_info", False)
         name = pretrained_model_name_or_path
+        if name is not None:
+            check_sources(cls.config_class, name, kwargs)
+            kwargs |= {"use_safetensors": True, "weights_only": True}
         try:
             model, report = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except (SafetensorError, RuntimeError) as error:
@@ -33,26 +41,89 @@ class StrictLoading:
         return (model, report) if informed else model
 
     @staticmethod
-    def _load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs):
+    def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """
-        No pickle is read. A private name of transformers (modeling_utils.py), since every file of weights passes here, whatever
-        has named it, and no public hook sees them; tests/test_damaged_checkpoints.py fails when it changes.
+        Adapters, and models that they name, come without `check_sources`. A private name of transformers
+        (modeling_utils.py), since every file of weights passes here, whatever has named it, and no public hook sees them;
+        tests/test_damaged_checkpoints.py fails when it changes.
         """
-        check_files(checkpoint_files)
-        return PreTrainedModel._load_pretrained_model(model, state_dict, checkpoint_files, *args, **kwargs)
+        for path in checkpoint_files or ():
+            check_name(os.path.basename(path), os.path.dirname(path))
+        for written in ((load_config.sharded_metadata or {}).get("weight_map") or {}).values():
+            check_name(written, "the index of the weights")
+        return PreTrainedModel._load_pretrained_model(
+            model, state_dict, checkpoint_files, load_config, *args, **kwargs
+        )
 
 
 ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# A file below the model's folder: no part of its name is empty, `.`, `..`, a drive or hidden.
+SAFETENSORS = re.compile(r"(?:[\w -][\w. -]*/)*[\w -][\w. -]*\.safetensors")
+OR_INDEX = re.compile(SAFETENSORS.pattern + r"(?:\.index\.json)?")
+WHERE = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
-def check_files(paths: list[str | Path] | None) -> None:
-    """Raises `ValueError` where weights lie in a pickle, which can run any code when it is read."""
-    for path in paths or ():
-        if Path(path).suffix in (".bin", ".pt", ".pth", ".pkl", ".ckpt"):
+def check_name(written: str, place: str | Path, allowed: re.Pattern = SAFETENSORS) -> None:
+    """
+    Raises `ValueError` unless the name, as it is written and whatever it may link to (files from the Hub are links), is one
+    of a safetensors file inside the folder: any other kind of file may be a pickle, which can run any code when it is read.
+    """
+    if not isinstance(written, str) or not allowed.fullmatch(written):
+        raise ValueError(
+            f"{place} names the weights {written!r}, and models of hf_lstm are read from files `*.safetensors` inside their "
+            "folder only: save them as one with `save_pretrained`, where you trust who made them."
+        )
+
+
+def check_sources(config_class, name: str | Path, asked: dict) -> None:
+    """
+    Checks the name of each file that weights would be read from, before any is.
+
+    Args:
+        config_class (`type`): The class of the model's config.
+        name (`str` or `Path`): The model's folder, or its name on the Hub.
+        asked (`dict`): The arguments of `from_pretrained`.
+
+    Raises:
+        ValueError: if one is no safetensors file inside the model's folder.
+    """
+    for argument, refused in (
+        ("gguf_file", asked.get("gguf_file")),
+        ("use_safetensors", asked.get("use_safetensors")),
+    ):
+        if refused not in (None, True):
             raise ValueError(
-                f"{path} is a pickle, and models of hf_lstm are read from safetensors files only: save it as one with "
-                "`save_pretrained`, where you trust who made it."
+                f"`{argument}` ({refused!r}) asks for weights of another format, and models of hf_lstm are read from "
+                "safetensors files only: leave it out."
             )
+    if os.path.isfile(name):
+        check_name(os.path.basename(name), os.path.dirname(name))
+        return
+
+    where = {argument: asked[argument] for argument in WHERE if asked.get(argument) is not None}
+    config = asked.get("config")
+    if config is None or isinstance(config, (str, os.PathLike)):
+        try:
+            config = config_class.get_config_dict(config or name, **where)[0]
+        except OSError:  # an adapter's folder, or nothing at all: transformers says so
+            config = {}
+    config = config if isinstance(config, dict) else vars(config)
+    named = asked.get("transformers_weights") or config.get("transformers_weights")
+    if named is not None:
+        check_name(named, f"`transformers_weights` in the config of {name}", OR_INDEX)
+        if named.endswith(".safetensors"):
+            return
+    variant = f".{asked['variant']}" if asked.get("variant") else ""
+    try:
+        index = cached_file(name, named or f"model.safetensors.index{variant}.json", **where)
+    except OSError:  # one file holds them all
+        return
+    try:
+        files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{index} does not say in which file each weight lies: save the model anew.") from error
+    for written in files:
+        check_name(written, index)
 
 
 def explain(error: Exception, name: str | Path) -> ValueError | None:

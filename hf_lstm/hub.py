@@ -2,11 +2,19 @@
 
 import json
 import re
+import struct
+from collections.abc import Iterator
 from fnmatch import fnmatch
 from pathlib import Path
+from urllib.parse import unquote
 
+import torch
 from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, HfApi
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
+
+from hf_lstm.model import modeling_lstm
+from hf_lstm.model.configuration_lstm import AUTO_MAP, LSTMConfig
 
 # Nothing else ever goes up: no optimizer states, caches, checkpoints, `.env` or training_args.bin, which is a pickle.
 FOR_OTHERS = (
@@ -34,10 +42,32 @@ FOR_OTHERS = (
 # Weights of another number of files, which would be read instead of the new ones; and what the stock Trainer uploads during
 # training, with every argument of its author's in it.
 TAKEN_AWAY = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors", "training_args.bin")
-SECRET = re.compile(
-    r"(?<![A-Za-z0-9])(hf_[A-Za-z0-9]{30,}|hf_oauth_\w{30,}|gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|AKIA[A-Z0-9]{16}"
-    r"|sk-[A-Za-z0-9_-]*[A-Za-z0-9]{20,})"
+# What a picture must hold to be one, and the chunk of text that matplotlib writes; others hold names, places and thumbnails.
+PICTURE = (b"IHDR", b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"bKGD", b"pHYs", b"tEXt", b"IDAT", b"IEND")
+SECRETS = (
+    r"hf_[A-Za-z0-9]{30,}|hf_oauth_\w{30,}",
+    r"gh[pousr]_[A-Za-z0-9]{30,}|github_pat_\w{30,}",
+    r"gl(?:pat|oas|dt|rt|cbt|ptt|ft|imt|agent|soat|ffct)-[\w-]{16,}",  # GitLab: personal, deploy, runner and other tokens
+    r"ATATT3[\w=-]{20,}|ATBB\w{20,}",  # Atlassian, Bitbucket
+    r"(?:AKIA|ASIA)[A-Z0-9]{16}|(?i:secret_?(?:access_?)?key)\W{1,8}[A-Za-z0-9/+]{40}",  # AWS
+    r"AIza[\w-]{30,}|GOCSPX-[\w-]{20,}|ya29\.[\w-]{20,}",  # Google
+    r"(?:AccountKey|SharedAccessKey)=[A-Za-z0-9/+]{40,}|[\w~.-]{3}8Q~[\w~.-]{31,}",  # Azure
+    r"sk-[A-Za-z0-9_-]*[A-Za-z0-9]{20,}|sk-(?:ant|proj|svcacct|admin|or)-[\w-]{20,}",  # OpenAI, Anthropic, OpenRouter
+    r"gsk_\w{30,}|xai-\w{30,}|nvapi-[\w-]{30,}|pplx-\w{30,}|r8_\w{30,}",  # Groq, xAI, NVIDIA, Perplexity, Replicate
+    r"(?i:wandb_?api_?key)\W{1,8}[0-9a-f]{40}|wandb_v1_\w{20,}|KGAT_\w{20,}|dapi[0-9a-f]{32}",  # W&B, Kaggle, Databricks
+    r"npm_[A-Za-z0-9]{30,}|pypi-AgE[\w-]{16,}|pypi-\w{30,}|dckr_[a-z]{3}_[\w-]{20,}",
+    r"do[opr]_v1_[0-9a-f]{32,}|hv[sbr]\.[\w-]{20,}|sbp_[0-9a-f]{40}",  # DigitalOcean, HashiCorp, Supabase
+    r"xox[a-z](?:\.xox[a-z])?-[\w-]{10,}|xapp-\d-[\w-]{20,}|hooks\.slack\.com/services/\w+/\w+/\w+",  # Slack
+    r"discord(?:app)?\.com/api/webhooks/\d+/[\w-]+|\d{8,10}:AA[\w-]{32,}",  # Discord, Telegram
+    r"[srp]k_(?:live|test)_\w{16,}|whsec_\w{20,}|shp(?:at|ca|pa|ss)_[0-9a-f]{32}",  # Stripe, Shopify
+    r"SG\.[\w-]{16,}\.[\w-]{16,}|SK[0-9a-f]{32}|key-[0-9a-f]{32}|glsa_\w{20,}|glc_[\w=]{20,}",  # SendGrid, Twilio, Grafana
+    r"lin_api_\w{30,}|ntn_\w{30,}|NRAK-[A-Z0-9]{20,}|PMAK-[\w-]{20,}",  # Linear, Notion, New Relic, Postman
+    r"eyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}",  # JSON web tokens
+    r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY|PuTTY-User-Key-File-\d|AGE-SECRET-KEY-1\w+|b3BlbnNzaC1rZXktdjE",
+    # Whoever made it, what is called one and looks like one.
+    r"(?i:api_?key|secret|token|password)[\"']?\s?[=:]\s?[\"']?(?=[A-Za-z/+]*\d)[A-Za-z0-9/+]{32,}",
 )
+SECRET = re.compile(rf"(?<![A-Za-z0-9])(?:{'|'.join(SECRETS)})")
 
 
 def files_to_push(folder: str | Path) -> list[Path]:
@@ -45,11 +75,20 @@ def files_to_push(folder: str | Path) -> list[Path]:
     The files of a model's folder that are for others, once they are known to be whole and to tell nothing of their author.
 
     Raises:
-        ValueError: if the model, its tokenizer, code or card is missing or damaged, or a text in the folder holds an
-            access token or a path of this machine.
+        ValueError: if the model, its tokenizer, code or card is missing or damaged, the weights are not those of the
+            config, a file is a link, or a text in the folder holds an access token or a path of this machine.
     """
     folder = Path(folder)
-    files = sorted({path for pattern in FOR_OTHERS for path in folder.glob(pattern) if path.is_file()})
+    files = {
+        path
+        for pattern in map(folder.joinpath, FOR_OTHERS)
+        for path in pattern.parent.glob("*")
+        if path.match(pattern.name)
+    }
+    for path in sorted(files):
+        if path.is_symlink() or (path.parent.is_symlink() and path.parent != folder):
+            raise ValueError(f"{path} is a link, which may lead to anything: put the file itself there.")
+    files = sorted(path for path in files if path.is_file())
     names = {path.name for path in files}
     for name, remedy in (
         ("config.json", "name the folder of a saved model"),
@@ -62,25 +101,12 @@ def files_to_push(folder: str | Path) -> list[Path]:
         if name not in names:
             raise ValueError(f"{folder} holds no {name}: {remedy}.")
     config = read_json(folder / "config.json")
-    for module in {name.split(".")[0] for name in config.get("auto_map", {}).values()}:
-        if f"{module}.py" not in names:
-            raise ValueError(
-                f"{folder}/config.json names the code {module}.py, which is not there: save the model anew where hf_lstm "
-                "is imported."
-            )
-    if "auto_map" not in config:
-        raise ValueError(
-            f"{folder}/config.json has no `auto_map`, so that nobody could load it without hf_lstm: save the model anew "
-            "where hf_lstm is imported."
-        )
-    weights = [path for path in files if path.suffix == ".safetensors"]
-    if not weights:
-        raise ValueError(f"{folder} holds no model.safetensors: save the model with `save_pretrained`.")
-    for path in weights:
-        _check_weights(path)
+    _check_code(config.get("auto_map"), folder, names)
+    shapes = {path.name: _check_weights(path) for path in files if path.suffix == ".safetensors"}
+    _check_fit(config, shapes, folder)
     for path in files:
-        if path.suffix in (".json", ".md", ".py", ".jinja", ".txt"):
-            _check_text(path, folder)
+        for text in texts_of(path):
+            check_text(text, path, folder)
     return files
 
 
@@ -135,29 +161,160 @@ def read_json(path: Path) -> dict:
     """The object in a JSON file. Raises `ValueError` if it holds something else."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON ({error}): save the model anew.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds a {type(content).__name__}, and must hold an object: save the model anew.")
     return content
 
 
-def _check_weights(path: Path) -> None:
+def _check_code(auto_map, folder: Path, names: set[str]) -> None:
+    """The config names classes of the model's own code, and that is there."""
+    if auto_map is None:
+        raise ValueError(
+            f"{folder}/config.json has no `auto_map`, so that nobody could load it without hf_lstm: save the model anew "
+            "where hf_lstm is imported."
+        )
+    references = auto_map.values() if isinstance(auto_map, dict) else [None]
+    if not all(isinstance(reference, str) and reference.count(".") == 1 for reference in references):
+        raise ValueError(
+            f"`auto_map` ({auto_map!r}) in {folder}/config.json must name a class, as in `modeling_lstm.LSTMModel`, for "
+            "each class of transformers: save the model anew where hf_lstm is imported."
+        )
+    for module in {reference.split(".")[0] for reference in references}:
+        if f"{module}.py" not in names:
+            raise ValueError(
+                f"{folder}/config.json names the code {module}.py, which is not there: save the model anew where hf_lstm "
+                "is imported."
+            )
+
+
+def _check_weights(path: Path) -> dict[str, list[int]]:
+    """Nothing but numbers; returns the shape of each weight."""
+    shapes = {}
     try:
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118  it is no dict
-                if not file.get_tensor(name).isfinite().all():
+                weight = file.get_tensor(name)
+                shapes[name] = list(weight.shape)
+                if weight.is_floating_point() and weight.element_size() == 1:  # 8 bits, which torch only converts
+                    weight = weight.float()
+                if not weight.isfinite().all():
                     raise ValueError(f"{path} holds numbers in `{name}` that are none (NaN or infinity).")
     except SafetensorError as error:
         raise ValueError(f"{path} is no safetensors file, or was cut off ({error}): save the model anew.") from error
+    except NotImplementedError as error:
+        raise ValueError(
+            f"{path} holds numbers in `{name}` of a type ({weight.dtype}) that torch cannot look into: save the model in "
+            "another."
+        ) from error
+    return shapes
 
 
-def _check_text(path: Path, folder: Path) -> None:
-    """Neither an access token nor where things lie on this machine."""
-    text = path.read_text(encoding="utf-8")
-    if secret := SECRET.search(text):
+def _check_fit(config: dict, shapes: dict[str, dict[str, list[int]]], folder: Path) -> None:
+    """The weights in the files that are read are those of the config."""
+    read, index = ["model.safetensors"], folder / "model.safetensors.index.json"
+    if read[0] not in shapes and index.is_file():
+        weight_map = read_json(index).get("weight_map")
+        read = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not read or not all(isinstance(name, str) and name in shapes for name in read):
+        raise ValueError(
+            f"{folder} holds no model.safetensors, nor all that an index of more files names: save the model with "
+            "`save_pretrained`."
+        )
+    if "quantization_config" in config:  # its weights have other names and shapes
+        return
+
+    architectures = config.get("architectures") or ["LSTMForCausalLM"]
+    name = architectures[0] if isinstance(architectures, list) else architectures
+    classes = [reference.split(".")[1] for auto, reference in AUTO_MAP.items() if auto != "AutoConfig"]
+    if config.get("model_type") != LSTMConfig.model_type or name not in classes:
+        raise ValueError(
+            f"`model_type` ({config.get('model_type')!r}) and `architectures` ({architectures!r}) in {folder}/config.json "
+            "name no model of hf_lstm: save the model anew where hf_lstm is imported."
+        )
+    try:
+        with torch.device("meta"):
+            model = getattr(modeling_lstm, name)(LSTMConfig.from_dict(config))
+    except (StrictDataclassError, ValueError, TypeError) as error:
+        raise ValueError(f"{folder}/config.json describes no model ({error}): save the model anew.") from error
+    needed = {key: list(weight.shape) for key, weight in model.state_dict().items()}
+    found = {key: shape for file in set(read) for key, shape in shapes[file].items()}
+    tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()
+    for key in sorted(needed.keys() | found):
+        if needed.get(key) != found.get(key) and not (key in tied and key not in found):
+            raise ValueError(
+                f"{folder}/config.json does not fit the weights: `{key}` must have the shape {needed.get(key)}, and has "
+                f"{found.get(key)}: put back the config.json that was saved with them."
+            )
+
+
+def texts_of(path: Path) -> Iterator[str]:
+    """What can be read in a file: all of a text, of others what they say about themselves."""
+    content = path.read_bytes()
+    if path.suffix == ".safetensors":
+        yield content[8 : 8 + int.from_bytes(content[:8], "little")].decode("utf-8", errors="replace")
+    elif path.suffix == ".onnx":
+        yield "\n".join(run.decode() for run in re.findall(rb"[\x20-\x7e\t\n]{8,}", content))
+    elif path.suffix == ".png":
+        yield from _texts_of_picture(content, path)
+    else:
+        try:
+            yield content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is no UTF-8 ({error}): save it anew.") from error
+
+
+def _texts_of_picture(content: bytes, path: Path) -> Iterator[str]:
+    kind, start = b"", len(b"\x89PNG\r\n\x1a\n")
+    while start < len(content) and kind != b"IEND":
+        length, kind = struct.unpack(">I4s", content[start : start + 8].ljust(8, b"\0"))
+        if kind not in PICTURE:
+            raise ValueError(f"{path} holds {kind!r} beside its picture, which may tell of its author: draw it anew.")
+        if kind == b"tEXt":
+            yield content[start + 8 : start + 8 + length].decode("latin-1")
+        start += length + 12
+    if kind != b"IEND" or start != len(content):
+        raise ValueError(f"{path} is no whole PNG picture, or holds more than that: draw it anew.")
+
+
+ESCAPE = re.compile(r"\\(?:u([0-9a-fA-F]{4})|(.))", flags=re.DOTALL)
+
+
+def _readings(text: str) -> set[str]:
+    """A text as it is written, and as it is once its escapes are undone: those of JSON (in JSON, too) and of addresses."""
+    once = ESCAPE.sub(_unescape, text)
+    readings = {text, once, ESCAPE.sub(_unescape, once)}
+    return readings | {unquote(reading) for reading in readings if "%" in reading}
+
+
+def _unescape(escape: re.Match) -> str:
+    if escape[1]:
+        return chr(int(escape[1], 16))
+    return " " if escape[2] in "nrtbf" else escape[2]
+
+
+def _with_slashes(text: str | Path) -> str:
+    return re.sub(r"[\\/]+", "/", str(text))
+
+
+def check_text(text: str, path: Path, folder: Path) -> None:
+    """
+    Args:
+        text (`str`): What a file says.
+        path (`Path`): The file, for the message.
+        folder (`Path`): The model's folder.
+
+    Raises:
+        ValueError: if it holds an access token, or names the folder, this machine's home or the folder one is in.
+    """
+    readings = _readings(text)
+    if secret := next(filter(None, map(SECRET.search, readings)), None):
         raise ValueError(f"{path} holds what looks like an access token ({secret[0][:6]}...): take it out.")
-    places = {str(folder.resolve()), str(Path.cwd()), str(Path.home())}
-    for place in places - {"/", "/root"}:
-        if re.search(rf"{re.escape(place)}\b", text):
+    for place in {folder.absolute(), folder.resolve(), Path.cwd(), Path.home(), Path.home().resolve()}:
+        parts = [part for part in _with_slashes(place).split("/") if part]
+        named = re.escape(_with_slashes(place).rstrip("/"))
+        # `/root` and `/data` are names of many other things, too: there, only what lies in it tells of this machine.
+        pattern = rf"{named}(?![\w-])" if len(parts) > 1 else rf"(?<![\w.-]){named}/[\w.]"
+        if parts and any(re.search(pattern, _with_slashes(reading)) for reading in readings):
             raise ValueError(f"{path} names {place}, a folder of this machine: take it out.")

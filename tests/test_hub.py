@@ -6,22 +6,24 @@ passes with HF_HUB_OFFLINE=1 around it, too.
 
 import json
 import os
+import posixpath
 import re
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import SCRIPTS, make_model, run_script
+from conftest import CONFIGS, SCRIPTS, make_model, run_script
 from hub import TOKEN, Failure, Hub
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_lstm
-from hf_lstm import byte_tokenizer
-from hf_lstm.hub import files_to_push
+from hf_lstm import bpe_tokenizer, byte_tokenizer, word_tokenizer
+from hf_lstm.hub import check_text, files_to_push
 
 PRIVATE = (".env", "training_args.bin", "optimizer.pt", "lanes_0.safetensors", "main.session", "notes.txt")
 ELSEWHERE = """
@@ -295,6 +297,11 @@ def _(folder):
     (folder / "model.safetensors").unlink()
 
 
+def change_config(folder, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | values))
+
+
 @damage("names the code modeling_lstm.py, which is not there")
 def _(folder):
     (folder / "modeling_lstm.py").unlink()
@@ -305,6 +312,113 @@ def _(folder):
     config = json.loads((folder / "config.json").read_text())
     del config["auto_map"]
     (folder / "config.json").write_text(json.dumps(config))
+
+
+@damage("`auto_map` ([]) in")
+def _(folder):
+    change_config(folder, auto_map=[])
+
+
+@damage("`auto_map` ('modeling_lstm.LSTMModel') in")
+def _(folder):
+    change_config(folder, auto_map="modeling_lstm.LSTMModel")
+
+
+@damage("config.json has no `auto_map`, so that nobody")
+def _(folder):
+    change_config(folder, auto_map=None)
+
+
+@damage("`auto_map` ({'AutoTokenizer': [None, 'modeling_lstm.X']}) in")
+def _(folder):
+    change_config(folder, auto_map={"AutoTokenizer": [None, "modeling_lstm.X"]})
+
+
+@damage("`auto_map` ({'AutoModel': 3}) in")
+def _(folder):
+    change_config(folder, auto_map={"AutoModel": 3})
+
+
+@damage("`auto_map` ({'AutoModel': 'LSTMModel'}) in")
+def _(folder):
+    change_config(folder, auto_map={"AutoModel": "LSTMModel"})
+
+
+@damage("names the code other/model--modeling_lstm.py, which is not there")
+def _(folder):
+    change_config(folder, auto_map={"AutoModel": "other/model--modeling_lstm.LSTMModel"})
+
+
+@damage("does not fit the weights: `model.embed_tokens.weight` must have the shape [260, 20], and has [260, 16]")
+def _(folder):
+    change_config(folder, hidden_size=20, embedding_size=20)
+
+
+@damage("`model.layers.1.hidden_gates.weight` must have the shape [64, 16], and has None")
+def _(folder):
+    change_config(folder, num_hidden_layers=2)
+
+
+@damage("`model.embed_tokens.weight` must have the shape [270, 16], and has [260, 16]")
+def _(folder):
+    change_config(folder, vocab_size=270)
+
+
+@damage("`lm_head.weight` must have the shape [260, 16], and has None")
+def _(folder):
+    change_config(folder, tie_word_embeddings=False)
+
+
+@damage("`embed_tokens.weight` must have the shape [260, 16], and has None")
+def _(folder):
+    change_config(folder, architectures=["LSTMModel"])
+
+
+@damage("config.json describes no model")
+def _(folder):
+    change_config(folder, hidden_size="wide")
+
+
+@damage("`architectures` ([['LlamaForCausalLM']]) in")
+def _(folder):
+    change_config(folder, architectures=[["LlamaForCausalLM"]])
+
+
+@damage("`model_type` ('llama')")
+def _(folder):
+    change_config(folder, model_type="llama")
+
+
+@damage("nor all that an index of more files names")
+def _(folder):
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+@damage("merges.txt is a link")
+def _(folder):
+    (folder.parent / "elsewhere").write_text("mine")
+    (folder / "merges.txt").symlink_to(folder.parent / "elsewhere")
+
+
+@damage("vocab.txt is a link")
+def _(folder):
+    (folder / ".env").write_text("mine")
+    (folder / "vocab.txt").symlink_to(".env")
+
+
+@damage("onnx/step.onnx is a link")
+def _(folder):
+    (folder.parent / "elsewhere").mkdir()
+    (folder.parent / "elsewhere" / "step.onnx").write_text("mine")
+    (folder / "onnx").symlink_to(folder.parent / "elsewhere")
+
+
+@damage("metrics.json is a link")
+def _(folder):
+    (folder / "metrics.json").unlink()
+    (folder / "metrics.json").symlink_to("gone")
 
 
 @damage("config.json is no JSON")
@@ -323,6 +437,36 @@ def _(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.input_gates.bias"][3] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@damage("holds numbers in `model.layers.0.input_gates.weight` that are none")
+def _(folder):
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.0.input_gates.weight"
+    weights[name] = weights[name].fill_(torch.nan).to(torch.float8_e4m3fn)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@damage("of a type (torch.float4_e2m1fn_x2) that torch cannot look into")
+def _(folder):
+    save_file({"x": torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, folder / "model.safetensors")
+
+
+@damage("README.md is no UTF-8")
+def _(folder):
+    (folder / "README.md").write_bytes("Zoë".encode("latin-1"))
+
+
+@damage("learning_curve.png holds b'eXIf' beside its picture")
+def _(folder):
+    picture = (folder / "learning_curve.png").read_bytes()
+    (folder / "learning_curve.png").write_bytes(picture[:33] + chunk(b"eXIf", b"secret") + picture[33:])
+
+
+@damage("learning_curve.png is no whole PNG picture, or holds more")
+def _(folder):
+    with (folder / "learning_curve.png").open("ab") as file:
+        file.write(b"more")
 
 
 @damage("holds what looks like an access token (hf_ttt...)")
@@ -346,6 +490,154 @@ def test_what_must_not_go_up_is_refused(model_folder, message):
 
     with pytest.raises(ValueError, match=re.escape(message)):
         files_to_push(model_folder)
+
+
+def test_weights_of_8_bits_go_up(model_folder):
+    weights = load_file(model_folder / "model.safetensors")
+    weights = {name: weight.to(torch.float8_e5m2) for name, weight in weights.items()}
+    save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
+
+    assert model_folder / "model.safetensors" in files_to_push(model_folder)
+
+
+@pytest.mark.parametrize("kind", ["base", "sharded", "untied", "residual_narrow"])
+def test_each_model_fits_its_config(tmp_path, kind):
+    model = make_model(torch.float32, vocab_size=260, **CONFIGS.get(kind, {}))
+    (model.model if kind == "base" else model).save_pretrained(
+        tmp_path, max_shard_size="2KB" if kind == "sharded" else "1GB"
+    )
+    byte_tokenizer().save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("A model.")
+
+    weights = [path.name for path in files_to_push(tmp_path) if path.suffix == ".safetensors"]
+
+    assert len(weights) > 1 if kind == "sharded" else weights == ["model.safetensors"]
+
+
+def chunk(kind, content):
+    """A part of a PNG picture."""
+    return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
+
+
+def write_into(folder, place, text):
+    """As another program would, and then as the place writes any text."""
+    if place == "the weights":
+        weights = load_file(folder / "model.safetensors")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "comment": text})
+    elif place == "the picture":
+        picture = (folder / "learning_curve.png").read_bytes()
+        comment = chunk(b"tEXt", b"Comment\0" + text.encode())
+        (folder / "learning_curve.png").write_bytes(picture[:33] + comment + picture[33:])
+    elif place == "onnx/step.onnx":
+        (folder / "onnx").mkdir()
+        (folder / place).write_bytes(b"\x08\x0a\x12\xf0" + text.encode() + b"\0\xff\x80")
+    else:
+        (folder / place).parent.mkdir(exist_ok=True)
+        (folder / place).write_text(json.dumps({"text": text}) if place.endswith(".json") else text)
+
+
+PLACES = ["README.md", "run.json", "onnx/run_onnx.py", "chat_template.jinja", "tokenizer_config.json"]
+PLACES += ["the weights", "the picture", "onnx/step.onnx"]
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("text", ["key: glpat-" + "a1" * 10, "in {home}/text"])
+def test_every_file_that_says_something_is_looked_through(model_folder, monkeypatch, place, text):
+    monkeypatch.setenv("HOME", "/home/me")
+    write_into(model_folder, place, text.format(home="/home/me"))
+
+    with pytest.raises(
+        ValueError, match=r"\.(md|json|py|jinja|safetensors|png|onnx) (holds what looks|names /home/me)"
+    ):
+        files_to_push(model_folder)
+
+
+# Put together here, so that nobody's scanner takes this file for a leak.
+LETTERS = "Ab1" * 20
+TOKENS = ["glpat-" + LETTERS[:20], "xoxb-" + "1" * 12 + "-" + LETTERS[:24], "xapp-1-" + LETTERS[:30]]
+TOKENS += ["AIza" + LETTERS[:35], "npm_" + LETTERS[:36], "sk-ant-api03-" + "a_b-" * 20, "sk-proj-" + "a_b-" * 20]
+TOKENS += ["sk_" + "live_" + LETTERS[:24], "pypi-AgE" + LETTERS, "dckr_pat_" + LETTERS[:27], "dop_v1_" + "0" * 64]
+TOKENS += [
+    "SG." + LETTERS[:22] + "." + LETTERS[:43],
+    "eyJ" + LETTERS + ".eyJ" + LETTERS + "." + LETTERS,
+    "ASIA" + "A" * 16,
+]
+TOKENS += ["aws_secret_access_key = " + LETTERS[:40], "AccountKey=" + LETTERS, "gsk_" + LETTERS[:52], "hvs." + LETTERS]
+TOKENS += ["WANDB_API_KEY=" + "0a" * 20, "https://hooks.slack.com/" + "services/T0/B0/" + LETTERS[:24]]
+TOKENS += [f"-----BEGIN {kind}PRIVATE KEY" for kind in ("", "RSA ", "EC ", "OPENSSH ", "ENCRYPTED ", "PGP ")]
+TOKENS += [
+    '"password": "' + LETTERS[:32],
+    r"\u0067lpat-" + LETTERS[:20],
+    r"x\nghp_" + LETTERS[:36],
+    "a%20npm_" + LETTERS[:36],
+]
+
+
+@pytest.mark.parametrize("token", TOKENS, ids=lambda token: token[:20])
+def test_no_token_or_key_goes_up(tmp_path, token):
+    with pytest.raises(ValueError, match=r"README\.md holds what looks like an access token"):
+        check_text(f"It was trained with {token}, which is mine.", tmp_path / "README.md", tmp_path)
+
+
+HOMES = {
+    "/home/me": [
+        *("/home/me", "/home/me.", "(/home/me)", "[/home/me/x]", "</home/me>", "'/home/me/x'", "file:///home/me/x"),
+        *(
+            r"\/home\/me\/x",
+            r"\u002fhome\u002fme",
+            r"\\u002fhome\\u002fme",
+            r"a\n/home/me/x",
+            "%2Fhome%2Fme",
+            "//home//me/x",
+        ),
+    ],
+    "/home/josé": ["/home/josé/x", r"/home/jos\u00e9/x", r"\/home\/jos\u00e9", "/home/jos%C3%A9"],
+    "/root": [
+        "/root/x",
+        "[/root/x]",
+        "(/root/.cache)",
+        r"\/root\/x",
+        "file:///root/x",
+        r"a\n/root/x",
+        "--file=/root/x",
+    ],
+    r"C:\Users\nora": [
+        r"C:\Users\nora\x",
+        r"C:\\Users\\nora",
+        "C:/Users/nora",
+        "file:///C:/Users/nora/x",
+        r"C:\\\\Users\\\\nora",
+    ],
+}
+HARMLESS = {
+    "/home/me": ["/home", "/home/", "/home/mean", "/home/me2", "/home/me-and-you", "~/x", "home/me"],
+    "/root": ["/root", "/root2/x", "/roots/x", "https://example.org/root/x", "a/root/x", "root/x", '"/root": 17'],
+}
+
+
+@pytest.mark.parametrize(("home", "text"), [(home, text) for home in HOMES for text in HOMES[home]])
+def test_no_place_of_this_machine_goes_up(tmp_path, monkeypatch, home, text):
+    monkeypatch.setenv("HOME", home)
+
+    with pytest.raises(ValueError, match=re.escape(f"README.md names {home}, a folder of this machine")):
+        check_text(f"Read {text} first.", tmp_path / "README.md", tmp_path)
+
+
+@pytest.mark.parametrize(("home", "text"), [(home, text) for home in HARMLESS for text in HARMLESS[home]])
+def test_other_places_may_be_named(tmp_path, monkeypatch, home, text):
+    monkeypatch.setenv("HOME", home)
+
+    check_text(f"Read {text} first.", tmp_path / "README.md", tmp_path)
+
+
+def test_a_vocabulary_of_source_code_goes_up(tmp_path, monkeypatch):
+    """Python's own library speaks of homes, of /root and of keys."""
+    monkeypatch.setenv("HOME", "/root")
+    words = "/ /home /root /root/ root sk- hf_ token= -----BEGIN secrets.token_hex password"
+    text = [Path(posixpath.__file__).read_text(), words]
+
+    for tokenizer in (bpe_tokenizer(text, vocab_size=500), word_tokenizer(text)):
+        check_text(tokenizer.backend_tokenizer.to_str(), tmp_path / "tokenizer.json", tmp_path)
 
 
 def test_what_is_refused_asks_nobody(run, nobody, model_folder):

@@ -1,24 +1,99 @@
-"""Compare the code that lies beside a model with that of the hf-lstm which is installed.
+"""Compare what lies beside a model's weights with the hf-lstm which is installed.
 
 python scripts/verify.py --model author/model
 
-`trust_remote_code=True` runs such files, and those that its JSON files name. Each is printed with its sha256 and whether it is
-the same, and so is what the JSON files name; nothing is run.
+`trust_remote_code=True` runs Python files, and what JSON files name, in this repository or in another. So each file and each
+field that is not known to be harmless is printed: code with its sha256 and whether it is the same, fields that differ from
+those of a model of hf-lstm, and files that no such model needs. Nothing is run.
 """
 
 import hashlib
+import re
 import sys
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
-from transformers import HfArgumentParser
+from transformers import GenerationConfig, HfArgumentParser
 
 import hf_lstm
-from hf_lstm.hub import read_json
+from hf_lstm.hub import FOR_OTHERS, read_json
 from hf_lstm.model import configuration_lstm
+from hf_lstm.model.configuration_lstm import AUTO_MAP, LSTMConfig
+from hf_lstm.model.loading_lstm import SAFETENSORS
+
+# What nobody runs: what `scripts/push.py` sends, numbers, licences, and what Git and huggingface_hub keep of a copy.
+DATA = (
+    *FOR_OTHERS,
+    "*.safetensors",
+    "additional_chat_templates/*.jinja",
+    "LICENSE*",
+    ".gitattributes",
+    ".gitignore",
+    ".git/*",
+)
+DATA += (".cache/huggingface/.gitignore", ".cache/huggingface/CACHEDIR.TAG", ".cache/huggingface/*.metadata")
+DATA += (".cache/huggingface/*.lock",)
+# What training leaves beside a model, and only training reads. Some are pickles, which are better not opened.
+LEFT = ("training_args.bin", "trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
+LEFT += ("rng_state.pth", "rng_state_*.pth")
+
+TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+TOKENS += ("additional_special_tokens", "extra_special_tokens")
+CLASSES = [reference.split(".")[1] for name, reference in AUTO_MAP.items() if name != "AutoConfig"]
+
+
+def is_plain(value) -> bool:
+    """Numbers and words, or a list of such: nothing that is read as more."""
+    return not isinstance(value, dict) and (not isinstance(value, list) or all(map(is_plain, value)))
+
+
+def is_number(value) -> bool:
+    return all(map(is_number, value)) if isinstance(value, list) else value is None or isinstance(value, int | float)
+
+
+def is_anything(value) -> bool:
+    """What transformers takes for names, labels and templates, whatever it is: templates run in a sandbox."""
+    return True
+
+
+# The fields that a file may hold, by its name, and what each must be: whatever is not here may lead elsewhere.
+FIELDS = {
+    "config.json": dict.fromkeys(LSTMConfig.__annotations__, is_plain)
+    | dict.fromkeys(
+        ("transformers_version", "dtype", "torch_dtype", "problem_type", "chunk_size_feed_forward"), is_plain
+    )
+    | dict.fromkeys(("is_encoder_decoder", "output_attentions", "output_hidden_states", "return_dict"), is_plain)
+    | dict.fromkeys(("id2label", "label2id"), is_anything)
+    | {
+        "auto_map": lambda value: value == AUTO_MAP,
+        "model_type": lambda value: value == LSTMConfig.model_type,
+        "architectures": lambda value: isinstance(value, list) and all(name in CLASSES for name in value),
+    },
+    "generation_config.json": dict.fromkeys(vars(GenerationConfig()), is_number)
+    | dict.fromkeys(("transformers_version", "cache_implementation", "early_stopping", "stop_strings"), is_plain),
+    "tokenizer_config.json": dict.fromkeys((*TOKENS, "added_tokens_decoder", "chat_template"), is_anything)
+    | dict.fromkeys(
+        ("add_bos_token", "add_eos_token", "add_prefix_space", "split_special_tokens", "is_local"), is_plain
+    )
+    | dict.fromkeys(("clean_up_tokenization_spaces", "local_files_only", "model_input_names"), is_plain)
+    | dict.fromkeys(("model_max_length", "padding_side", "truncation_side"), is_plain)
+    | {
+        "backend": lambda value: value == "tokenizers",
+        "tokenizer_class": lambda value: value in ("TokenizersBackend", "PreTrainedTokenizerFast"),
+    },
+    "special_tokens_map.json": dict.fromkeys(TOKENS, is_anything),
+    "model.safetensors.index.json": {
+        "metadata": lambda value: isinstance(value, dict) and all(map(is_plain, value.values())),
+        "weight_map": lambda value: (
+            isinstance(value, dict)
+            and all(isinstance(name, str) and SAFETENSORS.fullmatch(name) for name in value.values())
+        ),
+    },
+}
 
 
 @dataclass
@@ -29,48 +104,70 @@ class Arguments:
     revision: str | None = field(default=None, metadata={"help": "The branch, tag or commit on the Hub."})
 
 
-def hashes(folder: Path) -> dict[str, str]:
-    """sha256 of each Python file where transformers would look for one."""
-    paths = [*folder.glob("*.py"), *folder.glob("custom_generate/**/*.py")]
-    return {path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-def named_code(folder: Path) -> dict[str, dict]:
-    """What the JSON files name as code, by file and field."""
-    found = {}
-    for path in sorted(folder.glob("*.json")):
-        content = read_json(path)
-        for field_name in ("auto_map", "custom_pipelines"):
-            if field_name in content:
-                found[f"{field_name} of {path.name}"] = content[field_name]
-    return found
+def names_in(folder: Path) -> list[str]:
+    """Each file below a folder, as it is named there; a link is one of them, and is not followed into another folder."""
+    paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
+    return [path.relative_to(folder).as_posix() for path in paths]
 
 
 def main(arguments: Arguments) -> None:
     folder = Path(arguments.model)
-    if not folder.is_dir():
+    if folder.is_dir():
+        names = names_in(folder)
+    else:
         folder = Path(
             snapshot_download(arguments.model, revision=arguments.revision, allow_patterns=["*.py", "*.json"])
         )
         print(f"commit {folder.name}")
-    if not (folder / "config.json").is_file():
+        names = HfApi().list_repo_files(arguments.model, revision=folder.name)
+    if "config.json" not in names:
         raise ValueError(f"{arguments.model!r} holds no config.json: name a model.")
-    found, ours = hashes(folder), hashes(Path(configuration_lstm.__file__).parent)
-    del ours["__init__.py"]
-    verdicts = {name: "same" if found.get(name) == ours.get(name) else "differs" for name in found | ours}
-    verdicts |= dict.fromkeys(ours.keys() - found, "missing") | dict.fromkeys(found.keys() - ours, "not ours")
-    for name in sorted(verdicts):
-        print(f"{verdicts[name]:<9} {found.get(name, '-' * 64)}  {name}")
-    expected, named = {"auto_map of config.json": configuration_lstm.AUTO_MAP}, named_code(folder)
-    for place in sorted(expected | named):
-        verdicts[place] = "same" if named.get(place) == expected.get(place) else "differs"
-        print(f"{verdicts[place]:<9} {'':64}  {place}")
-    if set(verdicts.values()) == {"same"}:
-        print(f"All of it is the code of hf-lstm {hf_lstm.__version__}.")
+
+    ours = {path.name: sha256(path) for path in Path(configuration_lstm.__file__).parent.glob("*_lstm.py")}
+    lines = [("missing", "-" * 64, name) for name in ours.keys() - names]
+    ours["onnx/run_onnx.py"] = sha256(Path(__file__).with_name("run_onnx.py"))
+    for name in names:
+        plain = re.sub(r"^checkpoint-\d+/", "", name)  # a model in the making, held to the same
+        if name.endswith(".py"):
+            found = sha256(folder / name)
+            lines.append(
+                ("not ours" if plain not in ours else "same" if found == ours[plain] else "differs", found, name)
+            )
+        elif any(fnmatchcase(plain, pattern) for pattern in LEFT):
+            lines.append(("not read", "", name))
+        elif not any(fnmatchcase(plain, pattern) for pattern in DATA):
+            lines.append(("unknown", "", name))
+        if plain in FIELDS:
+            content = read_json(folder / name)
+            lines += [
+                ("differs", "", f"{key} of {name}")
+                for key, value in content.items()
+                if key not in FIELDS[plain] or not FIELDS[plain][key](value)
+            ]
+            if plain == "config.json" and content.get("auto_map") == AUTO_MAP:
+                lines.append(("same", "", f"auto_map of {name}"))
+    for verdict, digest, name in sorted(lines, key=lambda line: line[2]):
+        print(f"{verdict:<9} {digest:64}  {name if name.isprintable() else repr(name)}")
+
+    verdicts, version = {verdict for verdict, *_ in lines}, hf_lstm.__version__
+    if "not read" in verdicts:
+        print("What is not read was left by training, may be a pickle, and is not opened when the model is loaded.")
+    if verdicts <= {"same", "not read"}:
+        print(f"All of it is the code of hf-lstm {version}.")
+    elif verdicts <= {"same", "not read", "unknown"}:
+        sys.exit(
+            f"The code is that of hf-lstm {version}, and what is unknown above is nothing that its models need: it may lead "
+            "to other code when the model is loaded. With `import hf_lstm`, without `trust_remote_code=True`, from a copy "
+            "without these files, none of it runs."
+        )
     else:
         sys.exit(
-            f"This is not the code of hf-lstm {hf_lstm.__version__}: it was saved by another version, or changed. With "
-            "`import hf_lstm`, and without `trust_remote_code=True`, none of it runs."
+            f"This is not the code of hf-lstm {version}: it was saved by another version, or changed. With `import hf_lstm`, "
+            "and without `trust_remote_code=True`, none of it runs."
         )
 
 

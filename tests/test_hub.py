@@ -128,6 +128,15 @@ def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folde
     assert str(Path.home()).encode() + b"/" not in content
 
 
+def test_what_training_leaves_is_told_from_code(run, model_folder):
+    printed = run("verify.py", "--model", model_folder)
+
+    for name in ("training_args.bin", "checkpoint-2/optimizer.pt", "checkpoint-2/rng_state.pth"):
+        assert re.search(rf"not read \s+{name}\n", printed)
+    assert {line.split()[0] for line in printed.splitlines()[:-2]} == {"same", "not"}
+    assert f"\nAll of it is the code of hf-lstm {hf_lstm.__version__}.\n" in printed
+
+
 @pytest.mark.slow
 def test_what_trainer_uploaded_is_taken_away(push, hub):
     push()

@@ -12,6 +12,7 @@ import pytest
 from conftest import SCRIPTS, TEXT, make_model, run_script
 from hub import TOKEN, Failure, Hub
 from test_hub import environment_of
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lstm
 
@@ -161,6 +162,37 @@ def test_the_code_beside_a_model_can_be_checked(run, saved):
     assert f"All of it is the code of hf-lstm {hf_lstm.__version__}." in printed
 
 
+def test_links_are_what_they_lead_to_as_in_the_cache_of_the_hub(run, saved, tmp_path):
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for number, path in enumerate(saved.iterdir()):
+        (snapshot / path.name).symlink_to(path.rename(saved / f"{number}"))
+
+    assert "All of it is the code of hf-lstm" in run("verify.py", "--model", snapshot)
+
+
+def test_all_that_a_model_of_hf_lstm_may_hold_is_known(run, saved):
+    tokenizer = hf_lstm.byte_tokenizer()
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<user>"]})
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    tokenizer.save_pretrained(saved)
+    AutoTokenizer.from_pretrained(saved).save_pretrained(saved)
+    model = AutoModelForCausalLM.from_pretrained(saved)
+    model.config.id2label = {0: "no", 1: "yes"}
+    model.generation_config.update(do_sample=True, temperature=0.7, stop_strings=["."], bad_words_ids=[[4, 5]])
+    model.save_pretrained(saved, max_shard_size="2KB")
+    (saved / "onnx").mkdir()
+    shutil.copy(SCRIPTS / "run_onnx.py", saved / "onnx")
+    for name in ("onnx/step.onnx", "README.md", "LICENSE", ".gitattributes", "learning_curve.png"):
+        (saved / name).touch()
+
+    printed = run("verify.py", "--model", saved)
+
+    assert (saved / "model.safetensors.index.json").exists()
+    assert re.search(r"same      \w{64}  onnx/run_onnx\.py", printed)
+    assert printed.splitlines()[-1] == f"All of it is the code of hf-lstm {hf_lstm.__version__}."
+
+
 def change(folder):
     with (folder / "cache_lstm.py").open("a") as file:
         file.write("import os\n")
@@ -180,42 +212,126 @@ def point_elsewhere(folder):
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def write_a_generate(folder):
-    (folder / "custom_generate").mkdir()
-    (folder / "custom_generate" / "generate.py").write_text("import os\n")
+def hide_in_a_checkpoint(folder):
+    shutil.copytree(folder, folder / "checkpoint-2")
+    change(folder / "checkpoint-2")
 
 
-def name_a_tokenizer(folder):
-    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["x.X", None]}}))
+def change_the_runner(folder):
+    write(folder, "onnx/run_onnx.py", "import os\n")
 
 
-def name_a_pipeline(folder):
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps(config | {"custom_pipelines": {"text-generation": {"impl": "x.X"}}})
-    )
+def write(folder, name, content=""):
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(content if isinstance(content, str) else json.dumps(content))
 
 
-@pytest.mark.parametrize(
-    ("damage", "line"),
-    [
-        (write_a_generate, r"not ours  \w{64}  custom_generate/generate\.py"),
-        (name_a_tokenizer, r"differs   \s+auto_map of tokenizer_config\.json"),
-        (name_a_pipeline, r"differs   \s+custom_pipelines of config\.json"),
-        (change, r"differs   \w{64}  cache_lstm\.py"),
-        (add, r"not ours  \w{64}  more_lstm\.py"),
-        (take_away, r"missing   -{64}  kernels_lstm\.py"),
-        (point_elsewhere, r"differs   \s+auto_map of config\.json"),
-    ],
-    ids=lambda value: getattr(value, "__name__", None),
-)
-def test_other_code_is_named(capsys, saved, damage, line):
+def set_field(folder, name, field, value):
+    path = folder / name
+    write(folder, name, (json.loads(path.read_text()) if path.exists() else {}) | {field: value})
+
+
+CODE = {
+    change: r"differs   \w{64}  cache_lstm\.py",
+    add: r"not ours  \w{64}  more_lstm\.py",
+    take_away: r"missing   -{64}  kernels_lstm\.py",
+    point_elsewhere: r"differs   \s+auto_map of config\.json",
+    hide_in_a_checkpoint: r"differs   \w{64}  checkpoint-2/cache_lstm\.py",
+    change_the_runner: r"differs   \w{64}  onnx/run_onnx\.py",
+}
+
+
+@pytest.mark.parametrize("damage", CODE, ids=lambda damage: damage.__name__)
+def test_other_code_is_named(capsys, saved, damage):
     damage(saved)
 
     with pytest.raises(SystemExit, match="This is not the code of hf-lstm"):
         run_script("verify.py", "--model", saved)
 
-    assert re.search(line, capsys.readouterr().out)
+    assert re.search(CODE[damage], capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(
+    "name", ["__init__.py", "custom_generate/generate.py", "onnx/more.py", "sub/cache_lstm.py", "checkpoint-2/x.py"]
+)
+def test_code_anywhere_else_is_named(capsys, saved, name):
+    write(saved, name, "import os\n")
+
+    with pytest.raises(SystemExit, match="This is not the code of hf-lstm"):
+        run_script("verify.py", "--model", saved)
+
+    assert re.search(rf"not ours  \w{{64}}  {re.escape(name)}", capsys.readouterr().out)
+
+
+ELSEWHERE = "someone/else--modeling.Model"
+LEADING = [
+    ("config.json", "custom_pipelines", {"text-generation": {"impl": "x.X"}}),
+    ("config.json", "auto_map", {"AutoModel": ELSEWHERE}),
+    ("config.json", "auto_map", [ELSEWHERE]),
+    ("config.json", "attn_implementation", "someone/kernel"),
+    ("config.json", "transformers_weights", "adapter_model.bin"),
+    ("config.json", "configuration_files", ["config.4.0.0.json"]),
+    ("config.json", "quantization_config", {"quant_method": "fp8"}),
+    ("config.json", "fusion_config", {"x": True}),
+    ("config.json", "tokenizer_class", "OtherTokenizer"),
+    ("config.json", "model_type", "other"),
+    ("config.json", "architectures", ["OtherModel"]),
+    ("config.json", "hidden_act", {"auto_map": ELSEWHERE}),
+    ("config.json", "not_known_yet", "someone/else"),
+    ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["x.X", None]}),
+    ("tokenizer_config.json", "tokenizer_class", "OtherTokenizer"),
+    ("tokenizer_config.json", "fast_tokenizer_files", ["tokenizer.4.0.0.json"]),
+    ("tokenizer_config.json", "tokenizer_file", "/etc/passwd"),
+    ("special_tokens_map.json", "auto_map", {"AutoTokenizer": [ELSEWHERE, None]}),
+    ("generation_config.json", "custom_generate", "someone/else"),
+    ("generation_config.json", "assistant_lookbehind", "someone/else"),
+    ("generation_config.json", "compile_config", {"backend": "x"}),
+    ("model.safetensors.index.json", "weight_map", {"a": "x.dat"}),
+    ("model.safetensors.index.json", "weight_map", {"a": "../outside.safetensors"}),
+    ("model.safetensors.index.json", "transformers_weights", "x.bin"),
+    ("checkpoint-2/config.json", "auto_map", {"AutoModel": ELSEWHERE}),
+]
+
+
+@pytest.mark.parametrize(("name", "field", "value"), LEADING)
+def test_a_field_that_may_lead_elsewhere_is_named(capsys, saved, name, field, value):
+    set_field(saved, name, field, value)
+
+    with pytest.raises(SystemExit, match="This is not the code of hf-lstm"):
+        run_script("verify.py", "--model", saved)
+
+    assert re.search(rf"differs   \s+{field} of {re.escape(name)}\n", capsys.readouterr().out)
+
+
+UNKNOWN = ["adapter_config.json", "adapter_model.bin", "pytorch_model.bin", "processor_config.json", "x.pickle"]
+UNKNOWN += ["preprocessor_config.json", "config.4.0.0.json", "tokenizer.model", "tekken.json", "model.gguf", "x.so"]
+UNKNOWN += [
+    "__pycache__/cache_lstm.cpython-311.pyc",
+    "custom_generate/requirements.txt",
+    "sub/config.json",
+    "notes.txt",
+]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_a_file_that_no_model_of_hf_lstm_needs_is_named(capsys, saved, name):
+    """An adapter's config leads to whatever repository it names, and that one's code is run."""
+    write(saved, name, {"base_model_name_or_path": "someone/else"})
+
+    with pytest.raises(SystemExit, match=r"The code is that of hf-lstm .* may lead to other code"):
+        run_script("verify.py", "--model", saved)
+
+    assert re.search(rf"unknown   \s+{re.escape(name)}\n", capsys.readouterr().out)
+
+
+def test_a_link_to_another_folder_is_named(capsys, saved, tmp_path):
+    write(tmp_path, "elsewhere/generate.py", "import os\n")
+    (saved / "custom_generate").symlink_to(tmp_path / "elsewhere")
+
+    with pytest.raises(SystemExit, match="may lead to other code"):
+        run_script("verify.py", "--model", saved)
+
+    assert re.search(r"unknown   \s+custom_generate\n", capsys.readouterr().out)
 
 
 def test_a_damaged_file_is_named(saved):

@@ -170,7 +170,7 @@ def read_json(path: Path) -> dict:
 
 def _check_code(auto_map, folder: Path, names: set[str]) -> None:
     """The config names classes of the model's own code, and that is there."""
-    if auto_map is None:
+    if auto_map is None or auto_map == {}:
         raise ValueError(
             f"{folder}/config.json has no `auto_map`, so that nobody could load it without hf_lstm: save the model anew "
             "where hf_lstm is imported."
@@ -222,7 +222,7 @@ def _check_fit(config: dict, shapes: dict[str, dict[str, list[int]]], folder: Pa
             f"{folder} holds no model.safetensors, nor all that an index of more files names: save the model with "
             "`save_pretrained`."
         )
-    if "quantization_config" in config:  # its weights have other names and shapes
+    if config.get("quantization_config") is not None:  # its weights have other names and shapes
         return
 
     architectures = config.get("architectures") or ["LSTMForCausalLM"]
@@ -234,10 +234,13 @@ def _check_fit(config: dict, shapes: dict[str, dict[str, list[int]]], folder: Pa
             "name no model of hf_lstm: save the model anew where hf_lstm is imported."
         )
     try:
+        LSTMConfig.from_dict(config)
+        own = {key: config[key] for key in LSTMConfig.__annotations__ if key in config}  # others may fetch kernels
         with torch.device("meta"):
-            model = getattr(modeling_lstm, name)(LSTMConfig.from_dict(config))
-    except (StrictDataclassError, ValueError, TypeError) as error:
-        raise ValueError(f"{folder}/config.json describes no model ({error}): save the model anew.") from error
+            model = getattr(modeling_lstm, name)(LSTMConfig(**own))
+    except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(f"{folder}/config.json describes no model ({reason}): save the model anew.") from error
     needed = {key: list(weight.shape) for key, weight in model.state_dict().items()}
     found = {key: shape for file in set(read) for key, shape in shapes[file].items()}
     tied = set(model._tied_weights_keys or ()) if model.config.tie_word_embeddings else set()

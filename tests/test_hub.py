@@ -383,9 +383,14 @@ def _(folder):
     change_config(folder, architectures=["LSTMModel"])
 
 
-@damage("config.json describes no model")
+@damage("config.json describes no model (Field 'hidden_size' expected int, got str (value: 'wide'))")
 def _(folder):
     change_config(folder, hidden_size="wide")
+
+
+@damage("config.json describes no model (module 'torch' has no attribute 'float99')")
+def _(folder):
+    change_config(folder, dtype="float99")
 
 
 @damage("`architectures` ([['LlamaForCausalLM']]) in")
@@ -521,6 +526,12 @@ def test_each_model_fits_its_config(tmp_path, kind):
     weights = [path.name for path in files_to_push(tmp_path) if path.suffix == ".safetensors"]
 
     assert len(weights) > 1 if kind == "sharded" else weights == ["model.safetensors"]
+
+
+def test_a_config_that_fetches_code_fetches_none_when_it_goes_up(model_folder):
+    change_config(model_folder, attn_implementation="someone/kernel")
+
+    assert model_folder / "config.json" in files_to_push(model_folder)
 
 
 def chunk(kind, content):

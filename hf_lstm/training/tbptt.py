@@ -9,6 +9,7 @@ import json
 import os
 import re
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
@@ -135,10 +136,13 @@ class TruncatedBPTTCallback(TrainerCallback):
             for index, layer in enumerate(self._caches[True].layers)
             for name, tensor in zip("hc", layer.get_state(), strict=True)
         }
-        unfinished = path.with_suffix(".unfinished")
+        unfinished = path.with_name(f"{path.name}.{uuid4().hex}.unfinished")  # no other run's, if there is one
         files = sorted(file.name for file in path.parent.iterdir() if not file.name.startswith("lstm_state_rank"))
-        save_file(tensors, unfinished, metadata=self._metadata_of(state) | {"files": json.dumps(files)})
-        os.replace(unfinished, path)
+        try:
+            save_file(tensors, unfinished, metadata=self._metadata_of(state) | {"files": json.dumps(files)})
+            os.replace(unfinished, path)
+        finally:
+            unfinished.unlink(missing_ok=True)
 
     def on_train_end(self, args, state, control, **kwargs):
         self._remove_hooks()

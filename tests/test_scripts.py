@@ -199,6 +199,7 @@ def test_help_names_every_argument(run, capsys):
         assert flag in printed
 
 
+SMOOTHED = ["--train_file", "beer.txt", "--label_smoothing_factor", "0.1"]
 UNSAVED = ["--save_strategy", "no", "--load_best_model_at_end", "false"]
 BAD_ARGUMENTS = {
     "no folder": ([], "`--output_dir` is missing"),
@@ -248,9 +249,13 @@ BAD_ARGUMENTS = {
         ["--train_file", "beer.txt", "--averaging", "ema", "--ema_decay", "1"],
         "`decay` (1.0) must be at least 0 and below 1",
     ),
+    "smoothing with lanes": (
+        SMOOTHED,
+        "`label_smoothing_factor` (0.1) must be 0 with lanes",
+    ),
     "smoothing with penalties": (
-        ["--train_file", "beer.txt", "--label_smoothing_factor", "0.1", "--activation_regularization", "1"],
-        "`label_smoothing_factor` (0.1) must be 0",
+        [*SMOOTHED, "--batching", "packed", "--activation_regularization", "1"],
+        "`label_smoothing_factor` (0.1) must be 0 with activation regularization",
     ),
     "a rate out of range": (["--train_file", "beer.txt", "--hidden_dropout", "1"], "`hidden_dropout` (1.0) is a prob"),
     "a state that is always dropped": (

@@ -289,6 +289,11 @@ def check_arguments(args) -> None:
         raise ValueError(
             "`fp16` (True) needs a GPU: on a CPU, Trainer would train in float32 without a word. Use `bf16`."
         )
+    if args.label_smoothing_factor > 0:
+        raise ValueError(
+            f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with lanes: Trainer's smoother would leave "
+            "out the last target of each chunk, and divide by the number of all."
+        )
     if args.auto_find_batch_size:
         raise ValueError("`auto_find_batch_size` (True) must be False: lanes are laid out for one batch size.")
     if args.n_gpu > 1:

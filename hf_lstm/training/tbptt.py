@@ -79,7 +79,8 @@ class TruncatedBPTTCallback(TrainerCallback):
             "optimizer": type(getattr(optimizer, "optimizer", optimizer)).__name__,  # accelerate wraps it
         }
         if state.global_step > 0:
-            self._load(_resumed_checkpoint(args, state) / state_file(args.process_index), state, model)
+            self._load(args, state, model)
+        super().on_train_begin(args, state, control, train_dataloader=train_dataloader)
         self._remove_hooks()
         self._hooks = [  # before those that an interrupted run may have left: the first one to give a state wins
             model.register_forward_pre_hook(self._carry, with_kwargs=True, prepend=True),
@@ -189,14 +190,25 @@ class TruncatedBPTTCallback(TrainerCallback):
         history = hashlib.sha256(json.dumps([state.global_step, losses]).encode()).hexdigest()
         return {name: str(value) for name, value in self._metadata.items()} | {"history": history}
 
-    def _load(self, path, state, model):
+    def _load(self, args, state, model):
+        # Trainer does not tell its callbacks where it resumes from, unless the argument of that name does.
+        named = args.resume_from_checkpoint
+        is_named = isinstance(named, str | os.PathLike) and Path(named).is_dir()
+        path = (Path(named) if is_named else _checkpoint(args, state)) / state_file(args.process_index)
+        if not is_named and not path.parent.is_dir():
+            raise ValueError(
+                f"The checkpoint of step {state.global_step} to resume from is not in `output_dir` ({args.output_dir}), and "
+                "Trainer does not tell its callbacks where it is: name it in the argument `resume_from_checkpoint` of "
+                "`LSTMTrainingArguments` too."
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata()
         except (FileNotFoundError, SafetensorError) as error:
             raise ValueError(
                 f"{path.parent} cannot be resumed, since it holds no carried state ({path.name}: {error}): resume from "
-                "`hf_lstm.training.last_complete_checkpoint(output_dir)`."
+                "`hf_lstm.training.last_complete_checkpoint(output_dir)`, and name a checkpoint elsewhere in the argument "
+                "`resume_from_checkpoint` of `LSTMTrainingArguments` too."
             ) from error
         expected = self._metadata_of(state)
         if metadata.get("history") != expected["history"]:
@@ -261,12 +273,6 @@ def is_complete(checkpoint: Path, carried: bool = True) -> bool:
 
 def _checkpoint(args, state):
     return Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-
-
-def _resumed_checkpoint(args, state):
-    """Trainer does not tell its callbacks where it resumes from, unless the argument of that name does."""
-    named = args.resume_from_checkpoint
-    return Path(named) if named and Path(named).is_dir() else _checkpoint(args, state)
 
 
 def check_arguments(args) -> None:

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import make_ids, make_model
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from test_tbptt import BPTT, LANES, make_trainer
+from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
-from hf_lstm import LaneDataset
-from hf_lstm.training import last_complete_checkpoint
+from hf_lstm import DocumentDataset, LaneDataset, StreamingLanes, TokenStream, byte_tokenizer
+from hf_lstm.training import FinishedRunCallback, last_complete_checkpoint
 
 STEPS = 12
 SCRIPT = Path(__file__)
@@ -182,6 +184,109 @@ def test_a_checkpoint_elsewhere_is_named_in_the_arguments(tmp_path):
 
     assert "checkpoint-8" not in str(refused.value)  # a folder that nobody gave
     assert [entry.get("loss") for entry in logs[:-1]] == [entry.get("loss") for entry in expected[:-1]]
+
+
+def contents(folder):
+    """When each file was last written."""
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*") if "runs" not in path.parts}
+
+
+BEST = {"eval_dataset": LaneDataset(TOKENS, LANES, BPTT), "eval_strategy": "steps", "eval_steps": 4}
+BEST |= {
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "loss",
+    "greater_is_better": True,
+}  # not the last one
+
+
+@pytest.mark.parametrize(
+    ("options", "again", "last"),
+    [
+        ({}, {}, 12),
+        ({"save_total_limit": 3}, {"max_steps": 9}, 12),
+        ({"max_steps": -1, "num_train_epochs": 1.4}, {}, 7),
+        ({"eval_strategy": "epoch", "save_strategy": "epoch"}, {}, 12),
+    ],
+    ids=str,
+)
+def test_a_finished_run_trains_nothing(tmp_path, options, again, last):
+    """The best model is loaded, as it was; Trainer alone would train a step more, and delete a checkpoint for it."""
+    options = BEST | options
+    expected_logs, expected = run(tmp_path, **options)
+    before = contents(tmp_path)
+
+    logs, weights = run(tmp_path, resume=str(tmp_path / f"checkpoint-{last}"), **(options | again))
+
+    assert logs[-1]["step"] == last
+    assert logs[:-1] == expected_logs[:-1]  # the last one says how long it took
+    assert contents(tmp_path) == before
+    assert all(torch.equal(weights[name], weight) for name, weight in expected.items())
+    final = load_file(tmp_path / f"checkpoint-{last}" / "model.safetensors")
+    assert not all(torch.equal(weights[name], weight) for name, weight in final.items())
+
+
+def test_a_finished_run_of_documents_trains_nothing(tmp_path):
+    stream = TokenStream(TOKENS, torch.arange(0, len(TOKENS), 7), num_bytes=0)
+    options = {"max_steps": 3, "save_steps": 2, "save_total_limit": 2, "use_cpu": True, "report_to": "none"}
+    results = []
+    for resume in (None, True):
+        trainer = Trainer(
+            model=make_model(torch.float32, pad_token_id=0),
+            args=TrainingArguments(tmp_path, per_device_train_batch_size=3, disable_tqdm=True, **options),
+            train_dataset=DocumentDataset(stream, 6),
+            data_collator=DataCollatorWithFlattening(),
+            callbacks=[FinishedRunCallback()],
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        results.append((trainer.state.global_step, contents(tmp_path), trainer.model.lm_head.weight.tolist()))
+
+    assert results[0] == results[1]
+    assert results[0][0] == 3
+
+
+def test_a_finished_run_of_streamed_lanes_trains_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.trainer.logger.warning", lambda message: None)  # that there was no sample
+    rows = Dataset.from_dict({"text": [f"{number} bottles" for number in range(40)]}).to_iterable_dataset()
+    lanes = StreamingLanes(rows, byte_tokenizer(), LANES, BPTT)
+    results = []
+    resume = str(tmp_path / "checkpoint-12")
+    for options in ({}, {"resume": resume}, {"resume": resume, "max_steps": 8}):
+        _, weights = run(tmp_path, dataset=lanes, model=make_model(torch.float32, vocab_size=260), **options)
+        results.append((contents(tmp_path), {name: weight.tolist() for name, weight in weights.items()}))
+
+    assert results[0] == results[1] == results[2]
+    run(tmp_path, resume, dataset=lanes, model=make_model(torch.float32, vocab_size=260), max_steps=13)
+    assert (tmp_path / "checkpoint-13").is_dir()
+
+
+def test_a_finished_run_of_another_stream_is_refused(tmp_path):
+    rows = Dataset.from_dict({"input_ids": [[5, 6]] * 9, "labels": [[5, 6]] * 9}).to_iterable_dataset()
+    options = {"max_steps": 2, "save_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
+    model, collator = make_model(torch.float32), DataCollatorWithFlattening()
+    trainer = Trainer(model, TrainingArguments(tmp_path, **options), collator, rows, callbacks=[FinishedRunCallback()])
+    trainer.train()
+
+    with pytest.raises(
+        ValueError, match="The run has had its 2 steps, and Trainer would take more of IterableDataset"
+    ):
+        trainer.train(resume_from_checkpoint=True)
+
+
+def test_a_state_that_is_not_written_leaves_nothing_behind(tmp_path, monkeypatch):
+    names = []
+
+    def fail(tensors, path, metadata):
+        names.append(path.name)
+        path.write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("hf_lstm.training.tbptt.save_file", fail)
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            run(tmp_path)
+
+    assert len(set(names)) == 2  # a second run in the same folder would not write over the first one's
+    assert not list(tmp_path.rglob("lstm_state_rank*"))
 
 
 if __name__ == "__main__":

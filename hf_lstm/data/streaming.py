@@ -72,6 +72,7 @@ class StreamingLanes(IterableDataset):
         self.documents, self.tokenizer = documents, tokenizer
         self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
         self.process_index, self.num_processes = process_index, num_processes
+        self.ended = False  # whether a run that has had all its steps finds nothing more
 
     @property
     def description(self) -> dict:
@@ -80,6 +81,8 @@ class StreamingLanes(IterableDataset):
         return {"streaming": True} | {name: getattr(self, name) for name in names}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor] | None]:
+        if self.ended:
+            return
         worker = get_worker_info()
         if worker is not None and worker.num_workers > 1:
             raise ValueError(

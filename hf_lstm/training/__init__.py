@@ -1,6 +1,7 @@
 """Training inside the stock Trainer: truncated backpropagation through time, optimisers, what the logs say."""
 
 from .arguments import LSTMTrainingArguments
+from .finished import FinishedRunCallback
 from .hub import HubCallback
 from .metrics import MetricsCallback
 from .optimization import NTASGD, EMAAdamW, NonMonotonicTrigger, parameter_groups
@@ -9,6 +10,7 @@ from .tbptt import TruncatedBPTTCallback, last_complete_checkpoint
 __all__ = [
     "NTASGD",
     "EMAAdamW",
+    "FinishedRunCallback",
     "HubCallback",
     "LSTMTrainingArguments",
     "MetricsCallback",

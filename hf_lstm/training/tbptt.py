@@ -12,20 +12,21 @@ from pathlib import Path
 from uuid import uuid4
 
 import torch
-from accelerate.data_loader import IterableDatasetShard
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import DynamicCache, TrainerCallback
+from transformers import DynamicCache
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from transformers.utils import logging
 
 from hf_lstm.data import LaneDataset, StreamingLanes
 
+from .finished import FinishedRunCallback, dataset_of
+
 logger = logging.get_logger(__name__)
 
 
-class TruncatedBPTTCallback(TrainerCallback):
+class TruncatedBPTTCallback(FinishedRunCallback):
     """
     Carries the state through training on a `LaneDataset`, and through each evaluation on another:
 
@@ -54,6 +55,7 @@ class TruncatedBPTTCallback(TrainerCallback):
             raise ValueError(
                 f"`state_drop_probability` ({state_drop_probability}) is a probability: at least 0 and below 1."
             )
+        super().__init__()
         self.state_drop_probability = state_drop_probability
         self._caches = {}  # the state, by whether the model is training
         self._lengths = []  # of the chunks since the last step of the optimizer
@@ -62,8 +64,7 @@ class TruncatedBPTTCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, train_dataloader=None, optimizer=None, **kwargs):
         check_arguments(args)
-        check_penalties(args, model.config)
-        dataset = _lanes_of(train_dataloader)
+        dataset = dataset_of(train_dataloader)
         _check_lanes(dataset, "training", args.per_device_train_batch_size, args.world_size)
         _check_reading(dataset, args)
         self._caches = {training: DynamicCache(config=model.config) for training in (True, False)}
@@ -106,7 +107,7 @@ class TruncatedBPTTCallback(TrainerCallback):
             )
 
     def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
-        dataset = _lanes_of(eval_dataloader)
+        dataset = dataset_of(eval_dataloader)
         if isinstance(dataset, StreamingLanes):
             raise ValueError(
                 "The evaluation data (StreamingLanes) never ends: make a `LaneDataset` of a corpus that does."
@@ -328,12 +329,6 @@ def check_penalties(args, config) -> None:
             f"({config.loss_chunk_size}) or `adaptive_softmax_cutoffs` ({config.adaptive_softmax_cutoffs}): Trainer smooths "
             "the loss from all logits, which are not kept."
         )
-
-
-def _lanes_of(dataloader):
-    """The data set behind a data loader; accelerate puts one of its own before those that are read in order."""
-    dataset = getattr(dataloader, "dataset", None)
-    return dataset.dataset if isinstance(dataset, IterableDatasetShard) else dataset
 
 
 def _check_reading(dataset, args):

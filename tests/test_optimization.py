@@ -1,11 +1,14 @@
 """Weight decay where it was asked for, and averages of weights that are evaluated, saved and resumed."""
 
+import math
+
 import pytest
 import torch
 from conftest import CONFIGS, make_ids, make_model
 from safetensors.torch import load_file
 from test_tbptt import BPTT, LANES, make_trainer
 from transformers import TrainerCallback
+from transformers.trainer_utils import default_compute_objective
 
 from hf_lstm import LaneDataset, LSTMForCausalLM
 from hf_lstm.training import NTASGD, EMAAdamW, MetricsCallback, NonMonotonicTrigger, parameter_groups
@@ -291,3 +294,87 @@ def test_logs_say_what_the_loss_does_not(tmp_path):
     assert "regularization_loss" not in evaluation
     assert trainer.state.log_history[0]["regularization_loss"] == first["regularization_loss"]
     assert not model._forward_hooks
+
+
+@pytest.mark.parametrize("named", [None, "loss", "perplexity", "eval_bits_per_token"])
+def test_metrics_in_the_logs_are_no_objective(tmp_path, named):
+    """A search for hyperparameters adds up what an evaluation returns beside its loss; what is named there is looked up."""
+    best = {"metric_for_best_model": named, "greater_is_better": False, "load_best_model_at_end": True}
+    seen = []
+
+    class Record(TrainerCallback):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            seen.append(dict(logs))
+
+    trainer, _ = make_trainer(
+        tmp_path,
+        make_model(torch.float32),
+        LANE_DATA,
+        callbacks=[MetricsCallback(), Record()],
+        eval_dataset=[{"input_ids": ids, "labels": ids} for ids in make_ids(4, 9)],
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        **(best if named else {}),
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+
+    if named in (None, "loss"):
+        assert default_compute_objective(metrics) == metrics["eval_loss"]
+        assert "eval_perplexity" not in metrics
+    else:
+        assert metrics.keys() & {"eval_perplexity", "eval_bits_per_token"} == {"eval_" + named.removeprefix("eval_")}
+        assert trainer.state.best_metric == min(
+            entry["eval_" + named.removeprefix("eval_")] for entry in trainer.state.log_history if "eval_loss" in entry
+        )
+    evaluations = [logs for logs in seen if "eval_loss" in logs]
+    assert all(logs["eval_perplexity"] == pytest.approx(math.exp(logs["eval_loss"])) for logs in evaluations)
+    assert [entry.get("eval_perplexity") for entry in trainer.state.log_history if "eval_loss" in entry] == [
+        logs["eval_perplexity"] for logs in evaluations
+    ]
+
+
+def test_perplexities_of_ones_own_are_left_as_they_are(tmp_path):
+    trainer, _ = make_trainer(tmp_path, make_model(torch.float32), LANE_DATA, callbacks=[MetricsCallback()])
+    metrics = {"eval_loss": 1.0, "eval_perplexity": 7.0}
+
+    trainer.log(metrics)
+    trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+
+    assert {name: metrics[name] for name in ("eval_loss", "eval_perplexity")} == {
+        "eval_loss": 1.0,
+        "eval_perplexity": 7.0,
+    }
+    assert "eval_bits_per_token" not in metrics
+
+
+def test_the_highest_perplexity_is_not_the_best(tmp_path):
+    """Trainer takes the greatest of every metric that is no loss, unless it is told otherwise."""
+    trainer, _ = make_trainer(
+        tmp_path,
+        make_model(torch.float32),
+        LANE_DATA,
+        callbacks=[MetricsCallback()],
+        eval_dataset=LANE_DATA,
+        eval_strategy="steps",
+        save_strategy="steps",
+        load_best_model_at_end=True,
+        metric_for_best_model="perplexity",
+    )
+
+    with pytest.raises(ValueError, match=r"`greater_is_better` \(True\) must be False with `metric_for_best_model`"):
+        trainer.train()
+
+
+def test_a_loss_that_is_no_number_has_no_perplexity(tmp_path):
+    trainer, _ = make_trainer(tmp_path, make_model(torch.float32), LANE_DATA, callbacks=[MetricsCallback()])
+
+    trainer.log({"loss": float("nan")})
+    trainer.log({"loss": 800.0})
+
+    assert [entry["perplexity"] for entry in trainer.state.log_history] == [
+        pytest.approx(math.nan, nan_ok=True),
+        math.inf,
+    ]

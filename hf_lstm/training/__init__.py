@@ -3,12 +3,13 @@
 from .arguments import LSTMTrainingArguments
 from .finished import FinishedRunCallback
 from .hub import HubCallback
-from .metrics import MetricsCallback
+from .metrics import DivergenceCallback, MetricsCallback
 from .optimization import NTASGD, EMAAdamW, NonMonotonicTrigger, parameter_groups
 from .tbptt import TruncatedBPTTCallback, last_complete_checkpoint
 
 __all__ = [
     "NTASGD",
+    "DivergenceCallback",
     "EMAAdamW",
     "FinishedRunCallback",
     "HubCallback",

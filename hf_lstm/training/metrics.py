@@ -1,7 +1,8 @@
-"""What the logs say beside the loss."""
+"""What the logs say beside the loss, and the end of a run whose loss is no number."""
 
 import math
 
+import torch
 from transformers import TrainerCallback
 
 ADDED = ("eval_perplexity", "eval_bits_per_token")  # at evaluations
@@ -71,6 +72,71 @@ class MetricsCallback(TrainerCallback):
         if self._hook is not None:
             self._hook.remove()
         self._hook = None
+
+
+class DivergenceCallback(TrainerCallback):
+    """
+    Ends a run that has diverged before it is saved or writes a sample, so that the last good checkpoint stays. Trainer's
+    logs do not tell: `logging_nan_inf_filter` leaves losses out that are no numbers.
+
+    The weights are looked at in the steps in which Trainer logs, evaluates, saves or ends; all others cost nothing.
+
+    Raises:
+        ValueError: in all processes alike, with the step and its loss (nats per token), if a weight or the loss of an
+            evaluation is NaN or infinite.
+    """
+
+    def __init__(self):
+        self._hook = None
+        self._loss, self._losses = None, []  # of this step, and of those since the weights were last looked at
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.on_train_end(args, state, control)
+        self._loss, self._losses = None, []
+        self._hook = _watch(model, args, self._add)
+
+    def _add(self, output, share):
+        loss = getattr(output, "loss", None)
+        if loss is not None:
+            loss = loss.detach() * share  # a tensor, which is not copied to the host either
+            self._loss = loss if self._loss is None else self._loss + loss
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self._losses.append(math.nan if self._loss is None else self._loss)
+        self._loss = None
+        self._look(args, state, control, model)
+
+    def on_epoch_end(self, args, state, control, model=None, **kwargs):
+        self._look(args, state, control, model)
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        loss = metrics.get("eval_loss", 0.0)
+        if self._hook is not None and not math.isfinite(loss):
+            raise ValueError(_diverged(args, f"the evaluation at step {state.global_step} gives a loss of {loss:g}"))
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self._hook is not None:
+            self._hook.remove()
+        self._hook = None
+
+    @torch.no_grad()
+    def _look(self, args, state, control, model):
+        if not (control.should_log or control.should_evaluate or control.should_save or control.should_training_stop):
+            return
+        if not all(parameter.isfinite().all() for parameter in model.parameters()):
+            losses = dict(enumerate(map(float, self._losses), state.global_step - len(self._losses) + 1))
+            step = next((step for step, loss in losses.items() if not math.isfinite(loss)), state.global_step)
+            loss = losses.get(step, math.nan)
+            how = f"the loss of step {step} is {loss:g}, and the weights after it are not finite"
+            raise ValueError(_diverged(args, how))
+        self._losses = []
+
+
+def _diverged(args, how):
+    return (
+        f"The run has diverged: {how}; start it anew with a lower `learning_rate` ({args.learning_rate:g}) or another "
+        f"`max_grad_norm` ({args.max_grad_norm:g}): no checkpoint was written since."
+    )
 
 
 def _named(args):

@@ -33,7 +33,9 @@ from hf_lstm.model_card import describe_run, write_model_card
 from hf_lstm.tokenizers import ends_lines
 from hf_lstm.training import (
     NTASGD,
+    DivergenceCallback,
     EMAAdamW,
+    FinishedRunCallback,
     MetricsCallback,
     NonMonotonicTrigger,
     TruncatedBPTTCallback,
@@ -156,11 +158,13 @@ def optimizer_of(model, optimization_args: OptimizationArguments, training_args:
 def make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args) -> Trainer:
     (datasets, collator), validation = batches, streams["validation"]
     callbacks = [
+        TruncatedBPTTCallback(data_args.state_drop_probability)
+        if data_args.batching == "lanes"
+        else FinishedRunCallback(),
+        DivergenceCallback(),
         MetricsCallback(),
         ShowProgress(tokenizer, data_args, validation.num_bytes / len(validation)),
     ]
-    if data_args.batching == "lanes":
-        callbacks.insert(0, TruncatedBPTTCallback(data_args.state_drop_probability))
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
     optimizer_class, options = optimizer_of(model, optimization_args, training_args)

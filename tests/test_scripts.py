@@ -83,6 +83,51 @@ def test_a_run_resumes_from_its_folder(run, tmp_path, text_file):
     assert "resume" not in (broken / "README.md").read_text()
 
 
+@pytest.mark.parametrize("batching", ["lanes", pytest.param("packed", marks=pytest.mark.slow)])
+def test_a_run_that_has_had_all_its_steps_only_reports(run, tmp_path, batching):
+    """It was killed before it did, or is resumed although it has ended."""
+    folder, file = tmp_path / "run", tmp_path / "lines.jsonl"
+    file.write_text("".join(json.dumps({"text": line}) + "\n" for line in TEXT.splitlines()))
+    common = ["--train_file", file, "--output_dir", folder, "--max_steps", 7, "--batching", batching, *SMALL]
+    run("train.py", *common)
+    saved = ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json")
+    expected = {name: (folder / name).read_bytes() for name in saved}
+    metrics = json.loads((folder / "metrics.json").read_text())
+    checkpoints = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-*/*")}
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink()
+
+    run("train.py", *common, "--resume_from_checkpoint", "true")
+
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-*/*")} == checkpoints
+    assert {name: (folder / name).read_bytes() for name in saved} == expected
+    assert metrics.pop("train_runtime") > 0
+    assert json.loads((folder / "metrics.json").read_text()) == metrics
+    assert {"README.md", "learning_curve.png"} <= {path.name for path in folder.iterdir()}
+
+
+def test_a_run_that_diverges_says_so(run, tmp_path, text_file):
+    options = [
+        "--optim",
+        "sgd",
+        "--learning_rate",
+        "1e38",
+        "--warmup_steps",
+        0,
+        "--max_grad_norm",
+        0,
+        "--max_steps",
+        8,
+    ]
+
+    with pytest.raises(SystemExit) as stopped:
+        run("train.py", "--train_file", text_file, "--output_dir", tmp_path / "run", *SMALL, *options)
+
+    assert str(stopped.value).startswith("train.py: The run has diverged: ")
+    assert "`learning_rate` (1e+38)" in str(stopped.value)
+
+
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "folder"])
 def test_poems_are_documents(run, tmp_path, tokenizer):
     file, folder = tmp_path / "poems.jsonl", tmp_path / "run"

@@ -1,12 +1,14 @@
 """The arguments of train.py: the model, the data, the optimizer, and Trainer's own with other defaults."""
 
-import os
 import re
 from argparse import ArgumentParser
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock, Timeout
 from transformers import HfArgumentParser
 
 from hf_lstm.data import read_text
@@ -14,6 +16,7 @@ from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
 from hf_lstm.training.optimization import KINDS
 from hf_lstm.training.tbptt import is_complete
 
+LOCK_FILE = ".lock"  # in `--output_dir`, while a run holds it; those that are killed leave it behind
 TOKENIZER_FLAGS = {
     "vocab_size": ("word", "unicode_word", "bpe"),
     "min_frequency": ("word", "unicode_word"),
@@ -262,29 +265,74 @@ class TrainArguments(LSTMTrainingArguments):
             )
 
 
-def find_checkpoint(args: TrainArguments, carried: bool) -> None:
-    """Let `resume_from_checkpoint` be a checkpoint that holds everything, the carried state if there is one."""
-    folder, named = Path(args.output_dir), args.resume_from_checkpoint
-    above = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if (not above.is_dir() and above != folder) or not os.access(above, os.W_OK):
+@contextmanager
+def take_folder(args: TrainArguments, carried: bool):
+    """
+    Hold `output_dir` for this run alone, which is refused if another one holds it, and let `resume_from_checkpoint` be a
+    checkpoint that holds everything, the carried state if there is one. The main process decides for all.
+
+    The hold is a lock of the operating system on a file in the folder, and ends with the process, however that ends.
+    """
+    with ExitStack() as stack:
+        outcome = [None, args.resume_from_checkpoint]
+        if args.process_index == 0:
+            try:
+                stack.enter_context(_hold(Path(args.output_dir)))
+                outcome[1] = _find_checkpoint(args, carried)
+            except ValueError as error:
+                outcome[0] = str(error)
+        refused, args.resume_from_checkpoint = broadcast_object_list(outcome)
+        if refused is not None:
+            raise ValueError(refused)
+        yield
+
+
+@contextmanager
+def _hold(folder: Path):
+    path = folder / LOCK_FILE
+    missing = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
+    lock = FileLock(path)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
         raise ValueError(
-            f"`--output_dir` {folder} cannot be made, since {above} cannot be written: name another folder."
-        )
+            f"`--output_dir` {folder} belongs to a run that has not ended: wait for it, or name another folder."
+        ) from None
+    except OSError as error:
+        raise ValueError(
+            f"`--output_dir` {folder} cannot be made or written ({error.strerror}): name another folder."
+        ) from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows lets nobody delete an open file, and does so itself
+            path.unlink()
+        lock.release()
+        with suppress(OSError):  # it holds something now
+            for place in missing:
+                place.rmdir()
+
+
+def _find_checkpoint(args: TrainArguments, carried: bool) -> str | None:
+    folder, named = Path(args.output_dir), args.resume_from_checkpoint
     if named is None:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if any(path.name != LOCK_FILE for path in folder.iterdir()):
             raise ValueError(
                 f"`--output_dir` {folder} already holds something: name another folder, or go on with the run it "
                 "holds by `--resume_from_checkpoint true`."
             )
-    elif named.lower() == "true":
+        return None
+    if named.lower() == "true":
         checkpoint = last_complete_checkpoint(folder, carried)
         if checkpoint is None:
             raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
-        args.resume_from_checkpoint = str(checkpoint)
-    elif not is_complete(Path(named), carried):
+        return str(checkpoint)
+    if not is_complete(Path(named), carried):
         raise ValueError(
             f"`--resume_from_checkpoint` {named} is no complete checkpoint: `true` finds the last one in `--output_dir`."
         )
+    return named
 
 
 def parse(arguments: list[str]):
@@ -304,5 +352,4 @@ def parse(arguments: list[str]):
         raise ValueError("`--streaming` needs `--max_steps`: a stream does not say when it ends.")
     if data_args.batching != "lanes" and training_args.train_sampling_strategy == "sequential":  # the default of lanes
         training_args.train_sampling_strategy, training_args.dataloader_drop_last = "random", False
-    find_checkpoint(training_args, carried=data_args.batching == "lanes")
     return parsed

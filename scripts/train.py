@@ -15,11 +15,20 @@ import platform
 import shlex
 import sys
 import traceback
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from arguments import CardArguments, DataArguments, ModelArguments, OptimizationArguments, TrainArguments, parse
+from arguments import (
+    CardArguments,
+    DataArguments,
+    ModelArguments,
+    OptimizationArguments,
+    TrainArguments,
+    parse,
+    take_folder,
+)
 from corpus import describe, load_texts, load_tokenizer, make_batches
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import httpx
@@ -314,29 +323,31 @@ def draw_learning_curve(history: list[dict], path: Path) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    try:
-        model_args, data_args, card_args, optimization_args, training_args = parse(arguments)
-        streams, batches, tokenizer, model = prepare(model_args, data_args, training_args)
-        trainer = make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args)
-        if trainer.is_fsdp_enabled:
-            raise ValueError(
-                "train.py writes samples and measures in one process, and FSDP shares the model out among all: use DDP, or a "
-                "Trainer script of your own."
-            )
-    except (ValueError, StrictDataclassError) as error:  # a config wraps what it refuses in the second
-        sys.exit(f"train.py: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
-    except (HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
-        sys.exit(f"train.py: {error}")
-    try:
-        train(trainer, streams, tokenizer, data_args, card_args)
-    except ValueError as error:
-        if "hf_lstm" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
-            raise  # not in our words
-        sys.exit(f"train.py: {error}")
-    # DDP first, then what its processes talk through: the other way round gloo's threads can stall or abort the end.
-    trainer.model_wrapped = trainer.model
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
+    with ExitStack() as held:  # what the run takes for itself, until it has ended
+        try:
+            model_args, data_args, card_args, optimization_args, training_args = parse(arguments)
+            held.enter_context(take_folder(training_args, carried=data_args.batching == "lanes"))
+            streams, batches, tokenizer, model = prepare(model_args, data_args, training_args)
+            trainer = make_trainer(streams, batches, tokenizer, model, data_args, optimization_args, training_args)
+            if trainer.is_fsdp_enabled:
+                raise ValueError(
+                    "train.py writes samples and measures in one process, and FSDP shares the model out among all: use "
+                    "DDP, or a Trainer script of your own."
+                )
+        except (ValueError, StrictDataclassError) as error:  # a config wraps what it refuses in the second
+            sys.exit(f"train.py: {error.__cause__ if isinstance(error, StrictDataclassError) else error}")
+        except (HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
+            sys.exit(f"train.py: {error}")
+        try:
+            train(trainer, streams, tokenizer, data_args, card_args)
+        except ValueError as error:
+            if "hf_lstm" not in Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts:
+                raise  # not in our words
+            sys.exit(f"train.py: {error}")
+        # DDP first, then what its processes talk through: the other way round gloo's threads can stall or abort the end.
+        trainer.model_wrapped = trainer.model
+        trainer.accelerator.free_memory()
+        trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -2,7 +2,12 @@
 
 import io
 import json
+import os
+import signal
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -334,6 +339,87 @@ def test_training_refuses_before_it_starts(run, tmp_path, text_file, monkeypatch
     assert message in str(stopped.value)
     assert not Path("run").exists()
     assert [path.name for path in Path("full").iterdir()] == ["thesis.txt"]
+
+
+@pytest.fixture
+def take(monkeypatch):
+    """Takes a folder as train.py does."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from arguments import TrainArguments, take_folder
+
+    def take(folder, **options):
+        return take_folder(TrainArguments(str(folder), use_cpu=True, **options), carried=True)
+
+    return take
+
+
+def test_a_folder_belongs_to_one_run(take, tmp_path, monkeypatch):
+    """However it is spelt, and for as long as that run lasts."""
+    monkeypatch.chdir(tmp_path)
+    Path("link").symlink_to("runs")
+    with take(tmp_path / "runs" / "first"):
+        for spelling in ("runs/first", "link/first", "runs/../runs/first/"):
+            for options in ({}, {"resume_from_checkpoint": "true"}):
+                with pytest.raises(ValueError, match="belongs to a run that has not ended"), take(spelling, **options):
+                    pass
+        with take("runs/second"):
+            pass
+
+    with take("runs/first"):
+        pass
+    assert not Path("runs").exists()  # neither was used
+
+
+def test_one_of_many_runs_gets_the_folder(take, tmp_path):
+    begin, all_tried = threading.Barrier(8), threading.Barrier(8)
+    takers = [take(tmp_path / "run") for _ in range(8)]
+
+    def attempt(taker):
+        begin.wait()
+        try:
+            with taker:
+                all_tried.wait()
+                return True
+        except ValueError:
+            all_tried.wait()
+            return False
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, takers)) == 1
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_killed_run_gives_its_folder_back_at_once(take, tmp_path):
+    """Although a process that it started lives on, as workers of a data loader do for a while."""
+    reading, writing = os.pipe()
+    run = os.fork()
+    if run == 0:
+        with take(tmp_path / "run"):
+            worker = os.fork()
+            if worker == 0:
+                time.sleep(60)
+                os._exit(0)
+            os.write(writing, str(worker).encode())
+            os.kill(os.getpid(), signal.SIGKILL)
+    worker = int(os.read(reading, 20))
+    os.waitpid(run, 0)
+
+    try:
+        with take(tmp_path / "run"):  # nor does what it left behind count as something that the folder holds
+            assert [path.name for path in (tmp_path / "run").iterdir()] == [".lock"]
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(reading)
+        os.close(writing)
+
+
+def test_a_second_run_is_refused_before_it_starts(run, take, tmp_path, text_file):
+    with take(tmp_path / "run"), pytest.raises(SystemExit) as stopped:
+        run("train.py", "--train_file", "nowhere.txt", "--output_dir", tmp_path / "run", *SMALL)
+
+    assert str(stopped.value) == (
+        f"train.py: `--output_dir` {tmp_path / 'run'} belongs to a run that has not ended: wait for it, or name another folder."
+    )
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,10 @@ import sys
 import torch
 from conftest import make_ids, make_model
 from test_tbptt import make_trainer
+from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArguments
 
 from hf_lstm import LaneDataset, StreamingLanes, TokenStream, byte_tokenizer
-from hf_lstm.training import last_complete_checkpoint
+from hf_lstm.training import DivergenceCallback, last_complete_checkpoint
 
 LANES, BPTT = 4, 10
 
@@ -39,27 +40,68 @@ def train(
         make_model(torch.float32, vocab_size=vocab_size),
         lanes_of(tokens, streaming, length_seed, shuffle_seed),
         eval_dataset=LaneDataset(other, LANES, BPTT),
-        per_device_train_batch_size=LANES // processes,
-        per_device_eval_batch_size=LANES // processes,
-        optim="adamw_torch",
-        learning_rate=0.01,
-        num_train_epochs=2,
-        eval_strategy="steps",
-        eval_steps=3,
-        save_strategy="steps",
-        save_steps=4,
-        **options,
+        callbacks=[DivergenceCallback()],
+        **{
+            "per_device_train_batch_size": LANES // processes,
+            "per_device_eval_batch_size": LANES // processes,
+            "optim": "adamw_torch",
+            "learning_rate": 0.01,
+            "num_train_epochs": 2,
+            "eval_strategy": "steps",
+            "eval_steps": 3,
+            "save_strategy": "steps",
+            "save_steps": 4,
+        }
+        | options,
     )
     if trainer.args.world_size != processes:
         raise RuntimeError(f"{trainer.args.world_size} processes were started, not {processes}")
     trainer.train(resume_from_checkpoint=str(last_complete_checkpoint(folder)) if resume else None)
+    return end(trainer, {"train": losses.train, "eval": losses.eval})
+
+
+def train_documents(folder, processes=1):
+    """Losses of steps that hardly learn, on documents in order, four a step: the stock Trainer and the README's way."""
+    tokenizer = byte_tokenizer()
+    tokenizer.padding_side = "right"
+    trainer = Trainer(
+        model=make_model(torch.float32, vocab_size=260),
+        args=TrainingArguments(
+            folder,
+            per_device_train_batch_size=2 // processes,
+            gradient_accumulation_steps=2,
+            train_sampling_strategy="sequential",
+            num_train_epochs=1,
+            learning_rate=1e-12,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+        ),
+        train_dataset=documents_of(8),
+        data_collator=DataCollatorForLanguageModeling(tokenizer, mlm=False),
+    )
+    trainer.train()
+    return end(trainer, {"train": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]})
+
+
+def documents_of(number):
+    """Rows of very different lengths."""
+    tokenizer = byte_tokenizer()
+    return [tokenizer("to be, or not to be"[: 2 + 5 * index % 17]) for index in range(number)]
+
+
+def end(trainer, results):
     if trainer.is_world_process_zero():
-        print(json.dumps({"train": losses.train, "eval": losses.eval}))
-    trainer.model_wrapped = trainer.model  # it ends as train.py does
+        print(json.dumps(results))
+    trainer.model_wrapped = trainer.model  # as train.py does
     trainer.accelerator.free_memory()
     trainer.accelerator.end_training()
-    return {"train": losses.train, "eval": losses.eval}
+    return results
 
 
 if __name__ == "__main__":
-    train(sys.argv[1], **json.loads(sys.argv[2]))
+    options = json.loads(sys.argv[2])
+    run = train_documents if options.pop("documents", False) else train
+    run(sys.argv[1], **options)

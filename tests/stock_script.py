@@ -19,6 +19,7 @@ output_dir = sys.argv[1]
 set_seed(0)
 texts = [f"{number} green bottles hanging on the wall" for number in range(64)]
 tokenizer = hf_lstm.char_tokenizer(texts)
+tokenizer.padding_side = "right"  # as the README says
 tokenized = Dataset.from_dict({"text": texts}).map(lambda row: tokenizer(row["text"]), remove_columns="text")
 model = AutoModelForCausalLM.from_config(
     AutoConfig.for_model("hf_lstm", vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=1)

@@ -9,18 +9,22 @@ from pathlib import Path
 import lanes_script
 import pytest
 import torch
+from conftest import SCRIPTS, SMALL, make_model
 from safetensors.torch import load_file
 
 STEP = 4  # whose checkpoint is looked at
 
 
-def train_in_two(folder, **options):
-    # `--multi_gpu` is what starts several processes by torchrun; the script itself says `use_cpu=True`
+def launch_two(folder, *command):
+    # `--multi_gpu` is what starts several processes by torchrun; the scripts themselves say `use_cpu=True`
     launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines", "1", "--mixed_precision", "no"]
     launch += ["--num_processes", "2", "--num_cpu_threads_per_process", "1", "--dynamo_backend", "no"]
-    launch += ["--main_process_port", "0", lanes_script.__file__]
-    options = json.dumps(options | {"processes": 2})
-    ran = subprocess.run([sys.executable, *launch, folder, options], capture_output=True, text=True, cwd=folder.parent)
+    launch += ["--main_process_port", "0", *map(str, command)]
+    return subprocess.run([sys.executable, *launch], capture_output=True, text=True, cwd=folder.parent)
+
+
+def train_in_two(folder, **options):
+    ran = launch_two(folder, lanes_script.__file__, folder, json.dumps(options | {"processes": 2}))
     assert ran.returncode == 0, ran.stderr
     return json.loads([line for line in ran.stdout.splitlines() if line.startswith('{"train"')][-1])
 
@@ -100,3 +104,58 @@ def test_two_processes_resume_bit_equal(tmp_path, plain):
 def test_the_states_of_two_processes_are_not_those_of_one(plain):
     with pytest.raises(ValueError, match=r"`world_size` was 2 in .* and is 1 now"):
         lanes_script.train(Path(plain[0]), resume=True)
+
+
+def check_rows(losses):
+    """Each step's loss is that of its four rows alone."""
+    model, documents = make_model(torch.float32, vocab_size=260), lanes_script.documents_of(8)
+    sums = []
+    with torch.no_grad():
+        for document in documents:
+            ids = torch.tensor([document["input_ids"]])
+            sums.append((model(ids, labels=ids).loss.item() * (ids.shape[1] - 1), ids.shape[1] - 1))
+    for step, loss in enumerate(losses):
+        nats, targets = zip(*sums[4 * step : 4 * step + 4], strict=True)
+        assert loss == pytest.approx(sum(nats) / sum(targets), rel=1e-5)
+    assert len(losses) == 2
+
+
+def test_padded_rows_cost_what_they_cost_alone(tmp_path):
+    """As the README says, with the stock Trainer and its collator."""
+    check_rows(lanes_script.train_documents(tmp_path)["train"])
+
+
+@pytest.mark.slow
+def test_padded_rows_cost_the_same_in_two_processes(tmp_path):
+    check_rows(train_in_two(tmp_path / "two", documents=True)["train"])
+
+
+@pytest.mark.slow
+def test_both_processes_end_where_a_run_diverges(tmp_path):
+    options = {"processes": 2, "optim": "sgd", "learning_rate": 1e38}
+
+    ran = launch_two(tmp_path / "two", lanes_script.__file__, tmp_path / "two", json.dumps(options))
+
+    assert ran.returncode != 0
+    assert "ValueError: The run has diverged: the evaluation at step 3 gives a loss of nan" in ran.stderr
+    assert not list((tmp_path / "two").glob("checkpoint-*"))
+
+
+@pytest.mark.slow
+def test_two_processes_take_a_folder_together(tmp_path, text_file):
+    """Both train in it; both are refused where it holds something; and both only report once they have had all steps."""
+    folder = tmp_path / "run"
+    command = [SCRIPTS / "train.py", "--train_file", text_file, "--output_dir", folder, "--max_steps", 6, *SMALL]
+    command += ["--per_device_train_batch_size", 2]
+    first = launch_two(folder, *command)
+    assert first.returncode == 0, first.stderr
+    checkpoints = {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-*/*")}
+
+    refused = launch_two(folder, *command)
+    resumed = launch_two(folder, *command, "--resume_from_checkpoint", "true")
+
+    assert refused.returncode != 0
+    assert f"train.py: `--output_dir` {folder} already holds something" in refused.stderr
+    assert resumed.returncode == 0, resumed.stderr
+    assert {path: path.stat().st_mtime_ns for path in folder.glob("checkpoint-*/*")} == checkpoints
+    assert not (folder / ".lock").exists()

@@ -39,7 +39,7 @@ DATA += (".cache/huggingface/.gitignore", ".cache/huggingface/CACHEDIR.TAG", ".c
 DATA += (".cache/huggingface/*.lock",)
 # What training leaves beside a model, and only training reads. Some are pickles, which are better not opened.
 LEFT = ("training_args.bin", "trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
-LEFT += ("rng_state.pth", "rng_state_*.pth")
+LEFT += ("rng_state.pth", "rng_state_*.pth", ".lock")  # the last by a run that was killed
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 TOKENS += ("additional_special_tokens", "extra_special_tokens")

@@ -124,7 +124,31 @@ def test_a_document_goes_on_where_no_number_is_told(model):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("places", [[0, 4, 13], [0, 4, 99], [-1, 12]], ids=str)
-def test_document_starts_beyond_the_batch_are_refused(places):
-    with pytest.raises(ValueError, match=r"`cu_seq_lens_q` \(-?\d+ to \d+\) must lie between 0 and 12, the tokens of"):
+@pytest.mark.parametrize("places", [[0, 4, 13], [0, 4, 99], [-1, 12], [0, 8], [4, 12], [0, 7, 3, 12], []], ids=str)
+def test_document_starts_that_do_not_ascend_over_the_batch_are_refused(places):
+    with pytest.raises(
+        ValueError, match=r"`cu_seq_lens_q` \(\[.*\]\) must ascend from 0 to 12, the tokens of the batch"
+    ):
         make_model()(IDS, cu_seq_lens_q=torch.tensor(places))
+
+
+def test_document_starts_of_one_prompt_are_refused_for_beams():
+    options = {"max_new_tokens": 2, "do_sample": False}
+
+    with pytest.raises(ValueError, match=r"For beams, .* give `position_ids` instead"):
+        make_model().generate(IDS, cu_seq_lens_q=CU_SEQ_LENS, num_beams=2, **options)
+
+
+@pytest.mark.parametrize("way", [{"prefill_chunk_size": 5}, {"num_beams": 2}, {"continued": 7}], ids=str)
+def test_generate_knows_the_documents_of_a_prompt(model, way):
+    options = {"max_new_tokens": 3, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    options["attention_mask"] = torch.ones_like(IDS)
+    beams = {"num_beams": 2} if "num_beams" in way else {}
+    expected = model.generate(IDS, position_ids=POSITIONS, **options, **beams).logits
+    if read := way.get("continued"):
+        past = model(IDS[:, :read], seq_idx=SEQ_IDX[:, :read]).past_key_values
+        way = {"past_key_values": past}
+
+    actual = model.generate(IDS, seq_idx=SEQ_IDX, **options, **way).logits
+
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-10)

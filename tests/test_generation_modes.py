@@ -259,6 +259,7 @@ def assert_state_is_that_of(model, sequences, cache):
 VOCABULARIES = {
     "Chinese characters": lambda: char_tokenizer(["春眠不覺曉，處處聞啼鳥。"]),
     "Chinese characters or bytes": lambda: char_tokenizer(["春眠不覺曉，處處聞啼鳥。"], byte_fallback=True),
+    "white space": lambda: char_tokenizer(["\n \t"]),
     "DNA": lambda: char_tokenizer(["ACGT\n"]),
     "words": lambda: word_tokenizer(["the quick brown fox jumps over\nlazy dogs"]),
     "words of raw text": lambda: word_tokenizer(["the quick brown fox jumps over\nlazy dogs"], split="unicode"),

@@ -66,6 +66,25 @@ def test_it_is_the_cross_entropy_to_the_last_digit(chunk_size):
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("frozen", [None, "head", "hidden"])
+def test_second_derivatives_are_those_of_the_cross_entropy(frozen):
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(3, 8, 5, generator=generator, dtype=torch.float64, requires_grad=frozen != "hidden")
+    head = nn.Linear(5, 31, bias=False).double().requires_grad_(frozen != "head")
+    targets, inputs = LABELS.clone(), [tensor for tensor in (hidden, head.weight) if tensor.requires_grad]
+
+    def second(loss):
+        first = torch.autograd.grad(loss * 3, inputs, create_graph=True)
+        return torch.autograd.grad(sum(gradient.square().sum() for gradient in first), inputs)
+
+    expected = second(F.cross_entropy(head(hidden).flatten(0, 1), targets.flatten()))
+
+    found = second(loss_without_logits(hidden, head, targets, 7))
+
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_sum_is_float32_whatever_the_weights_are(dtype):
     model = make_model(dtype).train()

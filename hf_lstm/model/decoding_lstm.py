@@ -178,7 +178,7 @@ class LSTMGenerationMixin(GenerationMixin):
             unread = dict.fromkeys(("position_ids", "seq_idx", "cu_seq_lens_q", "labels"))
             mask = None if criteria is None else criteria.mask()
             return kwargs | unread | {"input_ids": token, "attention_mask": mask, "past_key_values": past_key_values}
-        return super().prepare_inputs_for_generation(
+        inputs = super().prepare_inputs_for_generation(
             input_ids,
             next_sequence_length=next_sequence_length,
             past_key_values=past_key_values,
@@ -186,6 +186,11 @@ class LSTMGenerationMixin(GenerationMixin):
             is_first_iteration=is_first_iteration,
             **kwargs,
         )
+        seq_idx, read = inputs.get("seq_idx"), past_key_values.get_seq_length() if has_read else 0
+        length = next(inputs[name].shape[1] for name in ("inputs_embeds", "input_ids") if inputs.get(name) is not None)
+        if seq_idx is not None and seq_idx.shape[1] > length:  # of all tokens, as `position_ids` may be
+            inputs["seq_idx"] = seq_idx[:, read : read + length]
+        return inputs
 
     def _get_static_cache_init_shape(self):
         """`None`: the state of an LSTM has no heads, so a `StaticCache` is filled by the first forward."""
@@ -222,6 +227,7 @@ class StopStrings(StopStringCriteria):
             return text in tokenizer.decode(tokenizer(text, add_special_tokens=False)["input_ids"])
 
         if not is_kept(static_prefix):
-            texts = (tokenizer.decode([index], skip_special_tokens=True) for index in range(len(tokenizer)))
-            static_prefix = next((text for text in texts if text.strip() and is_kept(text)), static_prefix)
+            texts = [tokenizer.decode([index], skip_special_tokens=True) for index in range(len(tokenizer))]
+            texts.sort(key=str.isspace)  # white space, which some decoders strip, only where there is nothing else
+            static_prefix = next((text for text in texts if text and is_kept(text)), static_prefix)
         return StopStringCriteria.clean_tokenizer_vocab(tokenizer, static_prefix=static_prefix, **kwargs)

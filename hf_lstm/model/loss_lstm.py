@@ -132,14 +132,19 @@ class _SumOfCrossEntropies(torch.autograd.Function):
                 weight_grad.addmm_(change.t(), part)
             elif needs_weight:
                 weight_grad += change.t() @ part
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.dtype = weight.dtype
+        ctx.save_for_backward(hidden_grad, weight_grad, hidden, weight, targets)
         return total
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
-        hidden_grad, weight_grad = (
-            None if grad is None else grad * scale.to(grad.dtype) for grad in ctx.saved_tensors
-        )
-        return hidden_grad, None if weight_grad is None else weight_grad.to(ctx.dtype), None, None
+        *grads, hidden, weight, targets = ctx.saved_tensors
+        if (
+            torch.is_grad_enabled()
+        ):  # `create_graph=True`: what is kept is a number, and its own derivatives are wanted
+            scores = F.linear(hidden, weight)
+            total = F.cross_entropy(scores.to(at_least_float32(scores.dtype)), targets, reduction="sum")
+            wanted = [tensor for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False) if needed]
+            found = iter(torch.autograd.grad(total, wanted, scale, create_graph=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None
+        hidden_grad, weight_grad = (None if grad is None else grad * scale.to(grad.dtype) for grad in grads)
+        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None

@@ -10,6 +10,7 @@ Shapes: B rows, T tokens of each, N real tokens in all, S segments.
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional as F
 
 UNKNOWN = torch.iinfo(torch.int64).min
 """The number of the document of a row that has read nothing."""
@@ -124,18 +125,21 @@ def find_segments(real, restarts, carried: bool, cu_seq_lens=None) -> Segments |
     is one segment without padding. `carried` tells whether rows come with a state. Copies to the host once.
 
     Raises:
-        ValueError: if `cu_seq_lens` names places outside the batch.
+        ValueError: if `cu_seq_lens` does not ascend from 0 to `B T`.
     """
     (rows, length), shape, device = real.shape, real.shape, real.device
     on_device = [real, restarts]
     if cu_seq_lens is not None:
-        on_device.append(((cu_seq_lens < 0) | (cu_seq_lens > rows * length)).any().to(device).expand(shape))
-    real, restarts, *outside = torch.stack(on_device).cpu()
-    if outside and outside[0].any():
+        places = F.pad(cu_seq_lens.flatten().long(), (1, 1), value=0)
+        places[-1] = rows * length
+        is_wrong = (places.diff() < 0).any() | (places[1] != 0) | (places[-2] != places[-1])
+        on_device.append(is_wrong.to(device).expand(shape))
+    real, restarts, *is_wrong = torch.stack(on_device).cpu()
+    if is_wrong and is_wrong[0].any():
         raise ValueError(
-            f"`cu_seq_lens_q` ({cu_seq_lens.min().item()} to {cu_seq_lens.max().item()}) must lie between 0 and "
-            f"{rows * length}, the tokens of the batch: give where each document starts among them, and {rows * length} "
-            "after the last."
+            f"`cu_seq_lens_q` ({str(cu_seq_lens.flatten().tolist())[:60]}) must ascend from 0 to {rows * length}, the tokens of "
+            "the batch: it says where each document starts among them, and ends with their number. For beams, several "
+            "sequences or prompts in chunks give `position_ids` instead, which are 0 where a document starts."
         )
 
     tokens = real.flatten().nonzero().squeeze(1)  # (N,) row by row

@@ -13,9 +13,10 @@ it; training collators pad on their own.
 
 import codecs
 import copy
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice
 from weakref import WeakKeyDictionary
 
@@ -185,8 +186,9 @@ def encode_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bo
     Encode text as it is written: what looks like a special or an added token is letters. Corpora, sentences to score,
     prompts and the content of messages are encoded here, so that no text can end a document or speak for another.
 
-    In the words of `word_tokenizer`, `<unk>` and `<eos>` stay those tokens, as the corpora write them. An added token of
-    white space alone stays a token too, since models of code have those for ordinary text.
+    In the words of `word_tokenizer`, `<unk>` and `<eos>` stay those tokens, as the corpora write them, and added tokens
+    that are not special are words. An added token of white space alone stays a token too, since models of code have those
+    for ordinary text.
 
     Args:
         texts (`list[str]`): Any texts, whole or in pieces.
@@ -210,8 +212,7 @@ def encode_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bo
     if not texts:
         return BatchEncoding({"input_ids": [], "offset_mapping": []} if offsets else {"input_ids": []})
     options = {"return_offsets_mapping": True} if offsets else {}
-    reader, markers = _raw_reader(tokenizer)
-    encoded = reader(
+    return _raw_reader(tokenizer)(
         texts,
         add_special_tokens=False,
         split_special_tokens=True,
@@ -219,38 +220,58 @@ def encode_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bo
         verbose=False,
         **options,
     )
-    if markers:
-        encoded["input_ids"] = [
-            [tokenizer.unk_token_id if index in markers else index for index in ids] for ids in encoded["input_ids"]
-        ]
-    return encoded
 
 
-def _raw_reader(tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedTokenizerBase, set[int]]:
+def letter_reader(tokenizer: PreTrainedTokenizerFast, markers: Collection[str] = ()) -> PreTrainedTokenizerFast:
     """
-    A copy for raw text alone, and the ids that text cannot mean. Asked for per call, `split_special_tokens` is set on the
-    Rust object, where another thread's call would change it; and it is for special tokens: added ones count as such here.
+    Copy a tokenizer so that its special tokens, and `markers` among the added ones, are letters to it, as [`encode_raw`]
+    describes. Asked for per call, `split_special_tokens` is set on the Rust object, where another thread's call would
+    change it; it is for special tokens alone; and the model may have a piece of that name, which it would find.
     """
+    backend = tokenizer.backend_tokenizer
+    words = isinstance(backend.model, models.WordLevel)
+    added = [token for token in backend.get_added_tokens_decoder().values() if not token.content.isspace()]
+    markers = {*markers, *(token.content for token in added if token.special)}
+    reader = copy.deepcopy(tokenizer)
+    reader.add_tokens(sorted(markers if words else {token.content for token in added}), special_tokens=True)
+    reader.split_special_tokens = True
+    kept = {tokenizer.unk_token, tokenizer.eos_token if words else None}
+    reader.backend_tokenizer.model = _model_without(markers - kept - _FALLBACK.keys(), backend)
+    return reader
+
+
+def _model_without(tokens: set[str], backend: Tokenizer):
+    """The model of a tokenizer that finds none of `tokens` in a text: the other pieces keep their ids."""
+    rules = json.loads(backend.to_str())
+    model = rules["model"]
+    if model["type"] == "Unigram":  # ids are places in a list: a name that no text has
+        model["vocab"] = [["\uffff" * (name in tokens) + name, score] for name, score in model["vocab"]]
+    else:
+        if model["type"] == "BPE":
+            if model["unk_token"] is None:  # nothing else spells a single letter
+                tokens = {token for token in tokens if len(token) > 1}
+            prefix = len(model["continuing_subword_prefix"] or "")
+            model["merges"] = [(a, b) for a, b in model["merges"] if not {a, b, a + b[prefix:]} & tokens]
+        model["vocab"] = {name: index for name, index in model["vocab"].items() if name not in tokens}
+    return Tokenizer.from_str(json.dumps(rules | {"added_tokens": []})).model
+
+
+def _raw_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     if not tokenizer.is_fast:
-        return tokenizer, set()
-    rules = repr((tokenizer.backend_tokenizer.normalizer, tokenizer.backend_tokenizer.pre_tokenizer))
+        return tokenizer
+    backend = tokenizer.backend_tokenizer
+    parts = (
+        backend.normalizer,
+        backend.pre_tokenizer,
+        backend.post_processor,
+        getattr(backend.model, "dropout", None),
+    )
+    added = (backend.get_added_tokens_decoder(), tokenizer.unk_token, tokenizer.eos_token)
+    rules = repr((parts, added, backend.get_vocab_size(with_added_tokens=False)))  # a model's own repr takes 7 ms
     known = _RAW_READERS.get(tokenizer)
     if known is None or known[0] != rules:
-        reader = copy.deepcopy(tokenizer)
-        added = [token.content for token in reader.added_tokens_decoder.values() if not token.content.isspace()]
-        reader.add_tokens(added, special_tokens=True)
-        reader.split_special_tokens = True
-        _RAW_READERS[tokenizer] = known = (rules, reader, _markers_in_text(reader, added))
-    return known[1:]
-
-
-def _markers_in_text(reader, added: list[str]) -> set[int]:
-    """The added tokens that are words of a vocabulary of words: in a text they are unknown, but for `<unk>` and `<eos>`."""
-    found = reader(["", *added], add_special_tokens=False, split_special_tokens=True)["input_ids"][1:]
-    if reader.unk_token is None or not isinstance(reader.backend_tokenizer.model, models.WordLevel):
-        return set()
-    own = reader.convert_tokens_to_ids(added)
-    return {index for index in own if [index] in found} - {reader.unk_token_id, reader.eos_token_id}
+        _RAW_READERS[tokenizer] = known = (rules, letter_reader(tokenizer))
+    return known[1]
 
 
 _RAW_READERS = WeakKeyDictionary()  # of each tokenizer: copying one of 50,000 tokens takes a tenth of a second
@@ -343,8 +364,10 @@ class StreamDecoder:
         decoder = codecs.getincrementaldecoder("utf-8")(
             "surrogateescape" if "ByteFallback" in self.rules else "replace"
         )
-        text = decoder.decode(data)
-        return re.sub("[\udc80-\udcff]", "\ufffd", text), decoder.getstate()[0]  # of `ByteFallback`: one for each byte
+        text, held = decoder.decode(data), decoder.getstate()[0]
+        if len(held.decode(errors="replace")) > 1:  # half a surrogate pair, which Python waits for and then refuses
+            text, held = text + decoder.decode(b"", final=True), b""
+        return re.sub("[\udc80-\udcff]", "\ufffd", text), held  # of `ByteFallback`: one for each byte
 
     def _broken(self, data: bytes) -> str:
         return "\ufffd" * (len(data) if "ByteFallback" in self.rules else bool(data))

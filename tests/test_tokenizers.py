@@ -5,13 +5,14 @@ import random
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from itertools import pairwise
+from itertools import chain, pairwise, product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.normalizers import NFC
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, PythonBackend
 
 from hf_lstm import TokenStream, bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizers, word_tokenizer
@@ -108,7 +109,10 @@ def test_tokens_in_a_call_are_letters_in_raw_text(name, special, tmp_path):
         stream = TokenStream.from_documents([text], one)
 
         assert [id for id in one(text)["input_ids"] if id in (0, 2, 3, user, assistant)] == [user, 3, assistant, 2, 0]
-        assert not set(letters) & {0, 2, 3, user, assistant}
+        words = (
+            {user, assistant} if name.endswith("words") and not special else set()
+        )  # ordinary ones, that were added
+        assert set(letters) & {0, 2, 3, user, assistant} == words
         assert stream[:].tolist() == letters
         assert one(text)["input_ids"] == tokenizer(text)["input_ids"]  # as before: nothing was set on it
 
@@ -137,6 +141,86 @@ def test_words_know_unk_and_eos_alone():
 
     assert encoded["input_ids"] == [[tokenizer.convert_tokens_to_ids("the"), 1, 3, 1, 1, 1, 3]]
     assert encoded["offset_mapping"][0][:3] == [(0, 3), (4, 9), (10, 15)]
+
+
+def test_added_words_are_words():
+    tokenizer = word_tokenizer(["the cat sat"])
+    tokenizer.add_tokens(["cat", "dog"])
+    tokenizer.add_special_tokens({"sep_token": "sat"})
+
+    the, cat, dog = tokenizer.convert_tokens_to_ids(["the", "cat", "dog"])
+    assert encode_raw(["the cat", "dog sat"], tokenizer)["input_ids"] == [[the, cat], [dog, 1]]
+
+
+MARKED = ["a <bos> b", "<pad><sep>a", "b<eos>"]
+
+
+def pieces_with_markers(model, pre_tokenizer=None):
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizer
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **tokenizers.SPECIAL_TOKENS)
+    fast.add_special_tokens({"sep_token": "<sep>"})
+    return fast
+
+
+NAMES = [
+    "<pad>",
+    "<unk>",
+    "<bos>",
+    "<eos>",
+    "<sep>",
+    *"abdeopsx<> ",
+    "##<",
+    "##>",
+    *(f"##{letter}" for letter in "abdeops"),
+]
+MERGES = [("<", "s"), ("e", "p"), ("ep", ">"), ("<s", "ep>"), ("<sep>", "x")]
+MODELS = {
+    "unigram": lambda: pieces_with_markers(models.Unigram([(name, -len(name) / 9) for name in NAMES[:16]], unk_id=1)),
+    "wordpiece": lambda: pieces_with_markers(
+        models.WordPiece({name: index for index, name in enumerate(NAMES)}, unk_token="<unk>"), WhitespaceSplit()
+    ),
+    "merges": lambda: pieces_with_markers(
+        models.BPE({name: index for index, name in enumerate([*NAMES[:16], "<s", "ep", "ep>", "<sep>x"])}, MERGES)
+    ),
+    "whole pieces": lambda: pieces_with_markers(
+        models.BPE({name: index for index, name in enumerate(NAMES[:16])}, [], ignore_merges=True), WhitespaceSplit()
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_pieces_of_a_vocabulary_that_are_markers_are_letters_in_raw_text(name):
+    tokenizer = MODELS[name]()
+    markers = set(tokenizer.all_special_ids)
+
+    letters = encode_raw(MARKED, tokenizer)["input_ids"]
+
+    assert tokenizer(MARKED[1])["input_ids"][:2] == [0, 4]
+    assert not {index for ids in letters for index in ids} & (markers - {1})
+    spelt = ["".join(tokenizer.convert_ids_to_tokens(ids)).replace("##", "") for ids in letters]
+    assert [text.replace(" ", "") for text in spelt] == [text.replace(" ", "") for text in MARKED]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda tokenizer: tokenizer.add_tokens(["  "]),
+        lambda tokenizer: tokenizer.add_special_tokens({"sep_token": "b"}),
+        lambda tokenizer: setattr(
+            tokenizer.backend_tokenizer, "model", models.WordLevel({"b": 7, "<unk>": 1}, "<unk>")
+        ),
+        lambda tokenizer: setattr(tokenizer.backend_tokenizer, "pre_tokenizer", WhitespaceSplit()),
+    ],
+    ids=["white space", "special", "model", "pre-tokenizer"],
+)
+def test_raw_text_is_read_by_the_tokenizer_as_it_is(change):
+    read, fresh = (char_tokenizer(["b <a"]) for _ in range(2))
+    before = encode_raw(["a  b"], read)["input_ids"]
+    for tokenizer in (read, fresh):
+        change(tokenizer)
+
+    assert encode_raw(["a  b"], read)["input_ids"] == encode_raw(["a  b"], fresh)["input_ids"] != before
 
 
 def test_added_white_space_is_a_token_in_raw_text():
@@ -406,6 +490,24 @@ def test_bytes_decode_as_pythons(data):
 
 
 BYTES = byte_tokenizer()
+
+
+def test_bytes_are_told_as_pythons():
+    critical = [0x41, 0x80, 0xA0, 0xE0, 0xED, 0xF0]
+    for data in chain.from_iterable(product(critical, repeat=length) for length in (1, 2, 3, 4)):
+        decoder = StreamDecoder(BYTES)
+
+        text = "".join(decoder.step(4 + byte) for byte in data)
+
+        assert text + decoder.waiting == text + decoder.end() == bytes(data).decode(errors="replace")
+
+
+def test_half_a_surrogate_pair_does_not_wait():
+    decoder = StreamDecoder(BYTES)
+
+    pieces = [decoder.step(4 + byte) for byte in b"a\xed\xa0b"]
+
+    assert pieces == ["a", "", "\ufffd\ufffd", "b"]
 
 
 def test_one_bad_byte_spoils_no_text():

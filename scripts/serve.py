@@ -22,7 +22,7 @@ from serve_fields import CHAT_COMPLETION, COMPLETION, PROMPT, RESPONSE, Refused,
 from serve_writer import Job, Piece, Prompt, Writer, encode_chat
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
@@ -297,6 +297,10 @@ async def say_refused(request: Request, error: Refused) -> Response:
     return JSONResponse(error_object(str(error), 400, error.field), status_code=400)
 
 
+async def say_nothing(request: Request, error: ClientDisconnect) -> Response:
+    return Response(status_code=499)  # nobody reads it
+
+
 async def say_unknown(request: Request, error: HTTPException) -> Response:
     message = f"{error.detail}: this server answers POST to {', '.join(ADDRESSES)} and GET to /v1/models and /health."
     return JSONResponse(error_object(message, error.status_code), status_code=error.status_code, headers=error.headers)
@@ -342,7 +346,12 @@ def make_app(arguments: Arguments) -> Starlette:
                 for address, endpoint in ADDRESSES.items()
             ),
         ],
-        exception_handlers={Refused: say_refused, HTTPException: say_unknown, Exception: say_failed},
+        exception_handlers={
+            Refused: say_refused,
+            ClientDisconnect: say_nothing,
+            HTTPException: say_unknown,
+            Exception: say_failed,
+        },
     )
 
 

@@ -128,6 +128,9 @@ async def read_body(request: Request, rules: dict[str, Rule]) -> dict:
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise Refused(f"The header Content-Type ({kind!r}) must be application/json.")
+    coding = request.headers.get("content-encoding", "")
+    if coding.strip().lower() not in ("", "identity"):
+        raise Refused(f"The header Content-Encoding ({coding!r}) must be left out: the body is read as it is.")
     data = b""
     async for chunk in request.stream():
         data += chunk

@@ -6,16 +6,17 @@ Log probabilities are in nats, before the temperature. Shapes: V vocabulary.
 import asyncio
 import re
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain
 from typing import NamedTuple
 
-import jinja2
 import torch
 from serve_fields import Refused
 from transformers import (
+    AddedToken,
     DynamicCache,
     LogitsProcessor,
     LogitsProcessorList,
@@ -23,7 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, encode_raw
+from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, letter_reader
 
 READ_AT_ONCE = 512  # tokens of a prompt whose log probabilities are asked for
 
@@ -32,7 +33,8 @@ def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
     """
     Encode a conversation in the tokenizer's chat template: the template's own markers are tokens, and what the messages
     hold is letters, whatever it looks like. The template is rendered once more with letters for the messages' that no marker
-    has: the markers in there are its own. Between two of them, text is encoded as one.
+    has: the markers in there are its own. Where the messages hold none, the ids are those of `apply_chat_template`; else the
+    tokenizer reads the whole text too, with a sign that the text lacks for each marker of the template's own.
 
     Args:
         tokenizer (`PreTrainedTokenizerFast`): One with a `chat_template`.
@@ -41,13 +43,13 @@ def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
     Raises:
         Refused: if the template refuses the messages, or changes one that looks like a marker.
     """
-    markers = [token.content for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()]
-    pattern = re.compile("|".join(re.escape(marker) for marker in sorted(markers, key=len, reverse=True)) or "(?!)")
-    letters = sorted(
-        {letter for marker in markers for letter in marker if not letter.isspace()}
-    )  # templates strip space
+    added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()}
+    if tokenizer.split_special_tokens:  # as version 0.1.0 saved it: the template's markers are letters too
+        added = {name: token for name, token in added.items() if not token.special}
+    letters = sorted({letter for name in added for letter in name if not letter.isspace()})  # templates strip space
     said = {letter for message in messages for value in message.values() for letter in value}
-    unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in said)  # a plane for private use
+    symbols = chain(range(0x1D000, 0x1D0F6), range(0xF0000, 0xFFFFE))  # a notation of music, a plane for private use
+    unused = (chr(code) for code in symbols if chr(code) not in said)
     twins = dict(zip(letters, unused, strict=False))
     hide, show = str.maketrans(twins), str.maketrans({twin: letter for letter, twin in twins.items()})
     hidden = [
@@ -57,15 +59,40 @@ def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
     render = partial(tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
     try:
         text, marked = render(messages), render(hidden)
-    except jinja2.TemplateError as error:
-        raise Refused(f"The model's chat template refuses the messages: {error}.", "messages") from error
-    if pattern.findall(text) == pattern.findall(marked):  # none in the messages, which the template may look into
-        marked, show = text, {}
-    elif marked.translate(show) != text:
+    except Exception as error:  # of any class: a template is a program
+        reason = str(error) or type(error).__name__
+        raise Refused(f"The model's chat template refuses the messages: {reason}.", "messages") from error
+    normalizer = tokenizer.backend_tokenizer.normalizer
+    normalize = normalizer.normalize_str if normalizer else str
+    pattern = any_of(added)
+    patterns = [pattern, any_of(normalize(name) for name, token in added.items() if token.normalized)]
+    if all(
+        one.findall(change(text)) == one.findall(change(marked))
+        for one, change in zip(patterns, (str, normalize), strict=True)
+    ):
+        return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if marked.translate(show) != text:
         raise Refused("The chat template changes a message that looks like a special token: leave it out.", "messages")
-    between = encode_raw([part.translate(show) for part in pattern.split(marked)], tokenizer)["input_ids"]
-    own = tokenizer.convert_tokens_to_ids(pattern.findall(marked))
-    return between[0] + [index for marker, ids in zip(own, between[1:], strict=True) for index in (marker, *ids)]
+    signs = dict(zip(sorted(set(pattern.findall(marked))), unused, strict=False))
+    reader = letter_reader(tokenizer, signs)
+    flags = {name: {flag: getattr(added[name], flag) for flag in ("lstrip", "rstrip", "normalized")} for name in signs}
+    reader.add_tokens([AddedToken(sign, **flags[name]) for name, sign in signs.items()])
+
+    def sign(match):
+        around = text[max(0, match.start() - 1) : match.start()] + text[match.end() : match.end() + 1]
+        return match[0] if added[match[0]].single_word and re.search(r"\w", around) else signs[match[0]]
+
+    ids = reader(
+        pattern.sub(sign, marked).translate(show), add_special_tokens=False, split_special_tokens=True, verbose=False
+    )["input_ids"]
+    names = [reader.convert_tokens_to_ids(sign) for sign in signs.values()]
+    own = dict(zip(names, tokenizer.convert_tokens_to_ids(list(signs)), strict=True))
+    return [own.get(index, index) for index in ids]
+
+
+def any_of(names: Iterable[str]) -> re.Pattern:
+    """Where one of the names stands, the longest of them."""
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
 
 
 @dataclass
@@ -206,17 +233,23 @@ class Writer:
         return Prompt(encoded["input_ids"], text, [start for start, _ in encoded["offset_mapping"]])
 
     def name(self, token: int) -> str:
-        """A token as OpenAI shows it: its text, or its bytes where they are not UTF-8."""
-        if token in self.tokenizer.all_special_ids:
-            return self.tokenizer.convert_ids_to_tokens(token)
-        try:
-            return self._bytes[token].decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in self._bytes[token])
+        """A token as OpenAI shows it: its text, or its bytes where they are not UTF-8; its id where another is called so."""
+        return self._names[token]
 
     @cached_property
-    def _bytes(self) -> list[bytes]:
-        return bytes_of_tokens(self.tokenizer, self.model.config.vocab_size)
+    def _names(self) -> list[str]:
+        special = {
+            index: token.content for index, token in self.tokenizer.added_tokens_decoder.items() if token.special
+        }
+        names = {}
+        for index, spelt in enumerate(bytes_of_tokens(self.tokenizer, self.model.config.vocab_size)):
+            try:
+                name = special.get(index) or spelt.decode()
+            except UnicodeDecodeError:
+                name = "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelt)
+            names.setdefault(name or f"token_id:{index}", index)
+        by_id = {index: name for name, index in names.items()}
+        return [by_id.get(index, f"token_id:{index}") for index in range(self.model.config.vocab_size)]
 
     async def pieces(self, job: Job) -> AsyncIterator[Piece]:
         """The answers as they are written. Closing it ends the writing."""

@@ -237,6 +237,20 @@ def test_echo_and_logprobs_say_what_the_model_expects(ask, model):
     )
 
 
+def test_tokens_have_names_of_their_own(scripts):
+    tokenizer = char_tokenizer(["ab"], byte_fallback=True)
+    tokenizer.add_tokens(["<|user|>", "<|end|>"], special_tokens=True)
+    writer = scripts.serve_writer.Writer(make_model(vocab_size=len(tokenizer) + 2), tokenizer)
+
+    names = [writer.name(index) for index in range(len(tokenizer) + 2)]
+
+    assert names[:6] == ["<pad>", "<unk>", "<bos>", "<eos>", "a", "b"]
+    assert names[6 + 0x61] == f"token_id:{6 + 0x61}"  # a letter of its own, and a byte
+    assert names[6 + 0xFF] == "bytes:\\xff"
+    assert names[-4:] == ["<|user|>", "<|end|>", "token_id:264", "token_id:265"]
+    assert len(set(names)) == len(names)
+
+
 def test_echo_alone_reads_and_writes_nothing(ask):
     answer = ask(max_tokens=0, echo=True)
 
@@ -486,6 +500,14 @@ def test_a_body_of_another_kind_is_refused(post, kind):
     assert "must be application/json" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("coding", ["gzip", "br", "gzip, identity"])
+def test_a_packed_body_is_refused(post, coding):
+    answer = post({"prompt": "the"}, **{"content-encoding": coding})
+
+    assert answer.status_code == 400
+    assert f"Content-Encoding ('{coding}') must be left out" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     "path", ["/v1/embeddings", "/v1/audio/transcriptions", "/load_model", "/reset", "/docs", "/%ff"]
 )
@@ -555,6 +577,22 @@ def test_a_stream_that_waits_to_be_sent_ends_with_its_client(scripts):
         return list(ended)  # before the loop ends, which closes all that is open
 
     assert asyncio.run(answer()) == [True]
+
+
+def test_a_client_that_leaves_before_its_request_is_whole(app):
+    sent, parts = [], iter([{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}])
+    headers = [(b"content-type", b"application/json")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": headers, "query_string": b""}
+
+    async def receive():
+        return next(parts)
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(app(scope, receive, send))  # raises nothing, which would be logged as a fault of the server's
+
+    assert sent[0]["status"] == 499
 
 
 # ---- Conversations ----

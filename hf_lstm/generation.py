@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import math
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,7 @@ from hf_lstm.tokenizers import StreamDecoder
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
 REMEMBERED = ("held", "document")  # by the first layer of a cache; files of version 0.1.0 lack them
 READ_AT_ONCE = 1024  # tokens
+COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be drawn, and scores would overflow
 
 
 def save_state(model, cache: Cache, path: str | Path) -> None:
@@ -136,7 +138,7 @@ class Session:
         self,
         max_new_tokens: int = 200,
         do_sample: bool = True,
-        temperature: float = 1.0,
+        temperature: float | None = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
@@ -151,7 +153,8 @@ class Session:
 
         Args:
             max_new_tokens (`int`, defaults to 200): Tokens to write at most.
-            do_sample, temperature, top_k, top_p, min_p: As `generate()` has them; a `top_k` of 0 means all tokens.
+            do_sample, temperature, top_k, top_p, min_p:
+                As `generate()` has them; a `top_k` of 0 means all tokens, a temperature below 1e-4 the most probable one.
             seed (`int`, *optional*): The same one writes the same text; without it torch's own generator is asked.
 
         Raises:
@@ -161,12 +164,18 @@ class Session:
             raise ValueError("The session has read nothing: `feed` it a text first, or begin it with a `start_token`.")
         if max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` ({max_new_tokens}) must be at least 1.")
+        if seed is not None and not -(2**63) <= seed < 2**64:
+            raise ValueError(f"`seed` ({seed}) must be a whole number from -2**63 to 2**64 - 1.")
+        if do_sample and top_p is not None and math.isnan(top_p):
+            raise ValueError(f"`top_p` ({top_p}) must be a number from 0 to 1.")
         warpers = LogitsProcessorList()
-        if temperature != 1:
-            warpers.append(TemperatureLogitsWarper(temperature))
-        for warper, value in ((TopKLogitsWarper, top_k or None), (TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)):
-            if value is not None:
+        for warper, value in (
+            (TemperatureLogitsWarper, None if temperature == 1 else temperature),
+            *((TopKLogitsWarper, top_k or None), (TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)),
+        ):
+            if do_sample and value is not None:
                 warpers.append(warper(value))
+        do_sample = do_sample and (temperature is None or temperature >= COLDEST)
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
         return _Stream(self, self._write(max_new_tokens, warpers if do_sample else None, generator))
 
@@ -305,7 +314,9 @@ def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor],
     """Beside the old file first, under a name of its own, so that there is always a whole one, whoever else saves there."""
     if not Path(path).name or Path(path).is_dir():
         raise ValueError(f"`path` ({str(path)!r}) names no file: give it a name, such as `talk.session`.")
-    path = Path(path)
+    path = _checked(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"`path` ({str(path)!r}) is a device or a pipe, which would be replaced: name a file.")
     unfinished = path.with_name(f"{uuid.uuid4().hex}.unfinished")
     metadata = {"format": kind, "model": _digest(dict(model.named_parameters())), "tokens": str(int(length))}
     try:
@@ -320,7 +331,7 @@ def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor],
 
 def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], int]:
     """The tensors, and how many tokens were read."""
-    path = Path(path)
+    path = _checked(path)
     if not path.is_file():
         raise ValueError(f"The file {path} does not exist.")
     try:
@@ -336,6 +347,13 @@ def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], 
     if metadata.get("digest") != _digest(tensors) or not metadata.get("tokens", "").isdecimal():
         raise ValueError(f"{path} was changed after it was saved: save it again.")
     return tensors, int(metadata["tokens"])
+
+
+def _checked(path: str | Path) -> Path:
+    """A path that safetensors can open, whose names are UTF-8."""
+    if "\0" in str(path) or str(path).encode(errors="ignore").decode() != str(path):
+        raise ValueError(f"`path` ({str(path)!r}) holds a null character or is not UTF-8: give the file another name.")
+    return Path(path)
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], config, source: str) -> None:

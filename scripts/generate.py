@@ -7,7 +7,7 @@ python scripts/generate.py --model runs/first --interactive true
 
 import contextlib
 import sys
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from transformers.generation import BaseStreamer
 
 from hf_lstm import Session
 from hf_lstm.data.streams import encode
+from hf_lstm.generation import COLDEST
 from hf_lstm.tokenizers import StreamDecoder, ends_lines
 
 HELP = """What you type is read as it stands, and the model goes on; an empty line lets it go on, Ctrl-C stops it.
@@ -80,6 +81,8 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
 
+    if sampling.temperature is not None and 0 < sampling.temperature < COLDEST:
+        sampling = replace(sampling, do_sample=False)
     options = {flag.name: getattr(sampling, flag.name) for flag in fields(sampling)}
     options = {name: value for name, value in options.items() if value is not None}
     if not sampling.do_sample:

@@ -24,6 +24,7 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from hf_lstm.generation import COLDEST
 from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, letter_reader
 
 READ_AT_ONCE = 512  # tokens of a prompt whose log probabilities are asked for
@@ -306,7 +307,6 @@ class Writer:
             return torch.tensor(done, device=input_ids.device)
 
         inputs = torch.tensor([ids] * len(answers), device=self.model.device)
-        # Nearer to 0 the most probable token is all that could be drawn, and scores would overflow.
         drawn = {"do_sample": True, "temperature": float(job.temperature), "top_k": 0, "top_p": job.top_p}
         self.model.generate(
             inputs,
@@ -314,7 +314,7 @@ class Writer:
             max_new_tokens=job.max_tokens,
             logits_processor=LogitsProcessorList([] if job.logprobs is None else [scores]),
             stopping_criteria=StoppingCriteriaList([Growth(grow)]),
-            **(drawn if job.temperature >= 1e-4 else {"do_sample": False}),
+            **(drawn if job.temperature >= COLDEST else {"do_sample": False}),
         )
 
     @torch.no_grad()

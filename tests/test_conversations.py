@@ -150,6 +150,20 @@ def test_a_prompt_and_what_follows_are_the_whole_decoded(tmp_path, run, make):
     assert written == text + "\n"
 
 
+@pytest.mark.parametrize("options", [["--prompt", "the horse"], ["--interactive", "true", "--prompt", "the horse"]])
+def test_a_temperature_near_0_takes_the_most_probable_token(tmp_path, run, model, monkeypatch, options):
+    for part in (model, TOKENIZER):
+        part.save_pretrained(tmp_path)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+
+    cold, greedy = (
+        run("generate.py", "--model", tmp_path, "--max_new_tokens", "12", *options, *more)
+        for more in (["--temperature", "1e-40"], ["--do_sample", "false"])
+    )
+
+    assert cold == greedy
+
+
 def test_a_prompt_that_is_not_utf_8(tmp_path, run, model, monkeypatch):
     for part in (model, TOKENIZER):
         part.save_pretrained(tmp_path)

@@ -461,6 +461,19 @@ def test_a_top_k_of_0_means_all(model):
 
 
 @pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({"temperature": None}, {"temperature": 1.0}),
+        ({"temperature": 1e-40}, {"do_sample": False}),
+        ({"temperature": 5e-324, "top_k": 3, "top_p": 0.5}, {"do_sample": False}),
+        ({"temperature": 0, "top_p": -1.0, "do_sample": False}, {"do_sample": False}),
+    ],
+)
+def test_options_are_taken_as_generate_takes_them(model, options, same):
+    assert written(session_of(model), seed=1, **options) == written(session_of(model), seed=1, **same)
+
+
+@pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda m: Session(m.train(), TOKENIZER), "in training mode"),
@@ -476,6 +489,14 @@ def test_a_top_k_of_0_means_all(model):
         (lambda m: session_of(m).stream(max_new_tokens=0), r"`max_new_tokens` \(0\) must be at least 1"),
         (lambda m: session_of(m).stream(temperature=0.0), "temperature"),
         (lambda m: session_of(m).stream(top_p=2.0), "top_p"),
+        (lambda m: session_of(m).stream(top_p=float("nan")), r"`top_p` \(nan\) must be a number from 0 to 1"),
+        (lambda m: session_of(m).stream(min_p=float("nan")), "min_p"),
+        (lambda m: session_of(m).stream(temperature=float("nan")), "temperature"),
+        (lambda m: session_of(m).stream(seed=2**64), r"`seed` \(18446744073709551616\) must be a whole number from"),
+        (lambda m: session_of(m).stream(seed=-(2**63) - 1), r"`seed` \(-9223372036854775809\) must be"),
+        (lambda m: session_of(m).save("a\udcffb"), r"`path` \('a\\udcffb'\) holds a null character or is not UTF-8"),
+        (lambda m: session_of(m).save("a\0b"), r"`path` \('a\\x00b'\) holds a null character"),
+        (lambda m: Session.load(m, TOKENIZER, "a\udcffb"), r"`path` \('a\\udcffb'\) holds a null character or is not"),
         (lambda m: Session.load(m, TOKENIZER, "nowhere"), "The file nowhere does not exist"),
     ],
 )

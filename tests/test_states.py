@@ -2,6 +2,7 @@
 
 import copy
 import json
+import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -126,6 +127,21 @@ def test_a_file_is_replaced_when_the_new_one_is_complete(tmp_path, monkeypatch):
     monkeypatch.undo()
     with pytest.raises(OSError, match=r"nowhere/state cannot be written: .*No such file"):
         save_state(model, read(model), tmp_path / "nowhere" / "state")
+
+
+def test_a_pipe_is_not_replaced(tmp_path):
+    model, path, link = make_model(), tmp_path / "pipe", tmp_path / "link"
+    os.mkfifo(path)
+    link.symlink_to(path)
+
+    for name in (path, link):
+        with pytest.raises(
+            ValueError, match=r"`path` \('.*'\) is a device or a pipe, which would be replaced: name a file"
+        ):
+            save_state(model, read(model), name)
+
+    assert path.is_fifo()
+    assert sorted(tmp_path.iterdir()) == [link, path]
 
 
 def test_many_may_save_to_one_path(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ from hf_lstm import (
     word_tokenizer,
 )
 from hf_lstm.data import one_split
+from hf_lstm.tokenizers import drops_text, unknown_id
 
 LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
 SEARCHED = 100_000_000  # bytes of training data in which validation data is looked for
@@ -110,7 +111,13 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
 
 def describe(texts, streams: dict[str, TokenStream], tokenizer, vocab_size: int) -> None:
     """Say what the corpus holds, and warn of what is surely wrong with it."""
-    unknown = tokenizer.unk_token_id if tokenizer.unk_token_id != tokenizer.eos_token_id else None
+    unknown = unknown_id(tokenizer)
+    unknown = None if unknown == tokenizer.eos_token_id else unknown
+    if drops_text(tokenizer):
+        _warn(
+            "the tokenizer has no token for what it lacks and leaves it out in silence, and bits per byte mean little "
+            "where it does: `--tokenizer bpe` knows every text."
+        )
     counts = {split: stream.counts(vocab_size) for split, stream in streams.items()}
     for split in texts:
         if split not in streams:

@@ -29,6 +29,7 @@ from hf_lstm.evaluation import (
     gradient_rms,
     losses_by_position,
 )
+from hf_lstm.tokenizers import drops_text, unknown_id
 
 
 def flag(help, default=None, **options):
@@ -296,9 +297,12 @@ def stream_of(texts, model, tokenizer) -> TokenStream:
     """The tokens of texts; what the tokenizer does not know is said."""
     tokens = TokenStream.from_documents(texts, tokenizer)
     counts = tokens.counts(model.config.vocab_size)
-    unknown = counts[tokenizer.unk_token_id] if tokenizer.unk_token_id not in (None, tokenizer.eos_token_id) else 0
+    index = unknown_id(tokenizer)
+    unknown = counts[index] if index not in (None, tokenizer.eos_token_id) else 0
     if unknown:
         say(f"{unknown:,} of {len(tokens):,} tokens are unknown to the tokenizer: bits per byte mean little")
+    if drops_text(tokenizer):
+        say("The tokenizer leaves out what it lacks in silence: bits per byte mean little where it lacks something")
     return tokens
 
 

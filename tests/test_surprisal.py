@@ -10,6 +10,8 @@ import pytest
 import reference
 import torch
 from conftest import make_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from hf_lstm import (
     bpe_tokenizer,
@@ -263,6 +265,52 @@ def test_a_tokenizer_without_an_unknown_token_of_its_own(unk_token, warnings):
 
     assert not tokens["unknown"].any()
     assert warnings == []
+
+
+def fast(model, cut, **names):
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = cut
+    return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+
+@pytest.mark.parametrize("names", [{}, {"unk_token": "<unk>"}], ids=["none", "another"])
+@pytest.mark.parametrize("kind", ["words", "pieces", "unigrams"])
+def test_the_unknown_token_is_the_one_that_the_model_has(kind, names, warnings):
+    """Whatever the wrapper calls it."""
+    words = ["[UNK]", "the", "fox", "<eos>"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    model = {
+        "words": lambda: models.WordLevel(vocabulary, unk_token="[UNK]"),
+        "pieces": lambda: models.WordPiece(vocabulary, unk_token="[UNK]"),
+        "unigrams": lambda: models.Unigram([(word, -1.0) for word in words], unk_id=0, byte_fallback=False),
+    }[kind]()
+    tokenizer = fast(model, pre_tokenizers.WhitespaceSplit(), eos_token="<eos>", **names)
+    pairs = [{"sentence_good": "the zebra fox", "sentence_bad": "the lion fox"}]
+
+    frame = minimal_pairs(model_for(tokenizer), tokenizer, pairs)
+
+    assert frame[["unknown_good", "unknown_bad", "correct"]].to_numpy().tolist() == [[1, 1, 0.5]]
+    assert "2 of 6 tokens, in 2 of 2 texts, are unknown to the tokenizer and scored as [UNK]" in warnings[0]
+
+
+@pytest.mark.parametrize("byte_level", [True, False], ids=["bytes", "characters"])
+def test_characters_that_a_tokenizer_drops_are_marked_in_their_words(byte_level, warnings):
+    space = "Ġ" if byte_level else " "
+    known = bpe_tokenizer(["é"], 261).backend_tokenizer.pre_tokenizer.pre_tokenize_str("é")[0][0]
+    letters = ["<eos>", *"thefox", space, *(known if byte_level else "é")]
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False) if byte_level else None
+    tokenizer = fast(
+        models.BPE({letter: index for index, letter in enumerate(letters)}, merges=[]), cut, eos_token="<eos>"
+    )
+    texts = ["the zebra fox", "Zfox é", "the fox é", "è hot"]  # half of the bytes of è are those of é
+
+    words = word_surprisal(surprisal(model_for(tokenizer), tokenizer, texts, start_token="<eos>"), texts)
+
+    marked = words[words["unknown"] > 0]["word"].tolist()
+    assert marked == ["zebra", "Zfox", "è"]
+    assert len(warnings) == 1
+    assert "beside characters that are unknown to the tokenizer and dropped" in warnings[0]
+    assert "'Z'" in warnings[0]
 
 
 PAIRS = [

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from hf_lstm.data.streams import TokenStream
-from hf_lstm.tokenizers import encode_raw, pieces_of
+from hf_lstm.tokenizers import dropped_characters, encode_raw, pieces_of, unknown_id
 
 from .reading import evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
 
@@ -47,8 +47,8 @@ def surprisal(
     Returns:
         `pandas.DataFrame`: a row per token, with `text` (its number, from 0), `token` (what it decodes to), `start` and
         `end` (where it stands in the text, in characters), `surprisal` and `unknown`: whether the tokenizer lacks what
-        stands there, so that the surprisal is that of `<unk>`. A warning counts those; an `<unk>` that the text itself
-        holds, as WikiText does, is not one. `groupby("text")["surprisal"].sum()` is -log p of each text.
+        stands there, so that the surprisal is that of `<unk>`, or leaves out a character beside it, as a BPE without an
+        unknown token does. A warning counts those; an `<unk>` that the text itself holds, as WikiText does, is not one. `groupby("text")["surprisal"].sum()` is -log p of each text.
 
         Written by `to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)` it has the same rows for whatever reads it,
         line ends in tokens included, and `read_csv(path, keep_default_na=False, na_values={"surprisal": ""},
@@ -238,21 +238,47 @@ def _checked_region(region: tuple[int, int], text: str, number: int) -> tuple[in
 
 def _unknown(ids: numpy.ndarray, numbers: numpy.ndarray, spans: numpy.ndarray, texts: list[str], tokenizer):
     """Which tokens stand for text that the tokenizer lacks, `(tokens,)`: not those that a text itself writes as `<unk>`."""
-    written = {}
-    if tokenizer.unk_token_id is not None:
-        for row in numpy.flatnonzero(ids == tokenizer.unk_token_id):
+    written, unknown = _beside_dropped(numbers, spans, texts, tokenizer), unknown_id(tokenizer)
+    name = None if unknown is None else tokenizer.convert_ids_to_tokens(unknown)
+    if unknown is not None:
+        for row in numpy.flatnonzero(ids == unknown):
             text = texts[numbers[row]][slice(*spans[row])]
-            if text.strip() != tokenizer.unk_token:  # some tokenizers' special tokens take the space beside them
+            if text.strip() != name:  # some tokenizers' special tokens take the space beside them
                 written[row] = text
     if written:
         examples = ", ".join(repr(text[:30]) for text in list(dict.fromkeys(written.values()))[:5])
         among = len(numpy.unique(numbers[list(written)]))
+        fault = (
+            f"are unknown to the tokenizer and scored as {name}"
+            if name is not None
+            else "stand beside characters that are unknown to the tokenizer and dropped"
+        )
         logger.warning(
-            f"{len(written):,} of {len(ids):,} tokens, in {among:,} of {len(texts):,} texts, are unknown to the tokenizer and "
-            f"scored as {tokenizer.unk_token}, whatever they say ({examples}): leave out what `unknown` marks, or "
-            "train with a tokenizer that knows every text, such as `bpe_tokenizer`."
+            f"{len(written):,} of {len(ids):,} tokens, in {among:,} of {len(texts):,} texts, {fault}, whatever they say "
+            f"({examples}): leave out what `unknown` marks, or train with a tokenizer that knows every text, such as "
+            "`bpe_tokenizer`."
         )
     return numpy.isin(numpy.arange(len(ids)), list(written))
+
+
+def _beside_dropped(numbers: numpy.ndarray, spans: numpy.ndarray, texts: list[str], tokenizer) -> dict[int, str]:
+    """
+    The rows of the tokens beside which the tokenizer left characters out, and these: of the token behind them in the same
+    word, or else of the one before.
+    """
+    beside, dropped = {}, dropped_characters(texts, tokenizer)
+    if not dropped:
+        return beside
+    bounds = numpy.searchsorted(numbers, numpy.arange(len(texts) + 1))
+    for text, first, last in zip(texts, bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
+        for place, character in enumerate(text):
+            if character not in dropped:
+                continue
+            behind = first + int(numpy.searchsorted(spans[first:last, 0], place))
+            row = behind if behind < last and not re.search(r"\s", text[place : spans[behind, 0] + 1]) else behind - 1
+            row = max(first, row)
+            beside[row] = beside.get(row, "") + character
+    return beside
 
 
 def _encode(texts: list[str], tokenizer) -> tuple[list[list[int]], list[numpy.ndarray]]:

@@ -15,8 +15,8 @@ from datasets.fingerprint import Hasher
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_resume import run
-from tokenizers import normalizers
-from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, PreTrainedTokenizerFast
 
 from hf_lstm import (
     DocumentDataset,
@@ -155,6 +155,29 @@ def shifted(amount):
         tokenizer.shift = amount
 
     return change
+
+
+@pytest.mark.parametrize("role", ["eos_token", "unk_token"])
+def test_tokenizers_whose_special_tokens_have_other_roles_share_no_tokens(tmp_path, role):
+    path = tmp_path / "text.jsonl"
+    path.write_text(json.dumps({"text": "a <pad> zebra </s> <eos> <unk>"}) + "\n")
+
+    def tokenizer(name):
+        vocabulary = {word: index for index, word in enumerate(["<unk>", "a", "<pad>", "</s>", "<eos>"])}
+        backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+        backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        backend.add_special_tokens(["<unk>", "<pad>", "</s>", "<eos>"])
+        names = {"eos_token": "<eos>", "unk_token": "<unk>"} | {role: name}
+        return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
+
+    pair = [tokenizer(name) for name in ("<eos>", "</s>")]
+
+    cached = [TokenStream.from_documents(load_documents(path)["train"], each)[:].tolist() for each in pair]
+
+    assert cached[0] != cached[1]
+    assert cached == [
+        TokenStream.from_documents(load_documents(path)["train"]["text"], each)[:].tolist() for each in pair
+    ]
 
 
 @pytest.mark.parametrize(

@@ -268,7 +268,8 @@ class _Tokenization:
             parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
             stock = vars(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
             own = {name: value for name, value in sorted(vars(tokenizer).items()) if name not in stock}
-            state = (parts, tokenizer.split_special_tokens, own)
+            roles = sorted(tokenizer.special_tokens_map.items())  # in one backend, another token may be `<eos>`
+            state = (parts, tokenizer.split_special_tokens, roles, own)
         libraries = (transformers.__version__, tokenizers.__version__)
         return state, _code_of(type(tokenizer)), libraries, self.separator, self.dtype.name, PIECE_LENGTH, FORMAT
 

@@ -48,7 +48,8 @@ def surprisal(
         `pandas.DataFrame`: a row per token, with `text` (its number, from 0), `token` (what it decodes to), `start` and
         `end` (where it stands in the text, in characters), `surprisal` and `unknown`: whether the tokenizer lacks what
         stands there, so that the surprisal is that of `<unk>`, or leaves out a character beside it, as a BPE without an
-        unknown token does. A warning counts those; an `<unk>` that the text itself holds, as WikiText does, is not one. `groupby("text")["surprisal"].sum()` is -log p of each text.
+        unknown token does. A warning counts those; an `<unk>` that the text itself holds, as WikiText does, is not
+        one. `groupby("text")["surprisal"].sum()` is -log p of each text.
 
         Written by `to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)` it has the same rows for whatever reads it,
         line ends in tokens included, and `read_csv(path, keep_default_na=False, na_values={"surprisal": ""},

@@ -10,7 +10,7 @@ from datasets import Dataset
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from hf_lstm import TokenStream, byte_tokenizer, load_corpus, load_documents
+from hf_lstm import StreamingLanes, TokenStream, byte_tokenizer, load_corpus, load_documents
 from hf_lstm.data import read_records, readers
 
 # Each of them is something else to a reader that guesses.
@@ -119,6 +119,14 @@ def test_a_csv_is_read_as_it_is_written(tmp_path):
     assert texts_of(path, text_column="author") == ["a", "b", "", "c", "d"]
 
 
+@pytest.mark.parametrize("end", ["\r", "\n", "\r\n", "\r\r\n"])
+def test_the_rows_of_a_csv_may_all_end_in_any_way(tmp_path, end):
+    path = tmp_path / "rows.csv"
+    path.write_bytes(end.join(["text", '"one\rtwo\nthree"', "four", ""]).encode())
+
+    assert [row["text"] for row in load_documents(path, streaming=True)["train"]] == ["one\rtwo\nthree", "four"]
+
+
 def test_an_empty_value_is_an_empty_text(tmp_path):
     path = tmp_path / "nulls.json"
     path.write_text('[{"text": null}, {"text": "a"}]')
@@ -133,6 +141,13 @@ BAD = {
     ),
     "short.csv": (b'text,author\n"a\n\nb",c\n\nd\n', "line 6 has 1 fields, and the first line names 2"),
     "twice.csv": (b"text,text\na,b\n", "twice.csv has several columns `text` in line 1"),
+    "bare.csv": (
+        b"text\nfirst\rhalf\nb\n",
+        "some rows end in a carriage return alone, .* first in line 2: put quotation",
+    ),
+    "bare first.csv": (b"text\na\n\rb\n", "some rows end in a carriage return alone, .* first in line 3"),
+    "bare header.csv": (b"text\ra\r\nb\n", "some rows end in a carriage return alone, .* first in line 2"),
+    "bare end.csv": (b'text\r\n"a\rb"\r\nc\r', "some rows end in a carriage return alone, .* first in line 4"),
     "semicolon.csv": (b"\ntext;author\na;b\n", "semicolon.csv has no column `text` in line 2, only text;author"),
     "header.csv": (b"text\n\n", "header.csv holds no record in its 2 lines"),
     "open.csv": (
@@ -247,15 +262,75 @@ def test_every_kind_of_string_is_text(tmp_path, kind, streaming):
         assert "".join(text for rows in joined.values() for text in rows["text"] if text) == "0072024-01-31床"
 
 
-def test_texts_of_a_parquet_file_are_utf8(tmp_path):
-    offsets, data = b"\0\0\0\0\1\0\0\0\3\0\0\0", b"ab\xff"
-    texts = pyarrow.Array.from_buffers(
-        pyarrow.string(), 2, [None, pyarrow.py_buffer(offsets), pyarrow.py_buffer(data)]
-    )
-    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "bytes.parquet")
+def not_utf8():
+    """Two texts, of which the second holds a byte that no text does."""
+    buffers = [None, *map(pyarrow.py_buffer, (b"\0\0\0\0\1\0\0\0\3\0\0\0", b"ab\xff"))]
+    return pyarrow.Array.from_buffers(pyarrow.string(), 2, buffers)
 
-    with pytest.raises(ValueError, match=r"The column `text` of .*bytes.parquet is not UTF-8 in rows 1 to 2"):
-        load_documents(tmp_path / "bytes.parquet")
+
+BAD_TABLES = {
+    "bytes": (
+        lambda: pyarrow.table({"text": not_utf8()}),
+        "The column `text` of .* is not UTF-8 in row 2 .*: write the",
+    ),
+    "empty": (
+        lambda: pyarrow.table({"text": pyarrow.array([], pyarrow.string())}),
+        "holds no record: there is nothing",
+    ),
+    "twice": (
+        lambda: pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"]),
+        "has several columns `text`, only text, text: name the one",
+    ),
+    "other": (lambda: pyarrow.table({"body": ["a"]}), "has no column `text`, only body: name the one"),
+    "numbers": (lambda: pyarrow.table({"text": [1]}), "The column `text` of .* holds int64: it must hold text"),
+    "continuing": (
+        lambda: pyarrow.table({"text": ["a"], readers.CONTINUES: ["yes"]}),
+        "The column `hf_lstm.continues` of .* holds string: it must hold booleans",
+    ),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streamed"])
+@pytest.mark.parametrize("name", BAD_TABLES)
+def test_a_parquet_file_that_cannot_be_read_is_named(tmp_path, name, streaming):
+    make, message = BAD_TABLES[name]
+    path = tmp_path / f"{name}.parquet"
+    pyarrow.parquet.write_table(make(), path)
+
+    with pytest.raises(ValueError, match=message) as refused:
+        list(load_documents(path, streaming=streaming)["train"])
+
+    assert str(path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_the_columns_of_a_parquet_file_that_nobody_needs_may_hold_anything(tmp_path):
+    """And its name too."""
+    path = tmp_path / "a::b [1].parquet"
+    maps = pyarrow.array([[("a", 1)], []], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    pyarrow.parquet.write_table(pyarrow.table({"id": maps, "text": ["a", "b"], "bytes": not_utf8()}), path)
+
+    assert texts_of(path) == ["a", "b"]
+
+
+def test_bytes_of_others_that_are_not_utf8_are_refused():
+    rows = Dataset(pyarrow.table({"text": not_utf8()}))
+
+    with pytest.raises(ValueError, match="The column `text` is not UTF-8 in one of the rows 0 to 1"):
+        TokenStream.from_documents(rows, byte_tokenizer())
+    with pytest.raises(ValueError, match="A row of `text` is not UTF-8"):
+        next(iter(StreamingLanes(rows.to_iterable_dataset(), byte_tokenizer(), 1, 1)))
+
+
+@pytest.mark.parametrize("values", [[0, 1], ["a", "b"], [None, None]], ids=["integers", "texts", "nulls"])
+def test_a_column_of_continuations_holds_booleans(values):
+    rows = Dataset.from_dict({"text": ["a", "b"], readers.CONTINUES: values})
+
+    with pytest.raises(ValueError, match=r"The column `hf_lstm.continues` of `texts` holds .*: it must hold booleans"):
+        TokenStream.from_documents(rows, byte_tokenizer())
+    if values[0] is not None:
+        with pytest.raises(ValueError, match=r"The column `hf_lstm.continues` of `documents` holds"):
+            next(iter(StreamingLanes(rows.to_iterable_dataset(), byte_tokenizer(), 1, 1)))
 
 
 @pytest.mark.parametrize("values", [[1, 2], [b"a"], [["a"]], [True]], ids=["integers", "bytes", "lists", "booleans"])

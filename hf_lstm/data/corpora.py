@@ -7,7 +7,6 @@ first row that is selected begins a document. A column of any other name says no
 """
 
 import errno
-import glob
 import hashlib
 import sysconfig
 import tokenize
@@ -20,14 +19,25 @@ from transformers.utils import logging
 
 from hf_lstm.tokenizers import PIECE_LENGTH
 
-from .readers import CONTINUES, CorpusError, check_file, csv_rows, json_rows, line_rows, text_rows
+from .readers import (
+    CONTINUES,
+    TEXT,
+    CorpusError,
+    check_continues,
+    check_file,
+    csv_rows,
+    json_rows,
+    line_rows,
+    parquet_columns,
+    parquet_rows,
+    text_rows,
+)
 
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
-RECORDS = {".jsonl": line_rows, ".ndjson": line_rows, ".json": json_rows, ".csv": csv_rows}
-TEXT = ("string", "large_string", "string_view")  # pyarrow's types
+RECORDS = {".jsonl": line_rows, ".ndjson": line_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
 FORMAT = 1  # of the rows in the cache: another number, and those of earlier versions are forgotten
 
 
@@ -116,7 +126,7 @@ def load_documents(
             corpus = _open(path, kind, str(name), config_name, text_column, streaming)
             if not isinstance(corpus, dict):
                 corpus = {"train": corpus}
-            if kind in ("folder", "hub", ".parquet"):
+            if kind in ("folder", "hub"):
                 corpus = {split: _text_column(rows, text_column, name, kind) for split, rows in corpus.items()}
     except Exception as error:  # the readers behind `datasets` raise classes of their own
         for known in (error, error.__cause__):
@@ -140,7 +150,7 @@ def one_split(corpus: dict, split: str, name: str | Path):
 def _kind_of(name):
     path = Path(name)
     suffix = path.suffix.lower()
-    if suffix in RECORDS or suffix == ".parquet":
+    if suffix in RECORDS:
         return suffix
     if suffix == ".txt" or path.is_file():
         return "text"
@@ -149,26 +159,23 @@ def _kind_of(name):
 
 def _open(path, kind, name, config_name, text_column, streaming):
     """What `datasets` makes of a source: one data set, or several by split."""
-    from datasets import Dataset, Features, IterableDataset, Value, config, load_dataset, load_from_disk
+    from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
     if kind == "hub":
         return load_dataset(name, config_name, streaming=streaming)
     if kind == "folder":
-        corpus = load_from_disk(str(path))
+        corpus = load_from_disk(str(path)).with_format(None)  # as Python's own str, whatever it was saved with
         if not streaming:
             return corpus
         if not isinstance(corpus, dict):
             return corpus.to_iterable_dataset()
         return {split: rows.to_iterable_dataset() for split, rows in corpus.items()}
-    if kind == ".parquet":
-        options = {}
-        if not streaming:  # a cache for these contents: `datasets` itself looks at a file's size and time alone
-            options = {"cache_dir": str(Path(config.HF_DATASETS_CACHE) / _digest(path))}
-        return load_dataset("parquet", data_files=glob.escape(str(path)), streaming=streaming, **options)
     if kind == "text":
         rows, arguments, columns = text_rows, {}, {"text": Value("string"), CONTINUES: Value("bool")}
     else:
         rows, arguments, columns = RECORDS[kind], {"text_column": text_column}, {"text": Value("string")}
+    if kind == ".parquet":
+        columns = {name: Value(type) for name, type in parquet_columns(path, text_column).items()}
     if streaming:
         return IterableDataset.from_generator(rows, gen_kwargs={"path": path} | arguments, features=Features(columns))
     key = {"digest": _digest(path), "piece_length": PIECE_LENGTH, "format": FORMAT}
@@ -221,6 +228,9 @@ def check_text(rows, column: str, name: str | Path) -> None:
     kind = getattr(feature, "dtype", type(feature).__name__)  # lists and mixtures are features without one
     if kind not in TEXT:
         raise CorpusError(f"The column `{column}` of {name} holds {kind}: it must hold text.")
+    if CONTINUES in rows.features:
+        feature = rows.features[CONTINUES]
+        check_continues(getattr(feature, "dtype", type(feature).__name__), name)
 
 
 def _text_column(rows, text_column, name, kind):
@@ -233,8 +243,6 @@ def _text_column(rows, text_column, name, kind):
             "the text with `text_column`."
         )
     check_text(rows, text_column, name)
-    if kind == ".parquet" and hasattr(rows, "data"):
-        _check_bytes(rows.data[text_column], text_column, name)
     if kind == "folder" and "continues" in columns and CONTINUES not in columns:
         logger.warning(
             f"{name} has a column `continues`, and each of its rows is read as a document of its own. Version 0.1.0 called "
@@ -244,22 +252,6 @@ def _text_column(rows, text_column, name, kind):
     if rows.features is not None and rows.features[text_column].dtype == "string_view":
         rows = rows.cast_column(text_column, Value("large_string"))  # pyarrow computes little with views
     return rows if text_column == "text" else rows.rename_column(text_column, "text")
-
-
-def _check_bytes(texts, text_column, name):
-    """Raise `ValueError` where the texts of a prepared file, which may hold any bytes, are not UTF-8."""
-    import pyarrow
-
-    first = 1
-    for chunk in texts.chunks:
-        try:
-            chunk.validate(full=True)
-        except pyarrow.ArrowInvalid as error:
-            raise CorpusError(
-                f"The column `{text_column}` of {name} is not UTF-8 in rows {first:,} to {first + len(chunk) - 1:,} "
-                f"({error}): write the file anew, from text."
-            ) from error
-        first += len(chunk)
 
 
 def joined(rows):

@@ -15,6 +15,8 @@ CONTINUES = (
     "hf_lstm.continues"  # the column that says which rows go on with a document: of a name that nobody has by chance
 )
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+TEXT = ("string", "large_string", "string_view")  # pyarrow's types
+PARQUET_ROWS = 100  # that are read at once
 LARGEST_FIELD = 2**31 - 1  # characters of a field in a .csv file
 
 
@@ -124,7 +126,18 @@ def json_rows(path, text_column, key=None):
 def csv_rows(path, text_column, key=None):
     """The texts of a file of rows with commas between their fields, whose first row names the columns."""
     csv.field_size_limit(LARGEST_FIELD)  # of the whole process: by default it is 131,072, and a text may be a book
-    rows = csv.reader(_lines(path, ""), strict=True)
+    end, kinds = (
+        "",
+        set(),
+    )  # of the line that was read last, and of the rows: whether a carriage return alone ends them
+
+    def lines():
+        nonlocal end
+        for text in _lines(path, ""):
+            end = text[len(text.rstrip("\r\n")) :]
+            yield text
+
+    rows = csv.reader(lines(), strict=True)
     column, width, found = None, 0, False
     while True:
         line = rows.line_num + 1
@@ -137,6 +150,13 @@ def csv_rows(path, text_column, key=None):
             ) from error
         if row is None:
             break
+        if end and (row or end == "\r"):  # what was written with \r\r\n has blank lines that end otherwise
+            kinds.add(end == "\r")
+        if len(kinds) > 1:
+            raise CorpusError(
+                f"{path} cannot be read as csv: some rows end in a carriage return alone, and others do not, first in line "
+                f"{line}: put quotation marks around a text that holds one, or give all rows the same end."
+            )
         if not row:  # a blank line
             continue
         if column is None:
@@ -157,6 +177,72 @@ def csv_rows(path, text_column, key=None):
         yield {"text": row[column]}
     if not found:
         raise CorpusError(f"{path} holds no record in its {rows.line_num} lines: there is nothing to read.")
+
+
+def parquet_columns(path, text_column) -> dict[str, str]:
+    """The types of the columns that `parquet_rows` reads. Raises `ValueError` where these are not there."""
+    schema = _parquet(path).schema_arrow
+    if schema.names.count(text_column) != 1:
+        fault = "several columns" if text_column in schema.names else "no column"
+        raise CorpusError(
+            f"{path} has {fault} `{text_column}`, only {', '.join(schema.names)[:200]}: name the one that holds the text with "
+            "`text_column`."
+        )
+    kind = str(schema.field(text_column).type)
+    if kind not in TEXT:
+        raise CorpusError(f"The column `{text_column}` of {path} holds {kind}: it must hold text.")
+    columns = {"text": "string" if kind == "string" else "large_string"}
+    if CONTINUES in schema.names:
+        check_continues(str(schema.field(CONTINUES).type), path)
+        columns[CONTINUES] = "bool"
+    return columns
+
+
+def parquet_rows(path, text_column, key=None):
+    """The texts of a .parquet file, whose other columns may hold anything."""
+    import pyarrow
+
+    file, columns, number = _parquet(path), parquet_columns(path, text_column), 0
+    names = {name: text_column if name == "text" else name for name in columns}
+    batches = file.iter_batches(PARQUET_ROWS, columns=list(names.values()))
+    while True:
+        try:
+            batch = next(batches, None)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise CorpusError(
+                f"{path} cannot be read as parquet behind row {number:,} ({error}): copy it anew."
+            ) from error
+        if batch is None:
+            break
+        for values in zip(*(batch.column(name) for name in names.values()), strict=True):
+            number += 1
+            try:
+                yield {name: value.as_py() for name, value in zip(names, values, strict=True)}
+            except UnicodeDecodeError as error:  # a file that was prepared may hold any bytes
+                raise CorpusError(
+                    f"The column `{text_column}` of {path} is not UTF-8 in row {number:,} ({error.reason}): write the file "
+                    "anew, from text."
+                ) from error
+    if number == 0:
+        raise CorpusError(f"{path} holds no record: there is nothing to read.")
+
+
+def _parquet(path):
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{path} cannot be read as parquet ({error}): was it written to its end?") from error
+
+
+def check_continues(kind: str, name: str | Path) -> None:
+    """Raise `ValueError` where the column that says which rows go on with a document is of another type than bool."""
+    if kind != "bool":
+        raise CorpusError(
+            f"The column `{CONTINUES}` of {name} holds {kind}: it must hold booleans, as `load_documents` makes them, or be "
+            "renamed."
+        )
 
 
 def _text_of(record, text_column, path, where):

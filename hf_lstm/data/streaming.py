@@ -7,7 +7,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from .lanes import check_sizes, lane_item
-from .readers import CONTINUES
+from .readers import CONTINUES, check_continues
 from .streams import encode
 
 BATCH_SIZE = 16  # rows that are tokenized at once
@@ -100,28 +100,41 @@ class StreamingLanes(IterableDataset):
         """The tokens of one document after the other, without end, and whether it is the rest of one."""
         from datasets.distributed import split_dataset_by_node
 
-        documents = split_dataset_by_node(self.documents, self.process_index, self.num_processes)
+        documents = self.documents.with_format(None)  # Python's own str
+        documents = split_dataset_by_node(documents, self.process_index, self.num_processes)
         epoch, eos = 0, torch.tensor([self.tokenizer.eos_token_id])
         while True:
             documents.set_epoch(epoch)
-            empty = True
-            for batch in documents.iter(BATCH_SIZE):
+            empty = begins = True
+            for batch in _batches(documents):
                 texts = batch["text"]
                 if wrong := [text for text in texts if not isinstance(text, str | None)]:
                     raise ValueError(f"A row of `text` holds {wrong[0]!r}: it must hold text.")
                 continuing = batch.get(CONTINUES, [False] * len(texts))
+                if wrong := [value for value in continuing if not isinstance(value, bool | None)]:
+                    check_continues(type(wrong[0]).__name__, "`documents`")
                 for ids, continues in zip(encode(texts, self.tokenizer), continuing, strict=True):
+                    begins = begins or not continues  # also where the first rows of a document are empty
                     if len(ids) > 0:
-                        continues = continues and not empty
-                        empty = False
                         ids = torch.from_numpy(ids).long()
-                        yield (ids if continues else torch.cat([eos, ids])), continues
+                        yield (torch.cat([eos, ids]) if begins else ids), not begins
+                        empty = begins = False
             if empty:
                 raise ValueError(
                     f"Process {self.process_index} of {self.num_processes} finds no text: every document is empty, or there "
                     "are too few for all processes."
                 )
             epoch += 1
+
+
+def _batches(documents):
+    try:
+        yield from documents.iter(BATCH_SIZE)
+    except UnicodeDecodeError as error:  # what others prepared may hold any bytes
+        raise ValueError(
+            f"A row of `text` is not UTF-8 ({error.reason} after {error.object[: error.start]!r:.50}): write the data set "
+            "anew, from text."
+        ) from error
 
 
 class _Lane:

@@ -346,6 +346,79 @@ def test_the_first_of_some_rows_begins_a_document(first):
     assert next(iter(streamed))["input_ids"][0] == tokenizer.eos_token_id
 
 
+def test_an_empty_document_is_left_out_however_a_corpus_holds_it(tmp_path):
+    (tmp_path / "text.txt").write_text("ab")
+    text = load_documents(tmp_path / "text.txt")["train"]
+    rows = concatenate_datasets([text, Dataset.from_dict({"text": ["", "q", None]})])
+    pieces = Dataset.from_dict(
+        {"text": ["ab", "", None, "q", "", ""], readers.CONTINUES: [False, False, True, True, False, True]}
+    )
+    expected = TokenStream.from_documents(["ab", "", "q", None], byte_tokenizer())
+
+    for documents in (rows, pieces):
+        stream = TokenStream.from_documents(documents, byte_tokenizer())
+        lanes = StreamingLanes(documents.to_iterable_dataset(), byte_tokenizer(), lanes=1, bptt_length=5)
+
+        assert torch.equal(stream[:], expected[:])
+        assert torch.equal(stream.document_starts, expected.document_starts)
+        assert torch.equal(next(iter(lanes))["input_ids"], expected[:5])
+
+
+def test_white_space_before_the_first_token_is_counted_with_its_document(monkeypatch):
+    tokenizer, text = word_tokenizer(["to be"]), " " * 20 + "to be" + " " * 20
+    rows = Dataset.from_dict(
+        {"text": [text[:10], text[10:24], text[24:]] * 2, readers.CONTINUES: [False, True, True] * 2}
+    )
+
+    streams = [TokenStream.from_documents(documents, tokenizer) for documents in (rows, [text, text])]
+
+    assert [(each.num_bytes, each.num_characters, each.num_words) for each in streams] == [(90, 90, 4)] * 2
+
+
+@pytest.mark.parametrize(
+    "text", ["床" * 95, "a b" * 30 + " \n" * 9, " ".join("abcdef" * 9)], ids=["one", "many", "short"]
+)
+def test_words_are_counted_once_however_a_text_is_held(tmp_path, monkeypatch, text):
+    for module in ("hf_lstm.tokenizers", "hf_lstm.data.corpora", "hf_lstm.data.readers"):
+        monkeypatch.setattr(f"{module}.PIECE_LENGTH", 10)
+    (tmp_path / "text.txt").write_text(text)
+
+    sources = ([text], load_documents(tmp_path / "text.txt")["train"])
+
+    for texts in sources:
+        stream = TokenStream.from_documents(texts, byte_tokenizer())
+        first_is_a_word = text[1].isspace()  # of one letter, which nothing predicts
+        assert stream.num_words == len(text.split()) - first_is_a_word
+
+
+@pytest.mark.parametrize("kind", ["arrow", "pandas", "numpy", "torch"])
+def test_a_format_of_a_data_set_changes_no_text(tmp_path, kind):
+    texts = ["ab", None, "cd"]
+    rows = Dataset.from_dict({"text": texts, "id": [0, 1, 2]})
+    rows.with_format(kind, columns=["id"]).save_to_disk(tmp_path / "saved")
+    expected = TokenStream.from_documents(texts, byte_tokenizer())[:]
+
+    sources = [rows.with_format(kind), load_documents(tmp_path / "saved")["train"]]
+
+    for documents in sources:
+        assert torch.equal(TokenStream.from_documents(documents, byte_tokenizer())[:], expected)
+    for documents in (
+        rows.to_iterable_dataset().with_format(kind),
+        load_documents(tmp_path / "saved", streaming=True)["train"],
+    ):
+        lanes = StreamingLanes(documents, byte_tokenizer(), lanes=1, bptt_length=6)
+        assert torch.equal(next(iter(lanes))["input_ids"], expected[:6])
+
+
+def test_a_transform_of_a_data_set_gives_its_texts():
+    rows = Dataset.from_dict({"text": ["ab", "cd"]})
+    rows.set_transform(lambda batch: {"text": [text.upper() for text in batch["text"]]})
+
+    stream = TokenStream.from_documents(rows, byte_tokenizer())
+
+    assert byte_tokenizer().decode(stream[:]) == "<eos>AB<eos>CD<eos>"
+
+
 def test_rows_of_two_corpora_keep_their_documents(tmp_path):
     """`datasets` fills in null where one of them has no such column."""
     joined = Dataset.from_dict({"text": ["ab", "cd"], readers.CONTINUES: [False, True]})

@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import numpy
@@ -26,7 +27,7 @@ from .readers import CONTINUES
 
 SIZES = ("num_bytes", "num_characters", "num_words")
 BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
-FORMAT = 4  # of the tokens in the cache: another number, and those of earlier versions are forgotten
+FORMAT = 5  # of the tokens in the cache: another number, and those of earlier versions are forgotten
 # The normalizers that make another text; all others only write spaces and line ends in another way.
 FORMS = (
     normalizers.NFC,
@@ -243,20 +244,38 @@ class _Tokenization:
         self.tokenizer = tokenizer
         self.separator = [tokenizer.eos_token_id] if separated else []
         self.dtype = numpy.min_scalar_type(max(tokenizer.get_vocab().values()))
+        # Of the document that is read, row after row: the sizes of the rows before its first token, and then None; and
+        # whether a word may go on.
+        self.waiting, self.within_word = Counter(), False
 
     def __call__(self, batch, indices):
-        texts, continuing = batch["text"], batch.get(CONTINUES)
+        try:
+            texts, continuing = batch["text"], batch.get(CONTINUES)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"The column `text` is not UTF-8 in one of the rows {indices[0]:,} to {indices[-1]:,} ({error.reason}): write "
+                "the data set anew, from text."
+            ) from error
         rows, form = {name: [] for name in ("tokens", "starts", *SIZES)}, _form_of(self.tokenizer)
         for number, (text, ids) in enumerate(zip(texts, encode(texts, self.tokenizer), strict=True)):
-            if continuing is None and len(ids) == 0:
+            if continuing is None or not continuing[number] or indices[number] == 0:
+                self.waiting, self.within_word = Counter(), False
+            text = "".join(_formed(piece, form) for piece in pieces_of(text))  # as it is tokenized
+            sizes = Counter(_sizes(text))
+            if text:
+                sizes["num_words"] -= self.within_word and not text[0].isspace()  # which the row before began
+                self.within_word = not text[-1].isspace()
+            begins = self.waiting is not None
+            if begins and len(ids) == 0:
+                self.waiting.update(sizes)
                 continue  # an empty document is none
-            begins = continuing is None or not continuing[number] or indices[number] == 0
             if begins:
+                sizes.update(self.waiting)
+                self.waiting = None
                 ids = numpy.concatenate([numpy.array(self.separator, dtype=numpy.int32), ids])
             rows["tokens"].append(ids.astype(self.dtype))
             rows["starts"].append(begins)
-            text = "".join(_formed(piece, form) for piece in pieces_of(text))  # as it is tokenized
-            for name, size in _sizes(text).items():
+            for name, size in sizes.items():
                 rows[name].append(size)
         return rows
 
@@ -333,6 +352,8 @@ def _rows_of(texts):
                     f"Text {number} of `texts` holds half of a character ({error.reason}): mend or remove it."
                 ) from error
         return Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
+    if texts.format["type"] != "custom":  # which is a function of the user's own, and gives other texts
+        texts = texts.with_format(None)
     if "text" not in texts.column_names:
         raise ValueError(
             f"`texts` has no column `text`, only {', '.join(texts.column_names)}: rename the one that holds the text."

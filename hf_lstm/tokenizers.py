@@ -422,19 +422,20 @@ class StreamDecoder:
 def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:
     """
     What each id below `vocab_size` adds to a text that it continues, in bytes of UTF-8: for those who write text without a
-    tokenizer. Special tokens and ids without a token add nothing, and a token that was added adds what it is called; in a
-    text of lines of words, `<unk>` is shown and `<eos>` is the line end.
+    tokenizer. Special tokens and ids without a token add nothing; in a text of lines of words, `<unk>` is shown and `<eos>`
+    is the line end. A token that was added adds what it is called, with the space that decoding puts before it.
     """
     decoder, backend = StreamDecoder(tokenizer), tokenizer.backend_tokenizer
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
     own = set(backend.get_vocab(with_added_tokens=False).values())
+    shown = {tokenizer.unk_token_id, tokenizer.eos_token_id}  # of special tokens, where they are text at all
     before = min(index for index in tokenizer.get_vocab().values() if index not in special)
     added = []
     for index in range(vocab_size):
         decoder.context = (before,)
-        if not decoder.is_text(index):
+        if not decoder.is_text(index) or index in special - shown:
             spelt = b""
-        elif index not in own and index not in special:
+        elif "ByteLevel" in decoder.rules and index not in own and index not in special:
             spelt = backend.id_to_token(index).encode()  # GPT-2's letters are not those of a token that was added
         else:
             spelt = None if index in special else decoder.spell(index)

@@ -19,6 +19,10 @@ tokens = [token.encode("latin-1") for token in json.loads(metadata["tokens"])]
 ends = json.loads(metadata["ends"])
 
 text, ids = prompt.encode(errors="surrogateescape"), []
+if all(token[:1] in b" \n" for token in tokens):  # words, each with a space before it, and line ends
+    text = b"\n".join(b"".join(b" " + word for word in line.split()) for line in text.split(b"\n"))
+if not any(token and text.startswith(token) for token in tokens):  # nor may a text begin without that space elsewhere
+    text = text and b" " + text
 while text:  # the longest token that the text goes on with
     ids.append(max(range(len(tokens)), key=lambda index: len(tokens[index]) * text.startswith(tokens[index])))
     if not tokens[ids[-1]] or not text.startswith(tokens[ids[-1]]):

@@ -1,6 +1,7 @@
 """Exported graphs compute what the model computes, at any size, and write without it."""
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import CONFIGS, SCRIPTS, make_model
 
-from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer
+from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
 
 pytest.importorskip("onnx", reason="needs the extra `onnx`")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -119,6 +120,26 @@ def test_the_folder_writes_by_itself(make, dtype, tmp_path, run):
     )
     assert asked.returncode == (1 if make is char_tokenizer else 0)
     assert b"Traceback" not in asked.stderr  # the last byte is no UTF-8
+
+
+@pytest.mark.parametrize("prompt", ["the quick", " the\n\nquick\tthe ", "\nquick  fox"])
+def test_a_prompt_of_words_begins_without_a_space(tmp_path, monkeypatch, capfdbinary, prompt):
+    """As the tokenizer reads it."""
+    tokenizer = word_tokenizer(["the quick\nfox"])
+    export_onnx(make_model(torch.float32, vocab_size=len(tokenizer)), tokenizer, tmp_path)
+    read, session = [], onnxruntime.InferenceSession
+
+    class Session(session):
+        def run(self, outputs, inputs):
+            read.append(inputs["input_ids"].tolist())
+            return super().run(outputs, inputs)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", Session)
+    monkeypatch.setattr(sys, "argv", ["run_onnx.py", str(tmp_path), prompt])
+
+    runpy.run_path(str(SCRIPTS / "run_onnx.py"))
+
+    assert read[0] == [tokenizer(prompt)["input_ids"]]
 
 
 def test_the_runner_needs_little():

@@ -63,6 +63,24 @@ def test_the_bytes_of_words_that_stand_between_white_space():
     added = bytes_of_tokens(tokenizer, len(tokenizer))
 
     assert b"".join(added[index] for index in tokenizer("cat dog\nthe")["input_ids"]) == b" cat <unk>\n the"
+    assert added[:4] == [b"", b" <unk>", b"", b"\n"]
+
+
+@pytest.mark.parametrize("kind", ["words", "pieces"])
+def test_the_bytes_of_added_words_have_the_space_that_decoding_writes(kind):
+    tokenizer = word_tokenizer(["the cat"])
+    if kind == "pieces":
+        backend = Tokenizer(models.WordPiece({"<unk>": 0, "the": 1, "cat": 2, "##s": 3}, unk_token="<unk>"))
+        backend.decoder = decoders.WordPiece()
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.add_tokens(["fox2", "狐狸", AddedToken("<end>", special=True)])
+    words = ["cat", "fox2", "the", "狐狸", "cat"]
+    added = bytes_of_tokens(tokenizer, len(tokenizer))
+
+    ids = tokenizer.convert_tokens_to_ids(words)
+
+    assert b"".join(added[index] for index in ids).decode() == f" {tokenizer.decode(ids)}" == " cat fox2 the 狐狸 cat"
+    assert added[-1] == b""
 
 
 def test_the_bytes_of_added_tokens_are_what_they_are_called(tokenizer):

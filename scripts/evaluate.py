@@ -70,7 +70,9 @@ class Surprisal(Arguments):
     """How unexpected each token, word or region of texts is."""
 
     text: str | None = flag("The text, instead of a file.")
-    file: str | None = flag("Texts: one in each line of a text file, or of each record of a .jsonl file.")
+    file: str | None = flag(
+        "Texts: one in each line of a text file, or of each record of a .jsonl, .json, .csv or .parquet file."
+    )
     text_column: str = flag("The field of the records that holds the text.", "text")
     whole: bool = flag("Whether a text file is one text, line ends included, and not one in each line.", False)
     by: str = flag("`token`, `word` or `region`: a field `regions` of the records, as [[start, end], ...].", "word")
@@ -165,11 +167,15 @@ def read_texts(arguments: Surprisal) -> tuple[list[str], list | None]:
     """The texts, and the regions of each if they are asked for."""
     if (arguments.text is None) == (arguments.file is None):
         raise ValueError("Give either a `--text` or a `--file`.")
-    records = arguments.file is not None and arguments.file.endswith((".jsonl", ".ndjson"))
+    kind = "" if arguments.file is None else Path(arguments.file).suffix.lower()
+    records = kind in (".jsonl", ".ndjson")
     if arguments.by == "region" and not records:
         raise ValueError("`--by` region needs a .jsonl `--file` whose records have `regions`, as [[start, end], ...].")
     if arguments.text is not None:
         return [arguments.text], None
+    if kind in (".json", ".csv", ".parquet"):
+        rows = load_documents(arguments.file, text_column=arguments.text_column, streaming=True)["train"]
+        return [row["text"] for row in rows], None
     if not records:
         text = read_text(arguments.file)
         lines = [text] if arguments.whole else text.replace("\r\n", "\n").removesuffix("\n").split("\n")
@@ -207,7 +213,9 @@ def pairs(arguments: Pairs, model, tokenizer) -> None:
     result = figures(rows)
     for name in ("field", "linguistics_term", "UID"):
         if name in rows:
-            result[name] = {str(key): figures(group) for key, group in rows.groupby(name)}
+            result[name] = {
+                key: figures(group) for key, group in rows.groupby([label(each, name) for each in records])
+            }
             for key, group in result[name].items():
                 say(f"{key:>60}  {group['accuracy']:7.2%} of {group['pairs']:,}")
     say(f"{'all':>60}  {result['accuracy']:7.2%} of {len(rows):,}")
@@ -215,6 +223,12 @@ def pairs(arguments: Pairs, model, tokenizer) -> None:
         theirs = result["accuracy"] + result["ties"] / 2 / len(rows)
         say(f"ties: {result['ties']:,}, half right; BabyLM's own script counts them as right: {theirs:.2%}")
     give(as_json(result), arguments)
+
+
+def label(record: dict, name: str) -> str:
+    """What a field says; anything but text as JSON writes it, and a field that is not there as null."""
+    value = record.get(name)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def figures(rows) -> dict:

@@ -496,6 +496,7 @@ BAD_FILES = {
         "half.jsonl cannot be read as jsonl: line 1 holds half of a character",
     ),
     "packed.txt.gz": (b"\x1f\x8b\0", "packed.txt.gz is compressed: unpack it first"),
+    "packed.TXT.GZ": (b"\x1f\x8b\0", "packed.TXT.GZ is compressed: unpack it first"),
     "header.csv": (b"text\n", "header.csv"),
     "org/absent": (None, "org/absent cannot be found, on this disk or on the Hub"),
 }

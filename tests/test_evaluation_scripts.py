@@ -10,6 +10,7 @@ import pandas
 import pytest
 import torch
 from conftest import TEXT, run_script
+from datasets import Dataset
 
 from hf_lstm import (
     LSTMConfig,
@@ -136,6 +137,24 @@ def test_a_line_end_in_a_token_ends_no_row(folder, tmp_path):
         assert [row["unknown"] for row in csv.DictReader(file)] == [str(unknown) for unknown in read["unknown"]]
 
 
+@pytest.mark.parametrize("name", ["a.JSONL", "a.json", "a.JSON", "a.csv", "a.parquet"])
+def test_the_texts_of_a_file_of_records_are_measured(evaluate, tmp_path, name):
+    """And not the signs around them."""
+    rows, file = Dataset.from_dict({"sentence": SENTENCES, "id": [1, 2, 3]}), tmp_path / name
+    {
+        "l": rows.to_json,
+        "n": lambda path: path.write_text(json.dumps(list(rows))),
+        "v": rows.to_csv,
+        "t": rows.to_parquet,
+    }[name[-1].lower()](file)
+    file_of_lines = tmp_path / "lines.txt"
+    file_of_lines.write_text("\n".join(SENTENCES))
+
+    measured = evaluate("surprisal", "--file", file, "--text_column", "sentence")
+
+    assert measured == evaluate("surprisal", "--file", file_of_lines)
+
+
 def test_regions_come_with_their_texts(evaluate, tmp_path):
     records = [{"sentence": "99 bottles of beer", "regions": [[0, 10], [11, 18]]}, {"sentence": "on", "regions": []}]
     file = lines(tmp_path / "items.jsonl", records)
@@ -167,6 +186,22 @@ def test_pairs_are_counted_by_their_fields(folder, tmp_path, capsys):
         "UID": {"a": figures(1.0, 1, 0), "b": figures(0.25, 2, 1)},
     }
     assert "ties: 1, half right; BabyLM's own script counts them as right: 66.67%" in printed.err
+
+
+def test_fields_of_pairs_may_hold_anything(evaluate, tmp_path):
+    """A pair without a field, or with null there, is in a group too."""
+    values = [
+        {"field": 1, "UID": ["a"]},
+        {"field": "1", "UID": {"b": "é"}},
+        {"field": 3, "UID": None},
+        {"field": None},
+    ]
+    records = [{"sentence_good": "beer", "sentence_bad": "reeb"} | fields for fields in values]
+
+    result = json.loads(evaluate("pairs", "--file", lines(tmp_path / "pairs.jsonl", records)))
+
+    groups = {name: {key: group["pairs"] for key, group in result[name].items()} for name in ("field", "UID")}
+    assert groups == {"field": {"1": 2, "3": 1, "null": 1}, "UID": {'["a"]': 1, '{"b": "é"}': 1, "null": 2}}
 
 
 @pytest.mark.parametrize("options", [[], ["--rule", "sgd", "--learning_rate", 0.05]], ids=["rms", "sgd"])

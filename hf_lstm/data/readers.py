@@ -30,7 +30,7 @@ def check_file(path: Path) -> None:
         raise ValueError(f"The file {path} does not exist.")
     if not os.access(path, os.R_OK):
         raise ValueError(f"The file {path} cannot be read: you have no permission to.")
-    if path.suffix in COMPRESSED:
+    if path.suffix.lower() in COMPRESSED:
         raise ValueError(f"{path} is compressed: unpack it first.")
     if path.stat().st_size == 0:
         raise ValueError(f"{path} is empty: there is nothing to read.")

@@ -17,7 +17,7 @@ from transformers.generation import BaseStreamer
 from hf_lstm import Session
 from hf_lstm.data.streams import encode
 from hf_lstm.generation import COLDEST
-from hf_lstm.tokenizers import StreamDecoder, ends_lines
+from hf_lstm.tokenizers import StreamDecoder, dropped_characters, ends_lines, unknown_id
 
 HELP = """What you type is read as it stands, and the model goes on; an empty line lets it go on, Ctrl-C stops it.
 /save FILE keeps the text that grew so far, /load FILE takes one up, /reset begins anew, /quit or Ctrl-D ends."""
@@ -98,7 +98,7 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
                 f"The tokenizer makes {max(ids)} of a part of the prompt, and the model's vocabulary ends at "
                 f"{model.config.vocab_size - 1}: put the tokenizer that it was trained with into its folder."
             )
-        if tokenizer.unk_token_id in ids:
+        if unknown_id(tokenizer) in ids or dropped_characters([prompt], tokenizer):
             print("The model does not know some characters of the prompt.", file=sys.stderr)
     if sampling.num_beams in (None, 1):
         shown = {"skip_special_tokens": not ends_lines(tokenizer)}

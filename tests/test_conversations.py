@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, run_script
 from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
@@ -162,6 +162,20 @@ def test_a_temperature_near_0_takes_the_most_probable_token(tmp_path, run, model
     )
 
     assert cold == greedy
+
+
+@pytest.mark.parametrize("unk_token", ["[UNK]", None])
+def test_a_prompt_that_the_model_does_not_know_is_told(tmp_path, capsys, unk_token):
+    """Whatever the wrapper calls unknown, and also where nothing stands for it."""
+    vocabulary = {letter: index for index, letter in enumerate(["[UNK]", *"the"])}
+    backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token=unk_token))
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path)
+    make_model(torch.float32, vocab_size=5).save_pretrained(tmp_path)
+
+    for prompt, told in (("the", False), ("they", True)):
+        run_script("generate.py", "--model", tmp_path, "--max_new_tokens", "1", "--prompt", prompt)
+
+        assert ("does not know some characters" in capsys.readouterr().err) == told
 
 
 def test_a_prompt_that_is_not_utf_8(tmp_path, run, model, monkeypatch):

@@ -174,7 +174,7 @@ def test_tokenizers_whose_special_tokens_have_other_roles_share_no_tokens(tmp_pa
 
     cached = [TokenStream.from_documents(load_documents(path)["train"], each)[:].tolist() for each in pair]
 
-    assert cached[0] != cached[1]
+    assert role != "eos_token" or cached[0] != cached[1]
     assert cached == [
         TokenStream.from_documents(load_documents(path)["train"]["text"], each)[:].tolist() for each in pair
     ]

@@ -270,6 +270,7 @@ def test_a_tokenizer_without_an_unknown_token_of_its_own(unk_token, warnings):
 def fast(model, cut, **names):
     backend = Tokenizer(model)
     backend.pre_tokenizer = cut
+    backend.add_special_tokens([word for word in ("[UNK]", "<eos>") if word in backend.get_vocab()])
     return PreTrainedTokenizerFast(tokenizer_object=backend, **names)
 
 

@@ -235,7 +235,8 @@ def letter_reader(tokenizer: PreTrainedTokenizerFast, markers: Collection[str] =
     reader = copy.deepcopy(tokenizer)
     reader.add_tokens(sorted(markers if words else {token.content for token in added}), special_tokens=True)
     reader.split_special_tokens = True
-    kept = {tokenizer.unk_token, tokenizer.eos_token if words else None}
+    unknown = unknown_id(tokenizer)  # the model's own, which it cannot do without
+    kept = {None if unknown is None else backend.id_to_token(unknown), tokenizer.eos_token if words else None}
     reader.backend_tokenizer.model = _model_without(markers - kept - _FALLBACK.keys(), backend)
     return reader
 

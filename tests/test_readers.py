@@ -313,6 +313,13 @@ def test_the_columns_of_a_parquet_file_that_nobody_needs_may_hold_anything(tmp_p
     assert texts_of(path) == ["a", "b"]
 
 
+def test_texts_of_a_parquet_file_may_be_categories(tmp_path):
+    path, texts = tmp_path / "texts.parquet", ["a", "b", None, "a"]
+    pyarrow.parquet.write_table(pyarrow.table({"text": pyarrow.array(texts).dictionary_encode()}), path)
+
+    assert texts_of(path) == texts
+
+
 def test_bytes_of_others_that_are_not_utf8_are_refused():
     rows = Dataset(pyarrow.table({"text": not_utf8()}))
 

@@ -181,6 +181,8 @@ def csv_rows(path, text_column, key=None):
 
 def parquet_columns(path, text_column) -> dict[str, str]:
     """The types of the columns that `parquet_rows` reads. Raises `ValueError` where these are not there."""
+    import pyarrow
+
     schema = _parquet(path).schema_arrow
     if schema.names.count(text_column) != 1:
         fault = "several columns" if text_column in schema.names else "no column"
@@ -188,7 +190,8 @@ def parquet_columns(path, text_column) -> dict[str, str]:
             f"{path} has {fault} `{text_column}`, only {', '.join(schema.names)[:200]}: name the one that holds the text with "
             "`text_column`."
         )
-    kind = str(schema.field(text_column).type)
+    kind = schema.field(text_column).type
+    kind = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)  # texts that are named once
     if kind not in TEXT:
         raise CorpusError(f"The column `{text_column}` of {path} holds {kind}: it must hold text.")
     columns = {"text": "string" if kind == "string" else "large_string"}

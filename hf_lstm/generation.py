@@ -1,4 +1,4 @@
-"""What `generate()` lacks: a state that can be kept in a file and taken up again, and texts that grow with it."""
+"""Saved states, and stateful sessions: texts that a model reads and continues piece by piece."""
 
 import contextlib
 import copy
@@ -6,7 +6,8 @@ import hashlib
 import math
 import os
 import uuid
-from collections.abc import Iterator, Sequence
+import weakref
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,87 +19,85 @@ from transformers import (
     DynamicCache,
     LogitsProcessorList,
     MinPLogitsWarper,
-    PreTrainedTokenizerBase,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
-from hf_lstm.data.streams import encode
-from hf_lstm.evaluation import check_tokenizer, start_ids
-from hf_lstm.model.decoding_lstm import BareCells
-from hf_lstm.model.kernels_lstm import is_plain
-from hf_lstm.tokenizers import StreamDecoder
+from hf_lstm.model.cache_lstm import load_state_tensors, state_tensors
+from hf_lstm.tokenizers import StreamDecoder, check_tokenizer, encode, start_ids
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
-REMEMBERED = ("held", "document")  # by the first layer of a cache; files of version 0.1.0 lack them
 READ_AT_ONCE = 1024  # tokens
 COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be drawn, and scores would overflow
 
 
-def save_state(model, cache: Cache, path: str | Path) -> None:
+def save_state(model: PreTrainedModel, cache: Cache, path: str | Path) -> None:
     """
-    Write what a model remembers of all it has read into a safetensors file: `2 B` numbers for each cell, however many
-    tokens there were. A file of that name is replaced once the new one is complete.
+    Write the state of a model after all tokens read so far into a safetensors file: `2 B` numbers for each cell,
+    however many tokens there were. An existing file of that name is replaced once the new one is complete.
 
     Args:
-        model (`LSTMForCausalLM` or `LSTMModel`): The model that read; the file is for this one alone.
+        model (`LSTMForCausalLM` or `LSTMModel`): The model of the state; the file loads with this one only.
         cache (`Cache`): Its `past_key_values`, a `DynamicCache` or `StaticCache`.
         path (`str` or `Path`): The file.
 
     Raises:
-        ValueError: if the cache is not the model's, or has read nothing, or `path` names no file.
+        ValueError: if the cache belongs to another model or is empty, or `path` is not the name of a file.
         OSError: if the file cannot be written.
     """
     _write(path, STATE, model, _tensors_of(model, cache), cache.get_seq_length())
 
 
-def load_state(model, path: str | Path) -> DynamicCache:
+def load_state(model: PreTrainedModel, path: str | Path) -> DynamicCache:
     """
-    The state that `save_state` wrote, to go on from: pass it as `past_key_values`. Repeated by its
-    `batch_repeat_interleave`, or copied by `copy.deepcopy`, it goes on in many ways.
+    Load a state that `save_state` wrote: pass it as `past_key_values` to continue. Repeat it with its
+    `batch_repeat_interleave`, or copy it with `copy.deepcopy`, for several continuations.
 
     Raises:
-        ValueError: if there is no such file, it is no state or was cut off or changed, or it is that of a model with
-            other weights.
+        ValueError: if the file does not exist, is not a saved state, is truncated or was changed, or if it belongs to
+            a model with other weights.
     """
     return _cache_of(model, *_read(path, STATE, model), path)
 
 
 class _State(NamedTuple):
     """
-    A session between two steps: read and replaced as one object, so that whatever interrupts a step, and whoever looks on
-    from another thread, finds it before the step or behind it.
+    State of a session between two steps. It is read and replaced as one object, so that an interrupted step, or
+    another thread, finds it either before or after a step.
     """
 
-    cache: Cache  # what has been read: a step works on a copy
-    unread: tuple[int, ...] = ()  # the last token of the text, if there is one: it says what comes next
-    context: tuple[int, ...] = ()  # what a `StreamDecoder` goes on from
-    untold: str = ""  # text of the last step that was interrupted before it was handed out
+    cache: Cache  # state after the tokens read so far: a step works on a copy
+    unread: tuple[int, ...] = ()  # the last token of the text, if any, from which the next one is predicted
+    context: tuple[int, ...] = ()  # of the `StreamDecoder`
+    untold: str = ""  # text of the last step, if it was interrupted before the text was returned
 
 
 class Session:
     """
-    A text that a model reads and continues, piece by piece. What was read is in the state: it is never read again, and
-    the session stays as small as it was. Any number of sessions may use one model at once, each in a thread of its own.
+    A text that a model reads and continues, piece by piece. The state holds the text read so far, which is never read
+    again, and the session does not grow. Any number of sessions may use one model at once, each in its own thread.
 
-    A step happens wholly or not at all. After Ctrl-C, an exception in the model or a `stream` that was left, the session has
-    read and written up to some token, can be gone on with, forked and saved; so it can from another thread meanwhile.
+    A step happens wholly or not at all. After Ctrl-C, an exception in the model or a `stream` that was left early, the
+    session has read and written up to some token and can be continued, forked and saved, also from another thread
+    meanwhile.
 
     Args:
-        model (`LSTMForCausalLM`): In evaluation mode.
-        tokenizer (`PreTrainedTokenizerBase`): The model's own, a fast one.
-        start_token (`str`, *optional*): What the text begins after, such as `"<eos>"`, which documents follow.
+        model (`LSTMForCausalLM`): The model, in evaluation mode.
+        tokenizer (`PreTrainedTokenizerFast`): The model's own tokenizer, a fast one.
+        start_token (`str`, *optional*): Token before the text, such as `"<eos>"`, which separates documents.
 
     Raises:
-        ValueError: if the model is in training mode, the tokenizer is slow, not the model's or has no such token.
+        ValueError: if the model is in training mode, or the tokenizer is slow, not the model's or lacks the token.
     """
 
-    def __init__(self, model, tokenizer: PreTrainedTokenizerBase, start_token: str | None = None):
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, start_token: str | None = None):
         if model.training:
             raise ValueError("The model is in training mode, where dropout is on: call `model.eval()` first.")
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} does not decode piece by piece: a fast tokenizer is needed.")
+            raise ValueError(f"{type(tokenizer).__name__} does not decode piece by piece: use a fast tokenizer.")
         check_tokenizer(model, tokenizer)
         self.model, self.tokenizer = model, tokenizer
         unread = tuple(start_ids(start_token, tokenizer))
@@ -106,28 +105,29 @@ class Session:
 
     @property
     def cache(self) -> Cache:
-        """The state after what has been read, all but the last token of the text. Each step puts another in its place."""
+        """State after all but the last token of the text. Each step replaces it by a new cache."""
         return self._state.cache
 
     @property
     def waiting(self) -> str:
         """
-        What was written and not yet told. The text's pieces and this are together what decoding the whole gives: U+FFFD
-        while a character lacks bytes that the next `stream` may write, and what an interruption kept from being told,
-        which the next `stream` begins with. A `feed` lets go of both.
+        Text that was written but not yet returned. The pieces of the text and this together equal the decoding of the
+        whole. It is U+FFFD while a character lacks bytes that the next `stream` may write, and text held back by an
+        interruption, with which the next `stream` begins. A `feed` drops both.
         """
         return self._state.untold + StreamDecoder(self.tokenizer, self._state.context).waiting
 
     def feed(self, text: str) -> None:
         """
-        Let the model read on. Text is letters, whatever it looks like: see [`~tokenizers.encode_raw`].
+        Let the model read more text. Special tokens in it are read as ordinary text: see [`~tokenizers.encode`].
 
         Raises:
-            ValueError: if the text becomes no token, or holds half of a surrogate pair.
+            ValueError: if the text has no tokens, or contains half of a surrogate pair.
         """
-        state, ids = self._state, encode([text], self.tokenizer)[0].tolist()
+        state = self._state
+        ids: list[int] = encode([text], self.tokenizer)[0].tolist()
         if not ids:
-            raise ValueError(f"{text!r} becomes no token: there is nothing to read.")
+            raise ValueError(f"{text!r} has no tokens to read: give a text that the tokenizer does not drop.")
         *read, last = (*state.unread, *ids)
         cache = _apart(state.cache)
         if read:
@@ -145,23 +145,24 @@ class Session:
         seed: int | None = None,
     ) -> Iterator[str]:
         """
-        Let the model write on: yields the text as it comes, whole characters at a time, until `max_new_tokens` or the
-        end of the document. Whoever stops earlier has a session that has written so far. The text that was fed and the
-        pieces of all streams are what decoding the whole gives, so that a character which `max_new_tokens` cuts is told by
-        the next stream, when it is complete; see `waiting`. On a CPU a long text is written with a copy of the layers'
-        weights, made once and dropped when it ends: change no weights in the middle of one.
+        Let the model continue the text: yields pieces as they are generated, whole characters at a time, until
+        `max_new_tokens` or the end of the document. If the iterator is closed early, the session keeps what was
+        generated. The text that was fed and the pieces of all streams together equal the decoding of the whole, so
+        that a character which `max_new_tokens` cuts is returned by the next stream, once complete; see `waiting`. On a
+        CPU a long text is generated with a copy of the layers' weights, made again when they change: writes into
+        weights through `.data` or numpy are not detected.
 
         Args:
-            max_new_tokens (`int`, defaults to 200): Tokens to write at most.
+            max_new_tokens (`int`, defaults to 200): Maximum number of tokens to generate.
             do_sample, temperature, top_k, top_p, min_p:
-                As `generate()` has them; a `top_k` of 0 means all tokens, a temperature below 1e-4 the most probable one.
-            seed (`int`, *optional*): The same one writes the same text; without it torch's own generator is asked.
+                See `generate()`; a `top_k` of 0 means all tokens, a temperature below 1e-4 takes the most probable one.
+            seed (`int`, *optional*): Seed of the samples; by default they come from torch's global generator.
 
         Raises:
-            ValueError: if nothing was read yet, or a number is not what `generate()` takes.
+            ValueError: if nothing was read yet, or a number is not valid for `generate()`.
         """
         if not self._state.unread:
-            raise ValueError("The session has read nothing: `feed` it a text first, or begin it with a `start_token`.")
+            raise ValueError("The session has not read a token: `feed` it a text first, or give it a `start_token`.")
         if max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens` ({max_new_tokens}) must be at least 1.")
         if seed is not None and not -(2**63) <= seed < 2**64:
@@ -169,32 +170,35 @@ class Session:
         if do_sample and top_p is not None and math.isnan(top_p):
             raise ValueError(f"`top_p` ({top_p}) must be a number from 0 to 1.")
         warpers = LogitsProcessorList()
-        for warper, value in (
-            (TemperatureLogitsWarper, None if temperature == 1 else temperature),
-            *((TopKLogitsWarper, top_k or None), (TopPLogitsWarper, top_p), (MinPLogitsWarper, min_p)),
-        ):
-            if do_sample and value is not None:
-                warpers.append(warper(value))
+        if do_sample and temperature not in (None, 1):
+            warpers.append(TemperatureLogitsWarper(temperature))
+        if do_sample and top_k:
+            warpers.append(TopKLogitsWarper(top_k))
+        if do_sample and top_p is not None:
+            warpers.append(TopPLogitsWarper(top_p))
+        if do_sample and min_p is not None:
+            warpers.append(MinPLogitsWarper(min_p))
         do_sample = do_sample and (temperature is None or temperature >= COLDEST)
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
         return _Stream(self, self._write(max_new_tokens, warpers if do_sample else None, generator))
 
-    def _write(self, max_new_tokens, warpers, generator) -> Iterator[None]:
-        """Step by step: `untold` is not empty whenever it yields."""
+    def _write(
+        self, max_new_tokens: int, warpers: LogitsProcessorList | None, generator: torch.Generator | None
+    ) -> Generator[None, None, None]:
+        """Generate tokens, and yield whenever a piece of text is in `untold`."""
         ends = self.model.generation_config.eos_token_id
         ends = ends if isinstance(ends, list) else [ends]
         decoder = StreamDecoder(self.tokenizer)
-        owned = vars(type(self.model)).keys()  # no wrapper's and no subclass's, which may do more
-        cells = self.model.bare_cells() if {"forward", "bare_cells"} <= owned else None
         for _ in range(max_new_tokens):
             state = self._state
             cache, decoder.context = _apart(state.cache), state.context
-            scores = self._read(state.unread, cache, cells)
+            scores = self._read(state.unread, cache)
             if warpers is None:
                 token = int(scores.argmax())
             else:
-                shares = warpers(None, scores.float()).softmax(dim=-1)
-                token = int(torch.multinomial(shares, 1, generator=generator))
+                # The warpers do not look at the ids before.
+                probabilities = warpers(None, scores.float()).softmax(dim=-1)  # type: ignore[arg-type]
+                token = int(torch.multinomial(probabilities, 1, generator=generator))
             text = state.untold + (decoder.end() if token in ends else decoder.step(token))
             self._state = _State(cache, (token,), decoder.context, text)
             if text:
@@ -203,18 +207,19 @@ class Session:
                 return
 
     @torch.no_grad()
-    def _read(self, ids: Sequence[int], cache: Cache, cells: BareCells | None = None) -> torch.Tensor:
-        """What comes next, `(1, V)`; the cache is brought up to the ids."""
-        if cells is not None and is_plain(self.model, type(self.model)):
-            token = torch.tensor([ids], device="cpu")
-            if cells.can_read(token, cache):
-                return self.model.lm_head(cells.read(token[0], cache))
-        for chunk in torch.tensor([ids], device=self.model.device).split(READ_AT_ONCE, dim=1):
-            logits = self.model(chunk, past_key_values=cache, logits_to_keep=1).logits
-        return logits[:, -1]
+    def _read(self, ids: Sequence[int], cache: Cache) -> torch.Tensor:
+        """Read tokens, update the cache and return the logits of the next one, `(1, V)`."""
+        quick = getattr(type(self.model), "next_logits", None)  # a wrapper has only its forward, which may do more
+        for start in range(0, len(ids), READ_AT_ONCE):
+            chunk = torch.tensor([ids[start : start + READ_AT_ONCE]])
+            if quick is not None:
+                logits = quick(self.model, chunk, cache)
+            else:
+                logits = self.model(chunk.to(self.model.device), past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        return logits
 
     def fork(self) -> "Session":
-        """Another session that has read the same."""
+        """Return an independent copy of the session."""
         other = copy.copy(self)
         state = other._state
         other._state = state._replace(cache=copy.deepcopy(state.cache))
@@ -222,12 +227,12 @@ class Session:
 
     def save(self, path: str | Path) -> None:
         """
-        Write the session into a safetensors file of some kilobytes; the text itself is not in it, but for the last few
-        tokens. Raises `ValueError` if nothing was read yet, or `path` names no file.
+        Write the session into a safetensors file of some kilobytes, without the text except its last few tokens.
+        Raises `ValueError` if nothing was read yet, or if `path` is not the name of a file.
         """
         state = self._state
         if not state.unread:
-            raise ValueError("The session has read nothing: there is nothing to save.")
+            raise ValueError("The session has not read a token: `feed` it a text before saving it.")
         length = state.cache.get_seq_length()
         tensors = _tensors_of(self.model, state.cache) if length else {}
         tensors |= {"unread": torch.tensor(state.unread), "context": torch.tensor(state.context, dtype=torch.long)}
@@ -235,12 +240,12 @@ class Session:
         _write(path, SESSION, self.model, tensors, length)
 
     @classmethod
-    def load(cls, model, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> "Session":
-        """The session that `save` wrote. Raises `ValueError` as [`load_state`] does."""
+    def load(cls, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, path: str | Path) -> "Session":
+        """Load a session that `save` wrote. Raises the errors of [`load_state`]."""
         session = cls(model, tokenizer)
         tensors, length = _read(path, SESSION, model)
         unread = tensors.pop("unread")
-        context = tensors.pop("context", unread).tolist()  # version 0.1.0 wrote neither this nor what was untold
+        context = tensors.pop("context", unread).tolist()  # files of version 0.1.0 have neither this nor `untold`
         untold = bytes(tensors.pop("untold", torch.empty(0)).tolist()).decode()
         cache = _cache_of(model, tensors, length, path) if tensors else session.cache
         session._state = _State(cache, tuple(unread.tolist()), StreamDecoder(tokenizer, context).context, untold)
@@ -249,11 +254,12 @@ class Session:
 
 class _Stream(Iterator[str]):
     """
-    The pieces that a session's steps leave untold. Each is told by a `return`, not by the `yield` of a generator: what
-    interrupts it before that keeps it untold, and nothing that comes after can.
+    Iterator over the pieces of text in a session's `untold`. It returns each from `__next__` instead of yielding it
+    from a generator: an interruption before the `return` keeps the piece in `untold`, and a later one cannot
+    repeat it.
     """
 
-    def __init__(self, session: Session, steps: Iterator[None]):
+    def __init__(self, session: Session, steps: Generator[None, None, None]):
         self.session, self.steps = session, steps
 
     def __next__(self) -> str:
@@ -267,83 +273,79 @@ class _Stream(Iterator[str]):
             raise
 
     def close(self) -> None:
-        """End the stream: the session has written so far."""
+        """End the stream: the session keeps what was generated."""
         self.steps.close()
 
 
 def _apart(cache: Cache) -> Cache:
-    """A cache for one step to write into: its layers put other tensors in the place of theirs and change none."""
+    """Return a cache for one step to update: its layers replace the tensors that they share with the old one."""
     copied = copy.copy(cache)
     copied.layers = [copy.copy(layer) for layer in cache.layers]
     return copied
 
 
 def _tensors_of(model, cache: Cache) -> dict[str, torch.Tensor]:
+    """Return the tensors of the state in `cache` on the CPU, after checking that it belongs to the model."""
     states = [layer.get_state() if hasattr(layer, "get_state") else None for layer in cache.layers]
     sizes = model.config.cell_sizes
     if len(states) != len(sizes) or None in states:
         raise ValueError(
             f"`cache` holds a state in {sum(state is not None for state in states)} of {len(states)} layers, and the model "
-            f"has {len(sizes)}: pass the `past_key_values` that the model has read with."
+            f"has {len(sizes)}: pass the `past_key_values` of a forward of this model."
         )
-    tensors = {
-        f"layers.{index}.{name}": tensor.detach().cpu().contiguous()
-        for index, state in enumerate(states)
-        for name, tensor in zip("hc", state, strict=True)
-    }
-    for name in REMEMBERED:
-        if (tensor := getattr(cache.layers[0], name)) is not None:
-            tensors[f"layers.0.{name}"] = tensor.detach().cpu().contiguous()
+    tensors = {name: tensor.cpu() for name, tensor in state_tensors(cache).items()}
     _check_shapes(tensors, model.config, "`cache`")
     return tensors
 
 
 def _cache_of(model, tensors: dict[str, torch.Tensor], length: int, path: str | Path) -> DynamicCache:
+    """Return a cache of the tensors of a file, after checking their shapes."""
     _check_shapes(tensors, model.config, str(path))
     cache = DynamicCache(config=model.config)
-    for index, layer in enumerate(cache.layers):
-        h, c = (tensors[f"layers.{index}.{name}"].to(model.device) for name in "hc")
-        layer.update(h, c, num_tokens=length)
-    for name in REMEMBERED:
-        if (tensor := tensors.get(f"layers.0.{name}")) is not None:
-            setattr(cache.layers[0], name, tensor.to(model.device))
+    load_state_tensors(cache, tensors, length, model.device)
     return cache
 
 
 def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor], length: int) -> None:
-    """Beside the old file first, under a name of its own, so that there is always a whole one, whoever else saves there."""
+    """Write the tensors of a state or session of a model, after `length` tokens."""
     if not Path(path).name or Path(path).is_dir():
-        raise ValueError(f"`path` ({str(path)!r}) names no file: give it a name, such as `talk.session`.")
+        raise ValueError(f"`path` ({str(path)!r}) must be the name of a file: give one, such as `talk.session`.")
     path = _checked(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"`path` ({str(path)!r}) is a device or a pipe, which would be replaced: name a file.")
-    unfinished = path.with_name(f"{uuid.uuid4().hex}.unfinished")
-    metadata = {"format": kind, "model": _digest(dict(model.named_parameters())), "tokens": str(int(length))}
+    metadata = {"format": kind, "model": _fingerprint(model), "tokens": str(int(length))}
     try:
-        save_file(tensors, unfinished, metadata=metadata | {"digest": _digest(tensors)})
-        os.replace(unfinished, path)
+        write_tensors(tensors, path, metadata | {"digest": _digest(tensors)})
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
+
+
+def write_tensors(tensors: dict[str, torch.Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Write a safetensors file wholly or not at all, whoever else writes to `path` at the same time."""
+    unfinished = path.with_name(f"{path.name[:100]}.{uuid.uuid4().hex}.unfinished")
+    try:
+        save_file(tensors, unfinished, metadata=metadata)
+        os.replace(unfinished, path)
     finally:
         with contextlib.suppress(OSError):
             unfinished.unlink()
 
 
 def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], int]:
-    """The tensors, and how many tokens were read."""
+    """Return the tensors of a file and the number of tokens read, after checking that it is whole and fits the model."""
     path = _checked(path)
     if not path.is_file():
         raise ValueError(f"The file {path} does not exist.")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  it is no dict
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
-        raise ValueError(f"{path} is no {kind}, or was cut off ({error}): save it again.") from error
+        raise ValueError(f"{path} is not a valid {kind} file, or truncated ({error}): save it again.") from error
     if metadata.get("format") != kind:
         raise ValueError(f"{path} holds {metadata.get('format', 'something else')}: it must hold {kind}.")
-    if metadata.get("model") != _digest(dict(model.named_parameters())):
-        raise ValueError(f"{path} is of a model with other weights: load it with the model that read.")
+    if metadata.get("model") != _fingerprint(model):
+        raise ValueError(f"{path} belongs to a model with other weights: load it with the model that wrote it.")
     if metadata.get("digest") != _digest(tensors) or not metadata.get("tokens", "").isdecimal():
         raise ValueError(f"{path} was changed after it was saved: save it again.")
     return tensors, int(metadata["tokens"])
@@ -357,23 +359,45 @@ def _checked(path: str | Path) -> Path:
 
 
 def _check_shapes(tensors: dict[str, torch.Tensor], config, source: str) -> None:
-    rows = len(next(iter(tensors.values()), ()))
-    expected = {
+    """Raise `ValueError` unless the tensors are a state of one or more rows of the config's model."""
+    rows = len(next(iter(tensors.values()))) if tensors else 0
+    expected: dict[str, tuple[int, ...]] = {
         f"layers.{index}.{name}": (rows, size) for index, size in enumerate(config.cell_sizes) for name in "hc"
     }
+    # Files of version 0.1.0 lack these.
     optional = {"layers.0.held": (rows, config.output_size), "layers.0.document": (rows,)}
     expected |= {name: shape for name, shape in optional.items() if name in tensors}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected or rows == 0:
         raise ValueError(
-            f"{source} holds states of the shapes {found}, and the model's are {expected}: it is another's."
+            f"{source} holds states of the shapes {found}, and the model's are {expected}: it belongs to another model."
         )
 
 
+def _fingerprint(model) -> str:
+    """
+    Return the SHA-256 of a model's weights. It is computed once per process, and again if a weight was replaced or
+    changed; always for weights made under `torch.inference_mode`, which do not record changes. Writes through `.data`
+    or numpy are not detected.
+    """
+    weights = dict(model.named_parameters())
+    if any(weight.is_inference() for weight in weights.values()):
+        return _digest(weights)
+    key = [(name, weight.data_ptr(), weight._version) for name, weight in weights.items()]
+    refs, known, digest = _FINGERPRINTS.get(model, ((), None, ""))
+    if key != known or any(ref() is not weight for ref, weight in zip(refs, weights.values(), strict=True)):
+        digest = _digest(weights)
+        _FINGERPRINTS[model] = [weakref.ref(weight) for weight in weights.values()], key, digest
+    return digest
+
+
+_FINGERPRINTS: weakref.WeakKeyDictionary[PreTrainedModel, tuple[list, list, str]] = weakref.WeakKeyDictionary()
+
+
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
-    """What tells these tensors from any others, to the last bit."""
+    """Return the SHA-256 of tensors, their names, shapes and types."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype} ".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

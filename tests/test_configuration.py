@@ -48,10 +48,10 @@ def test_widths_from_embedding_to_output(config, sizes):
         ({"forget_gate_bias": -math.inf}, r"`forget_gate_bias` \(-inf\) must be a finite number"),
         ({"initializer_range": math.inf}, r"`initializer_range` \(inf\) is a standard deviation: .* finite"),
         ({"initializer_range": math.nan}, r"`initializer_range` \(nan\) is a standard deviation: .* finite"),
-        ({"rms_norm_eps": math.inf}, r"`rms_norm_eps` \(inf\) must be at least 0, and finite"),
+        ({"rms_norm_eps": math.inf}, r"`rms_norm_eps` \(inf\) must be at least 0 and finite"),
         (
             {"rms_norm_eps": math.nan, "block_type": "residual"},
-            r"`rms_norm_eps` \(nan\) must be at least 0, and finite",
+            r"`rms_norm_eps` \(nan\) must be at least 0 and finite",
         ),
         ({"rms_norm_eps": -1e-6}, r"`rms_norm_eps` \(-1e-06\) must be at least 0"),
     ],

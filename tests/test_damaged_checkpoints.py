@@ -86,15 +86,15 @@ def a_billion_layers(folder):
 DAMAGES = {
     a_weight_is_missing: "lack model.layers.0.hidden_gates.weight",
     the_output_layer_is_missing: "lack lm_head.weight",
-    a_weight_is_too_many: "hold, beside those of the model, model.layers.7.hidden_gates.weight",
+    a_weight_is_too_many: "contain, beside those of the model, model.layers.7.hidden_gates.weight",
     a_weight_has_another_shape: "have other shapes than its config.json says",
-    a_weight_is_no_number: "hold numbers in `model.layers.1.input_gates.bias` that are none",
-    the_file_is_cut_off: "are no safetensors file, or were cut off",
-    the_file_is_something_else: "are no safetensors file, or were cut off",
-    the_layers_are_fewer: "hold, beside those of the model, model.layers.1.hidden_gates.weight",
-    a_billion_units: r"`hidden_size` \(1000000000\).*parameters: at most 1e\+12 are built",
+    a_weight_is_no_number: "contain NaN or infinite values in `model.layers.1.input_gates.bias`",
+    the_file_is_cut_off: "are not a valid safetensors file, or truncated",
+    the_file_is_something_else: "are not a valid safetensors file, or truncated",
+    the_layers_are_fewer: "contain, beside those of the model, model.layers.1.hidden_gates.weight",
+    a_billion_units: r"`hidden_size` \(1000000000\).*parameters: at most 1e\+12 are allowed",
     a_hundred_thousand_units: "have other shapes than its config.json says",
-    a_wide_mlp: r"parameters: at most 1e\+12 are built",
+    a_wide_mlp: r"parameters: at most 1e\+12 are allowed",
     a_billion_layers: r"`num_hidden_layers` \(1000000000\) must be at most 10,000",
 }
 

@@ -114,10 +114,12 @@ def test_the_first_layers_draft_for_all(model):
     expected = generate(model, IDS[:1], max_new_tokens=30)
 
     if len(set(model.config.cell_sizes)) > 1:
-        with pytest.raises(ValueError, match="The first 2 layers end 12 wide, and the output layer takes 8"):
+        with pytest.raises(
+            ValueError, match="The first 2 layers have outputs of width 12, and the output layer takes 8"
+        ):
             generate(model, IDS[:1], assistant_early_exit=2)
         with pytest.raises(
-            StrictDataclassError, match=r"must equal `hidden_size` .* `assistant_early_exit=1` included"
+            StrictDataclassError, match=r"must equal `hidden_size` .* also under `assistant_early_exit=1`"
         ):
             generate(model, IDS[:1], assistant_early_exit=1)
         return

@@ -1,6 +1,5 @@
 """Which of the three ways a layer is computed: torch's kernels only where the gates are nothing but their weights."""
 
-import copy
 import itertools
 
 import pytest
@@ -11,35 +10,30 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
-from hf_lstm.model import kernels_lstm, modeling_lstm
-from hf_lstm.model.modeling_lstm import LSTMLayer
+from hf_lstm.model import recurrence_lstm
 
 IDS = make_ids(2, 20)
 
 
 @pytest.fixture
 def taken(monkeypatch):
-    """The names of the kernels that were run, one for each layer."""
-    names = []
-    for name in ("fused_lstm", "explicit_lstm", "lstm_step"):
-        kernel = getattr(modeling_lstm, name)
-        monkeypatch.setattr(
-            modeling_lstm,
-            name,
-            lambda *arguments, kernel=kernel, name=name: (names.append(name), kernel(*arguments))[1],
-        )
+    """The kernels that were run, one for each layer."""
+    names, select = [], recurrence_lstm.select_kernel
+    monkeypatch.setattr(
+        recurrence_lstm, "select_kernel", lambda *arguments: (names.append(select(*arguments)), names[-1])[1]
+    )
     return names
 
 
 @pytest.mark.parametrize(
     ("gradients", "length", "expected"),
     [
-        (True, 1, "fused_lstm"),
-        (True, 20, "fused_lstm"),
-        (False, 1, "lstm_step"),
-        (False, 2, "explicit_lstm"),
-        (False, 15, "explicit_lstm"),
-        (False, 16, "fused_lstm"),
+        (True, 1, "fused"),
+        (True, 20, "fused"),
+        (False, 1, "cell"),
+        (False, 2, "explicit"),
+        (False, 15, "explicit"),
+        (False, 16, "fused"),
     ],
 )
 def test_the_choice_depends_on_gradients_and_length(taken, gradients, length, expected):
@@ -63,7 +57,7 @@ def in_training(model):
 def test_a_single_step_that_is_more_than_a_cell_is_explicit(taken, change):
     change(make_model())(IDS[:, :1])
 
-    assert taken == ["explicit_lstm"] * 2
+    assert taken == ["explicit"] * 2
 
 
 @torch.no_grad()
@@ -73,19 +67,19 @@ def test_a_masked_step_and_one_under_autocast_are_explicit(taken):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(IDS[:, :1])
 
-    assert taken == ["explicit_lstm"] * 4
+    assert taken == ["explicit"] * 4
 
 
 @torch.no_grad()
-def test_a_single_step_equals_the_explicit_one(model, monkeypatch):
-    cache = model(IDS[:, :3]).past_key_values
-    expected, taken = model(IDS[:, 3:4], past_key_values=copy.deepcopy(cache)), []
-    monkeypatch.setattr(LSTMLayer, "_is_single_step", lambda self, x, h, c: taken.append(x))
-    found = model(IDS[:, 3:4], past_key_values=cache)
+def test_a_cell_equals_an_explicit_step(model, taken, monkeypatch):
+    expected = model(IDS[:, :1])
+    assert set(taken) == {"cell"}
+    monkeypatch.setattr(recurrence_lstm, "select_kernel", lambda *arguments: "explicit")
 
-    assert taken
+    found = model(IDS[:, :1])
+
     torch.testing.assert_close(found.logits, expected.logits, rtol=0, atol=1e-12)
-    for layer, other in zip(cache.layers, expected.past_key_values.layers, strict=True):
+    for layer, other in zip(found.past_key_values.layers, expected.past_key_values.layers, strict=True):
         torch.testing.assert_close(layer.get_state(), other.get_state(), rtol=0, atol=1e-12)
 
 
@@ -112,7 +106,7 @@ def test_gates_without_a_weight_are_called(taken):
     taken.clear()
 
     torch.testing.assert_close(model(IDS[:, :1]).logits, expected)
-    assert taken == ["explicit_lstm"] * 2
+    assert taken == ["explicit"] * 2
 
 
 @torch.no_grad()
@@ -138,7 +132,7 @@ def test_states_are_recorded_by_the_explicit_steps(taken):
     cache.activate_past_recording()
     model(IDS, past_key_values=cache)
 
-    assert taken == ["fused_lstm"] * 2 + ["explicit_lstm"] * 2
+    assert taken == ["fused"] * 2 + ["explicit"] * 2
 
 
 class Adapter(nn.Linear):
@@ -184,7 +178,7 @@ def test_whatever_a_module_does_is_done(taken, change):
         if change is not cpu_offload:
             logits.sum().backward()
 
-    assert taken[0] == "explicit_lstm"
+    assert taken[0] == "explicit"
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
@@ -199,7 +193,7 @@ def test_weights_in_one_piece_are_the_same_weights(monkeypatch, weight_dropout):
 
     monkeypatch.setattr(torch, "lstm", watched)
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(kernels_lstm, "IN_ONE_PIECE", devices)
+        monkeypatch.setattr(recurrence_lstm, "IN_ONE_PIECE", devices)
         model = make_model(weight_dropout=weight_dropout).train()
         loss = model(IDS, labels=IDS).loss
         loss.backward()

@@ -10,7 +10,7 @@ from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArgum
 
 from hf_lstm import evaluate_stream
 from hf_lstm.model.loss_lstm import loss_without_logits
-from hf_lstm.training.tbptt import check_penalties
+from hf_lstm.training.arguments import check_penalties
 
 IDS = make_ids(3, 8)
 LABELS = IDS.masked_fill(torch.rand(3, 8, generator=torch.Generator().manual_seed(2)) < 0.3, -100)
@@ -315,13 +315,13 @@ def test_an_adaptive_softmax_learns(tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"adaptive_softmax_cutoffs": [8, 31]}, r"must rise from at least 1 to below `vocab_size` \(31\)"),
-        ({"adaptive_softmax_cutoffs": [8, 8]}, "must rise"),
-        ({"adaptive_softmax_cutoffs": [0, 8]}, "must rise"),
-        ({"adaptive_softmax_cutoffs": []}, "must rise"),
-        ({"hidden_size": 15, "embedding_size": 32}, r"`hidden_size` \(15\) leaves the last of 2 groups no width"),
-        ({"tie_word_embeddings": True}, "goes neither with tied embeddings"),
-        ({"loss_chunk_size": 4}, "nor with `loss_chunk_size`"),
+        ({"adaptive_softmax_cutoffs": [8, 31]}, r"must increase, from at least 1 to below `vocab_size` \(31\)"),
+        ({"adaptive_softmax_cutoffs": [8, 8]}, "must increase"),
+        ({"adaptive_softmax_cutoffs": [0, 8]}, "must increase"),
+        ({"adaptive_softmax_cutoffs": []}, "must increase"),
+        ({"hidden_size": 15, "embedding_size": 32}, r"`hidden_size` \(15\) is too small for 2 groups"),
+        ({"tie_word_embeddings": True}, "excludes tied embeddings"),
+        ({"loss_chunk_size": 4}, "excludes tied embeddings and `loss_chunk_size`"),
     ],
 )
 def test_what_an_adaptive_softmax_cannot_be_is_refused(options, message):

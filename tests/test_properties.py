@@ -5,12 +5,10 @@ from contextlib import contextmanager
 import pytest
 import reference
 import torch
-from conftest import CONFIGS, make_model
+from conftest import CONFIGS, choose_kernel, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import DynamicCache
-
-from hf_lstm.model.modeling_lstm import LSTMLayer
 
 PRECISION = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest element
 
@@ -46,9 +44,7 @@ fused = st.booleans()
 @contextmanager
 def with_kernel(is_fused):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            LSTMLayer, "_is_fusable", lambda self, device, steps, record: bool(steps and is_fused and not record)
-        )
+        choose_kernel(patch, "fused" if is_fused else "explicit")
         yield
 
 

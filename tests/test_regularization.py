@@ -24,9 +24,9 @@ PENALTIES = {"activation_regularization": 2.0, "temporal_activation_regularizati
 @pytest.fixture
 def masks(monkeypatch):
     """What is kept in each dropout of a forward, in the order of their drawing."""
-    drawn, draw = [], regularization_lstm._kept
+    drawn, draw = [], regularization_lstm._dropout_mask
     monkeypatch.setattr(
-        regularization_lstm, "_kept", lambda *arguments: (drawn.append(draw(*arguments)), drawn[-1])[1]
+        regularization_lstm, "_dropout_mask", lambda *arguments: (drawn.append(draw(*arguments)), drawn[-1])[1]
     )
     return drawn
 
@@ -54,9 +54,10 @@ def test_a_locked_mask_is_the_same_at_all_tokens():
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.65, 0.999999])
 def test_what_is_dropped_has_the_given_share_and_keeps_the_mean(p):
     torch.manual_seed(0)
-    weight = torch.ones(1000, 999, dtype=torch.float64)  # no multiple of 4
+    linear = torch.nn.Linear(999, 1000, bias=False, dtype=torch.float64)  # no multiple of 4
+    torch.nn.init.ones_(linear.weight)
 
-    dropped = weight_dropout(weight, p)
+    dropped = weight_dropout(linear, p).detach()
 
     assert (dropped == 0).double().mean() == pytest.approx(p, abs=0.002)
     if p < 0.9:
@@ -261,5 +262,7 @@ def test_dropouts_are_probabilities(name, value):
 @pytest.mark.parametrize("name", PENALTIES)
 @pytest.mark.parametrize("value", [-1.0, float("inf"), float("nan")])
 def test_penalties_are_not_negative(name, value):
-    with pytest.raises(StrictDataclassError, match=rf"`{name}` \({value}\) is the weight of a penalty: at least 0"):
+    with pytest.raises(
+        StrictDataclassError, match=rf"`{name}` \({value}\) is the weight of a penalty: it must be at least 0"
+    ):
         make_model(**{name: value})

@@ -128,6 +128,14 @@ model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dty
 assert type(model).__module__.startswith("transformers_modules"), type(model)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 assert MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["hf_lstm"] == type(model).__name__  # label smoothing looks it up
+from transformers import Trainer, TrainingArguments
+trainer = Trainer(model, TrainingArguments(copy, label_smoothing_factor=0.1, report_to="none", use_cpu=True))
+smoothed = trainer.compute_loss(model, {"input_ids": ids, "labels": ids})
+logprobs = model(ids).logits[:, :-1].log_softmax(-1)
+expected = -0.9 * logprobs.gather(-1, ids[:, 1:, None]).mean() - 0.1 * logprobs.mean()
+torch.testing.assert_close(smoothed, expected)
+static = model.generate(ids, max_new_tokens=5, do_sample=False, cache_implementation="static")
+assert torch.equal(static, model.generate(ids, max_new_tokens=5, do_sample=False))
 base = AutoModel.from_pretrained(folder, trust_remote_code=True, dtype="auto")
 assert torch.equal(model.lm_head(base(ids).last_hidden_state), model(ids).logits)
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
@@ -164,6 +172,26 @@ def test_models_load_where_hf_lstm_is_not_installed(tmp_path):
     assert type(again) is LSTMForCausalLM
     assert torch.equal(again(IDS).logits, model(IDS).logits)
     assert AutoTokenizer.from_pretrained(copy)("ab")["input_ids"] == byte_tokenizer()("ab")["input_ids"]
+
+
+def test_code_of_version_0_1_0_does_not_stay_in_a_folder(tmp_path):
+    """Its files had other names, which a model that is saved again no longer needs."""
+    make_model().save_pretrained(tmp_path)
+    for name in ("decoding_lstm.py", "kernels_lstm.py", "outputs_lstm.py", "segments_lstm.py", "mine_lstm.py"):
+        (tmp_path / name).write_text("")
+
+    make_model().save_pretrained(tmp_path)
+
+    assert {path.name for path in tmp_path.glob("*.py")} == CODE | {"mine_lstm.py"}
+
+
+def test_keys_set_by_others_are_ignored_on_save_too(tmp_path):
+    model = make_model(torch.float32)
+    model._keys_to_ignore_on_save = {"model.layers.1.input_gates.bias"}
+    model.save_pretrained(tmp_path)
+
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        assert not {"lm_head.weight", "model.layers.1.input_gates.bias"} & set(file.keys())
 
 
 def test_a_folder_without_a_model_is_named(tmp_path):

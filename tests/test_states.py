@@ -11,7 +11,7 @@ from conftest import CONFIGS, make_ids, make_model
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache, StaticCache
 
-from hf_lstm import load_state, save_state
+from hf_lstm import generation, load_state, save_state
 
 IDS = make_ids(2, 12)
 
@@ -160,6 +160,40 @@ def test_many_may_save_to_one_path(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
 
 
+def test_the_weights_are_hashed_once_until_they_change(tmp_path, monkeypatch):
+    model, hashed, digest = make_model(), [], generation._digest
+    monkeypatch.setattr(generation, "_digest", lambda tensors: (hashed.append(len(tensors)), digest(tensors))[1])
+    weights = len(dict(model.named_parameters()))
+    cache = read(model)
+    for _ in range(3):
+        save_state(model, cache, tmp_path / "a.state")
+        load_state(model, tmp_path / "a.state")
+    assert hashed.count(weights) == 1
+
+    for change in (
+        lambda weight: weight.data.copy_(weight.data),  # cannot be seen
+        lambda weight: weight.mul_(2),
+        lambda weight: setattr(weight, "data", weight.data * 2),
+        lambda weight: setattr(model.model.layers[0].input_gates, "bias", torch.nn.Parameter(weight.detach() * 2)),
+    ):
+        with torch.no_grad():
+            change(model.model.layers[0].input_gates.bias)
+        save_state(model, cache, tmp_path / "b.state")
+    assert hashed.count(weights) == 4
+    with pytest.raises(ValueError, match="to a model with other weights"):
+        load_state(model, tmp_path / "a.state")
+
+
+def test_weights_made_in_inference_mode_are_hashed_each_time(tmp_path):
+    with torch.inference_mode():
+        model = make_model()
+        save_state(model, read(model), tmp_path / "a.state")
+        model.model.layers[0].input_gates.bias.mul_(2)
+
+        with pytest.raises(ValueError, match="to a model with other weights"):
+            load_state(model, tmp_path / "a.state")
+
+
 def test_a_cache_that_has_read_nothing_is_refused(tmp_path):
     model = make_model()
 
@@ -208,9 +242,9 @@ def with_other_count(path):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "does not exist"),
-        (lambda path: path.write_text("not a state"), "is no hf_lstm state 1, or was cut off"),
-        (lambda path: path.write_bytes(b""), "is no hf_lstm state 1, or was cut off"),
-        (cut_off, "is no hf_lstm state 1, or was cut off"),
+        (lambda path: path.write_text("not a state"), "is not a valid hf_lstm state 1 file, or truncated"),
+        (lambda path: path.write_bytes(b""), "is not a valid hf_lstm state 1 file, or truncated"),
+        (cut_off, "is not a valid hf_lstm state 1 file, or truncated"),
         (changed, "was changed after it was saved"),
         (shortened, "was changed after it was saved"),
         (without_metadata, "holds something else: it must hold hf_lstm state 1"),

@@ -83,7 +83,7 @@ def test_masks_and_positions_are_copied_once(kernel, count, inputs):
     assert (count.copies, count.waits) == (1, [])
 
 
-def test_without_them_nothing_is_copied(kernel, count):
+def test_without_masks_and_positions_nothing_is_copied(kernel, count):
     model, cache = make_model(), DynamicCache()
 
     with count:
@@ -96,7 +96,7 @@ def test_without_them_nothing_is_copied(kernel, count):
 
 
 def test_decoding_copies_nothing(count, monkeypatch):
-    """What `generate()` itself waits for is its own; here is what it hands to the model after the first token."""
+    """Counted inside the forwards of `generate()` alone, which itself waits for the device too."""
     model, kept = make_model(), []
     forward = type(model).forward
 

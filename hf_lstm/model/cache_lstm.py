@@ -1,21 +1,23 @@
-"""The state of an LSTM as a layer of a transformers `Cache`, so that every mode of `generate()` can carry it.
+"""The state of an LSTM as layers of a transformers `Cache`, for every mode of `generate()`.
 
 Shapes: B batch, T tokens of one call, H the width of the layer's cell, D that of the model's output.
 """
 
 import copy
+from typing import Any
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from .segments_lstm import UNKNOWN
+from .recurrence_lstm import UNKNOWN, at_least_float32
 
 LAYER_TYPE = "hf_lstm"
 KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN}
-"""The tensors that a layer keeps, and what each holds of a row that has read nothing."""
+"""The tensors that a layer keeps, and the value of each in a row without tokens so far."""
+SAVED_AS = {"keys": "h", "values": "c", "held": "held", "document": "document"}
 MAX_HISTORY = 1024
-"""Tokens that can be rolled back: more than any assistant drafts between two checks, and a bound on the memory."""
+"""Tokens that can be rolled back: more than any assistant drafts between two checks, and a limit on memory."""
 
 
 class LSTMCacheLayer(CacheLayerMixin):
@@ -23,30 +25,34 @@ class LSTMCacheLayer(CacheLayerMixin):
     The state of one LSTM layer: `keys` holds h and `values` holds c, each of shape `(B, H)` however many tokens were
     read. `update` replaces the tensors and never writes into them, so a state may be part of an autograd graph.
 
-    The first layer also keeps what no state says of the last token that each row has read (`remember`): `held`, the model's
-    output `(B, D)`, which padding repeats, and `document` `(B,)`, its `seq_idx`. Each is `None` where it is not needed.
+    The first layer also keeps data about the last token of each row that is not part of the state (`remember`):
+    `held`, the model's output `(B, D)`, which padding repeats, and `document` `(B,)`, its `seq_idx`. Each is `None`
+    where not needed.
 
     After `activate_past_recording()` the states of the last `MAX_HISTORY` tokens are kept too, until `crop` rolls some
     of them back or `crop(0)` accepts them.
     """
 
-    _layer_type = LAYER_TYPE  # registers the class for `DynamicCache(config=...)`
+    _layer_type: str | None = LAYER_TYPE  # registers the class for `DynamicCache(config=...)`
     is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs) -> None:
         super().__init__()
-        self.cumulative_length = 0  # columns read, padding included: `generate()` slices its inputs with it
+        # Columns read, padding included, by which `generate()` slices its inputs: an `int`, or a tensor in a static
+        # layer.
+        self.cumulative_length: Any = 0
         self.record_past = False
         self.held = self.document = None
-        # (B, n + 1, ...): the same after each of the last n tokens, and before them
+        self.plain_step: Any = None  # in the first layer: the generation_lstm.PlainStep that reads this text
+        # (B, n + 1, ...): the same tensors before the last n tokens and after each of them
         self.past_keys = self.past_values = self.past_held = self.past_document = None
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the state itself, without the history kept for rolling back."""
+        """Size of the state in bytes, without the history kept for rolling back."""
         return sum(state.nbytes for name in KEPT if (state := getattr(self, name)) is not None)
 
     def lazy_initialization(self, h: torch.Tensor, c: torch.Tensor) -> None:
@@ -54,42 +60,51 @@ class LSTMCacheLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def get_state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """(h, c), each `(B, H)`, or `None` before the first token."""
-        return (self.keys, self.values) if self.is_initialized else None
+        """Return (h, c), each `(B, H)`, or `None` before the first token."""
+        return None if self.keys is None or self.values is None else (self.keys, self.values)
 
-    def update(self, h, c, num_tokens: int = 1, trajectory=None, **kwargs):
+    def update(  # type: ignore[override]  # the tensors have their own names here
+        self,
+        h: torch.Tensor,
+        c: torch.Tensor,
+        num_tokens: int = 1,
+        trajectory: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """
         Replace the state.
 
         Args:
             h, c (`torch.Tensor` of shape `(B, H)`): The state after the last token.
-            num_tokens (`int`, defaults to 1): Columns read since the last update.
+            num_tokens (`int`, defaults to 1): Number of columns read since the last update.
             trajectory (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
                 h and c after each of them, `(B, T, H)`; needed while past states are recorded.
         """
         if self.record_past:
-            for name, last, states in zip(("keys", "values"), (h, c), trajectory, strict=True):
+            for name, last, states in zip(("keys", "values"), (h, c), trajectory or (), strict=True):
                 self._record(name, last, states)
         if not self.is_initialized:
             self.lazy_initialization(h, c)
         self._set("keys", h)
         self._set("values", c)
         self.cumulative_length += num_tokens
-        return self.keys, self.values
+        return self.keys, self.values  # type: ignore[return-value]  # `setattr` has set them
 
-    def remember(self, num_tokens: int, held=None, document=None) -> None:
+    def remember(
+        self, num_tokens: int, held: torch.Tensor | None = None, document: torch.Tensor | None = None
+    ) -> None:
         """
-        Replace what the first layer keeps of each row's last token.
+        Replace the data that the first layer keeps about the last token of each row.
 
         Args:
             num_tokens (`int`): T.
             held (`torch.Tensor` of shape `(B, T, D)`, *optional*): The model's output at each token of the call.
-            document (`torch.LongTensor` of shape `(B, T)`, *optional*): The `seq_idx` that each token leaves behind.
+            document (`torch.LongTensor` of shape `(B, T)`, *optional*): The `seq_idx` after each token.
         """
         for name, states in (("held", held), ("document", document)):
             kept = getattr(self, name)
             if states is None and kept is not None and self.record_past:
-                states = kept[:, None].expand(-1, num_tokens, *kept.shape[1:])  # none is told: they go on
+                states = kept[:, None].expand(-1, num_tokens, *kept.shape[1:])  # unchanged by these tokens
             if states is None:
                 continue
             last = states[:, -1].clone()  # a view would keep the whole call alive
@@ -108,18 +123,18 @@ class LSTMCacheLayer(CacheLayerMixin):
         setattr(self, f"past_{name}", torch.cat([past, states], dim=1)[:, -MAX_HISTORY - 1 :])
 
     def activate_past_recording(self) -> None:
-        """Keep the states of the coming tokens, so that `crop` can take tokens back."""
+        """Start recording the states of new tokens, so that `crop` can remove tokens."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
         """
-        Take the last tokens back.
+        Remove the last tokens.
 
         Args:
-            tokens_to_remove (`int`): How many, as a number of at most 0; 0 forgets the recorded states.
+            tokens_to_remove (`int`): Their number, negated; 0 accepts all and drops the recorded states.
 
         Raises:
-            ValueError: if those tokens' states were not recorded.
+            ValueError: if the states of those tokens were not recorded.
         """
         removed = -tokens_to_remove
         recorded = 0 if self.past_keys is None else self.past_keys.shape[1] - 1
@@ -131,22 +146,23 @@ class LSTMCacheLayer(CacheLayerMixin):
         for name in KEPT:
             past = getattr(self, f"past_{name}")
             if removed and past is not None:
-                # a document may have been told after the recording began; a view would keep the whole history alive
+                # `document` may be recorded later than the others; a view would keep the whole history alive
                 self._set(name, past[:, max(0, past.shape[1] - 1 - removed)].clone())
             setattr(self, f"past_{name}", None)
         self.cumulative_length -= removed
 
     def detach_(self) -> None:
-        """Cut the state from the autograd graph that made it: truncated backpropagation through time."""
+        """Detach the state from its autograd graph, for truncated backpropagation through time."""
         self._map(torch.Tensor.detach)
 
     def reset(self) -> None:
-        """Forget everything: the next row count may differ."""
+        """Drop the state and the history: the next batch may have another number of rows."""
         for name in KEPT:
             setattr(self, name, None)
             setattr(self, f"past_{name}", None)
         self.is_initialized = False
         self.cumulative_length = 0
+        self.plain_step = None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         self._map(lambda state: state.index_select(0, beam_idx.to(state.device)))
@@ -158,12 +174,23 @@ class LSTMCacheLayer(CacheLayerMixin):
         self._map(lambda state: state[indices])
 
     def __deepcopy__(self, memo):
-        """A copy of the numbers: torch refuses to copy what belongs to an autograd graph."""
+        """Return a detached copy, since torch refuses to copy tensors that are part of an autograd graph."""
         copied = copy.copy(self)
+        copied.plain_step = None  # the model still refers to it
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(copied, name, value.detach().clone())
         return copied
+
+    def __copy__(self):
+        """Return a layer that shares the tensors and can be updated independently, since updates replace tensors."""
+        copied = object.__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
+
+    def __getstate__(self):
+        """Leave the copy of the weights out of a pickle."""
+        return vars(self) | {"plain_step": None}
 
     def _map(self, function) -> None:
         for name in (*KEPT, *(f"past_{name}" for name in KEPT)):
@@ -181,14 +208,14 @@ class LSTMCacheLayer(CacheLayerMixin):
 
 
 class LSTMStaticCacheLayer(LSTMCacheLayer):
-    """The same state in tensors whose addresses never change, for compiled decoding and CUDA graphs."""
+    """The state in tensors with fixed addresses, for compiled decoding and CUDA graphs."""
 
     _layer_type = None  # registered below: `CacheLayerMixin` takes only subclasses of `StaticLayer` for static
     is_compileable = True
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__()
-        self.cumulative_length = torch.tensor(0)  # a number would recompile the graph at every step
+        self.cumulative_length = torch.tensor(0)  # an `int` would recompile the graph at every step
 
     def lazy_initialization(self, h, c):
         super().lazy_initialization(h, c)
@@ -206,11 +233,11 @@ class LSTMStaticCacheLayer(LSTMCacheLayer):
             torch._dynamo.mark_static_address(tensor)  # as transformers' StaticLayer does
 
     def reset(self):
-        """Back to the zero state, in the same tensors."""
-        for name, nothing in KEPT.items():
+        """Set the state to zero, in the same tensors."""
+        for name, initial in KEPT.items():
             setattr(self, f"past_{name}", None)
             if (state := getattr(self, name)) is not None:
-                state.fill_(nothing)
+                state.fill_(initial)
         self.cumulative_length.zero_()
 
     def reorder_cache(self, beam_idx):
@@ -220,24 +247,36 @@ class LSTMStaticCacheLayer(LSTMCacheLayer):
 
 
 def rows_that_read(cache: Cache | None) -> torch.Tensor | None:
-    """`(B,)`: which rows have read a token, and so left the zero state; `None` if none has."""
-    layer = cache.layers[0] if isinstance(cache, Cache) and cache.layers else None
+    """Return which rows have read a token and so have a state other than zero, `(B,)`; `None` for an empty cache."""
+    layer: Any = cache.layers[0] if isinstance(cache, Cache) and cache.layers else None
     state = layer.get_state() if hasattr(layer, "get_state") else None
     return None if state is None else (state[0] != 0).any(dim=1)
 
 
-def fitting_layers(cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int]) -> list | None:
+def initial_state(cache_layer: LSTMCacheLayer | None, x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return h and c `(B, size)` before a layer reads `x` `(B, T, D)`: those of its cache, or zeros."""
+    state = None if cache_layer is None else cache_layer.get_state()
+    if state is not None:
+        h, c = state
+        return h.to(x.device), c.to(x.device)
+    h = x.new_zeros(x.shape[0], size)
+    return h, h.to(at_least_float32(h.dtype))
+
+
+def prepare_cache_layers(
+    cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int]
+) -> list[LSTMCacheLayer] | None:
     """
-    The layers of `cache`, made here if it has none yet, once they are known to fit.
+    Return the layers of a cache, creating them for an empty `DynamicCache()`, after checking rows and widths.
 
     Args:
-        cache (`Cache`, *optional*): What came as `past_key_values`.
+        cache (`Cache`, *optional*): The `past_key_values` of a forward.
         rows (`int`): B.
-        num_layers (`int`): Layers of the model.
-        cell_sizes (`list[int]`): H of those that are run: fewer in an assistant that exits early.
+        num_layers (`int`): Number of layers of the model.
+        cell_sizes (`list[int]`): H of the layers that are run: fewer in an assistant that exits early.
 
     Raises:
-        ValueError: if it is no cache of an LSTM, or the state in it is of another model or another number of rows.
+        ValueError: if the cache is not that of an LSTM, or its state belongs to another model or number of rows.
     """
     if cache is None:
         return None
@@ -249,30 +288,54 @@ def fitting_layers(cache: Cache | None, rows: int, num_layers: int, cell_sizes: 
     if not cache.layers:  # `DynamicCache()` does not know the model yet
         cache.layers.extend(LSTMCacheLayer() for _ in range(num_layers))
         cache.layer_class_to_replicate = None
-    for layer in cache.layers:
+    layers: list[Any] = cache.layers
+    for layer in layers:
         if not hasattr(layer, "get_state"):
             raise ValueError(
                 f"`past_key_values` holds a {type(layer).__name__}, not the state of an LSTM: pass "
-                "`DynamicCache(config=model.config)`. Keys and values of attention, as prefix tuning and other "
-                "models give them, mean nothing here."
+                "`DynamicCache(config=model.config)`, since an LSTM cannot use the keys and values of attention that "
+                "prefix tuning and other models give."
             )
-    if len(cache.layers) != num_layers == len(cell_sizes):
+    if len(layers) != num_layers == len(cell_sizes):
         raise ValueError(
-            f"`past_key_values` has {len(cache.layers)} layers and the model {num_layers}: it belongs to another model."
+            f"`past_key_values` has {len(layers)} layers and the model {num_layers}: it belongs to another model."
         )
-    for layer, size in zip(cache.layers, cell_sizes, strict=False):
+    for layer, size in zip(layers, cell_sizes, strict=False):
         if layer.is_initialized and layer.keys.shape[0] != rows:
             raise ValueError(
-                f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}: they must "
-                "be equal. Give each beam or sequence its own state with "
+                f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}, and they must "
+                "be equal: give each beam or sequence its own state with "
                 "`past_key_values.batch_repeat_interleave(n)`, or start from a new cache."
             )
         if layer.is_initialized and layer.keys.shape[1] != size:
             raise ValueError(
-                f"`past_key_values` holds a state {layer.keys.shape[1]} wide and the model's is {size}: it belongs to "
+                f"`past_key_values` holds a state of width {layer.keys.shape[1]} and the model's is {size}: it belongs to "
                 "another model."
             )
-    return cache.layers
+    return layers
+
+
+def state_tensors(cache: Cache) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state by their names in files: `layers.{index}.h`, `.c` and, where kept, others."""
+    return {
+        f"layers.{index}.{SAVED_AS[name]}": state.detach().contiguous()
+        for index, layer in enumerate(cache.layers)
+        for name in KEPT
+        if (state := getattr(layer, name)) is not None
+    }
+
+
+def load_state_tensors(
+    cache: Cache, tensors: dict[str, torch.Tensor], num_tokens: int = 1, device: torch.device | str | None = None
+) -> None:
+    """Fill an empty cache with the tensors of `state_tensors`, the state after `num_tokens` tokens."""
+    layers: list[Any] = cache.layers
+    for index, layer in enumerate(layers):
+        found = {name: tensors.get(f"layers.{index}.{SAVED_AS[name]}") for name in KEPT}
+        states = {name: state.to(device) for name, state in found.items() if state is not None}
+        layer.update(states.pop("keys"), states.pop("values"), num_tokens=num_tokens)
+        for name, state in states.items():
+            setattr(layer, name, state)
 
 
 STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = LSTMStaticCacheLayer

@@ -1,4 +1,4 @@
-"""What a checkpoint must be before a model is made of it: complete, of the model's shapes, of numbers, and no pickle."""
+"""Checkpoint validation: safetensors only, all keys present, shapes that match, finite values."""
 
 import json
 import os
@@ -7,23 +7,24 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
 
 class StrictLoading:
-    """What every model of hf_lstm is loaded by."""
+    """Strict loading of checkpoints, for every model of hf_lstm."""
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
-        As every model's, and stricter: nothing is initialised at random in silence.
+        Load a model. Stricter than `PreTrainedModel.from_pretrained`: a weight is never silently initialised at
+        random.
 
         Raises:
-            ValueError: if the weights are no whole safetensors file inside the model's folder, or there are too few, too
-                many, ones of other shapes or numbers that are none. `output_loading_info=True` and
-                `ignore_mismatched_sizes=True` leave it to whoever asks for them what to do about weights that are too
-                few, too many or of other shapes.
+            ValueError: if the weights are not a complete safetensors file inside the model's folder, or if weights are
+                missing, unexpected, of other shapes, or contain NaN or infinite values. With
+                `output_loading_info=True` or `ignore_mismatched_sizes=True` the caller decides about weights that are
+                missing, unexpected or of other shapes.
         """
         informed = kwargs.pop("output_loading_info", False)
         name = pretrained_model_name_or_path
@@ -43,9 +44,9 @@ class StrictLoading:
     @staticmethod
     def _load_pretrained_model(model, state_dict, checkpoint_files, load_config, *args, **kwargs):
         """
-        Adapters, and models that they name, come without `check_sources`. A private name of transformers
-        (modeling_utils.py), since every file of weights passes here, whatever has named it, and no public hook sees them;
-        tests/test_damaged_checkpoints.py fails when it changes.
+        Check the names of the files of weights, since adapters and the models that they name are loaded without
+        `check_sources`. A private name of transformers (modeling_utils.py): every file of weights is read here,
+        whichever file names it, and no public hook sees them; tests/test_damaged_checkpoints.py fails when it changes.
         """
         for path in checkpoint_files or ():
             check_name(os.path.basename(path), os.path.dirname(path))
@@ -57,7 +58,7 @@ class StrictLoading:
 
 
 ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# A file below the model's folder: no part of its name is empty, `.`, `..`, a drive or hidden.
+# A file inside the model's folder: parts of its name may not be empty, `.`, `..`, a drive or hidden.
 SAFETENSORS = re.compile(r"(?:[\w -][\w. -]*/)*[\w -][\w. -]*\.safetensors")
 OR_INDEX = re.compile(SAFETENSORS.pattern + r"(?:\.index\.json)?")
 WHERE = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
@@ -65,19 +66,20 @@ WHERE = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfo
 
 def check_name(written: str, place: str | Path, allowed: re.Pattern = SAFETENSORS) -> None:
     """
-    Raises `ValueError` unless the name, as it is written and whatever it may link to (files from the Hub are links), is one
-    of a safetensors file inside the folder: any other kind of file may be a pickle, which can run any code when it is read.
+    Raise `ValueError` unless a name is that of a safetensors file inside the folder: any other kind of file may be a
+    pickle, which can run any code when it is read. The name is checked as it is written, without following links
+    (files from the Hub are links).
     """
     if not isinstance(written, str) or not allowed.fullmatch(written):
         raise ValueError(
-            f"{place} names the weights {written!r}, and models of hf_lstm are read from files `*.safetensors` inside their "
-            "folder only: save them as one with `save_pretrained`, where you trust who made them."
+            f"{place} names the weights {written!r}, and models of hf_lstm are read only from `*.safetensors` files inside "
+            "their folder: if you trust the source, load the weights elsewhere and save them with `save_pretrained`."
         )
 
 
-def check_sources(config_class, name: str | Path, asked: dict) -> None:
+def check_sources(config_class: type[PreTrainedConfig], name: str | Path, asked: dict) -> None:
     """
-    Checks the name of each file that weights would be read from, before any is.
+    Check the names of all files that weights would be read from, before any is read.
 
     Args:
         config_class (`type`): The class of the model's config.
@@ -85,7 +87,7 @@ def check_sources(config_class, name: str | Path, asked: dict) -> None:
         asked (`dict`): The arguments of `from_pretrained`.
 
     Raises:
-        ValueError: if one is no safetensors file inside the model's folder.
+        ValueError: if one is not a safetensors file inside the model's folder.
     """
     for argument, refused in (
         ("gguf_file", asked.get("gguf_file")),
@@ -93,8 +95,8 @@ def check_sources(config_class, name: str | Path, asked: dict) -> None:
     ):
         if refused not in (None, True):
             raise ValueError(
-                f"`{argument}` ({refused!r}) asks for weights of another format, and models of hf_lstm are read from "
-                "safetensors files only: leave it out."
+                f"`{argument}` ({refused!r}) asks for weights of another format, and models of hf_lstm are read only from "
+                "safetensors files: leave it out."
             )
     if os.path.isfile(name):
         check_name(os.path.basename(name), os.path.dirname(name))
@@ -105,7 +107,7 @@ def check_sources(config_class, name: str | Path, asked: dict) -> None:
     if config is None or isinstance(config, (str, os.PathLike)):
         try:
             config = config_class.get_config_dict(config or name, **where)[0]
-        except OSError:  # an adapter's folder, or nothing at all: transformers says so
+        except OSError:  # an adapter's folder, or a missing model, which transformers reports
             config = {}
     config = config if isinstance(config, dict) else vars(config)
     named = asked.get("transformers_weights") or config.get("transformers_weights")
@@ -116,54 +118,58 @@ def check_sources(config_class, name: str | Path, asked: dict) -> None:
     variant = f".{asked['variant']}" if asked.get("variant") else ""
     try:
         index = cached_file(name, named or f"model.safetensors.index{variant}.json", **where)
-    except OSError:  # one file holds them all
+    except OSError:
+        index = None
+    if index is None:  # a single file holds all weights
         return
     try:
         files = json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"].values()
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{index} does not say in which file each weight lies: save the model anew.") from error
+        raise ValueError(f"{index} does not say in which file each weight lies: save the model again.") from error
     for written in files:
         check_name(written, index)
 
 
-def explain(error: Exception, name: str | Path) -> ValueError | None:
-    """The error that says which checkpoint could not be read, and why, where that is known."""
+def explain(error: Exception, name: str | Path | None) -> ValueError | None:
+    """Return an error that names the checkpoint and the cause, or `None` if the cause is not known."""
     if isinstance(error, SafetensorError):
         return ValueError(
-            f"The weights of {name} are no safetensors file, or were cut off ({error}): fetch or save them again."
+            f"The weights of {name} are not a valid safetensors file, or truncated ({error}): fetch or save them again."
         )
     if "ignore_mismatched_sizes" in str(error):
         return ValueError(
-            f"The weights of {name} have other shapes than its config.json says (the table above lists them): put back "
-            "the config.json that was saved with them, or take new weights for these by `ignore_mismatched_sizes=True`."
+            f"The weights of {name} have other shapes than its config.json says (the table above lists them): restore "
+            "the config.json that was saved with them, or initialise new ones with `ignore_mismatched_sizes=True`."
         )
     return None
 
 
-def check_loaded(model, report: dict, name: str | Path, lenient: bool = False) -> None:
+def check_loaded(model: PreTrainedModel, report: dict, name: str | Path | None, lenient: bool = False) -> None:
     """
+    Check that all weights were loaded, that there were no others, and that their values are finite.
+
     Args:
-        model (`PreTrainedModel`): What was loaded.
-        report (`dict`): What `from_pretrained(..., output_loading_info=True)` says of it.
+        model (`PreTrainedModel`): The loaded model.
+        report (`dict`): The loading info of `from_pretrained(..., output_loading_info=True)`.
         name (`str` or `Path`): The checkpoint, for the message.
-        lenient (`bool`, defaults to `False`): Whether weights may be too few or too many.
+        lenient (`bool`, defaults to `False`): Whether weights may be missing or unexpected.
 
     Raises:
-        ValueError: if the checkpoint lacks a weight, has one that the model does not, or holds a number that is none.
+        ValueError: if weights are missing, unexpected, or contain NaN or infinite values.
     """
     surplus = [key for key in report["unexpected_keys"] if hasattr(model, "lm_head") or not key.startswith("lm_head.")]
-    for keys, what in ((report["missing_keys"], "lack"), (surplus, "hold, beside those of the model,")):
+    for keys, verb in ((report["missing_keys"], "lack"), (surplus, "contain, beside those of the model,")):
         if keys and not lenient:
             keys = sorted(keys)
             named = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
             raise ValueError(
-                f"The weights of {name} {what} {named}: they were saved by another model or changed. Save it anew, or load "
-                "what there is by `output_loading_info=True`, which says what was new."
+                f"The weights of {name} {verb} {named}, since they belong to another model or were changed: save the model "
+                "again, or load it with `output_loading_info=True`, which reports missing and unexpected weights."
             )
     for key, weight in model.named_parameters():
         is_ordinary = type(weight) is torch.nn.Parameter and weight.dtype in ORDINARY and not weight.is_meta
         if is_ordinary and not weight.isfinite().all():
             raise ValueError(
-                f"The weights of {name} hold numbers in `{key}` that are none (NaN or infinity) as {weight.dtype}: the "
-                "training that made them failed, so take an earlier checkpoint, or the type is too small for them."
+                f"The weights of {name} contain NaN or infinite values in `{key}` as {weight.dtype}: use an earlier "
+                "checkpoint if training diverged, or a type of wider range if this one overflows."
             )

@@ -1,0 +1,501 @@
+"""The recurrence of a layer: given gates, a state and the tokens to read, run it.
+
+A segment is a run of real tokens of one row that share a state: it excludes padded tokens, and the first token of a
+document begins a new one. The segments of all rows are read side by side, as the rows of a packed sequence
+(`torch.nn.utils.rnn.PackedSequence`): each step reads one token of every segment that still has one, longest first.
+
+The kernels agree (tests/test_properties.py): `select_kernel` says which one runs where.
+
+Shapes: B rows of T tokens, S segments, N real tokens in all, D width of the input, H width of the cell.
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+from torch.nn.modules import module as torch_module
+
+# Steps from which torch's fused LSTM is faster than the explicit one without gradients. Two CPU cores, 512 wide,
+# batch 1: one step 0.77 against 0.26 ms, 16 steps 1.6 against 2.1 ms.
+FUSED_STEPS = {"cpu": 16, "cuda": 2}
+
+# Devices whose kernel needs the weights in one piece of memory, as in `torch.nn.LSTM`: cuDNN would compact others at
+# each call, with a warning. They cannot be stored so here, since they are separate parameters, some under dropout.
+IN_ONE_PIECE = ("cuda",)
+
+UNKNOWN = torch.iinfo(torch.int64).min
+"""The document number of a row without tokens so far."""
+
+
+class Recurrence(NamedTuple):
+    """
+    Result of a layer's recurrence: `outputs` `(B, T, H)`; h and c at the end of each row, `(B, H)`; and, if recorded,
+    h and c after each token, `(B, T, H)`.
+    """
+
+    outputs: torch.Tensor
+    h: torch.Tensor
+    c: torch.Tensor
+    past_h: torch.Tensor | None = None
+    past_c: torch.Tensor | None = None
+
+
+def run_lstm(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    input_gates: nn.Module,
+    hidden_gates: nn.Module,
+    reading: "Rows | Segments | Steps | None" = None,
+    record: bool = False,
+    hidden_weight: torch.Tensor | None = None,
+) -> Recurrence:
+    """
+    Run the recurrence of a layer.
+
+    Args:
+        x (`(B, T, D)`): Input.
+        h, c (`(B, H)`): State to start from.
+        input_gates, hidden_gates (`nn.Module`): W with b, and U.
+        reading (`Segments` or `Steps`, *optional*): The tokens to read; by default all, each row as one document.
+        record (`bool`, defaults to `False`): Whether to return the states after each token too.
+        hidden_weight (`(4 H, H)`, *optional*): Used instead of U, under weight dropout.
+    """
+    reading = reading or Rows(*x.shape[:2])
+    gates = (input_gates, hidden_gates, hidden_weight)
+    kernel = select_kernel(x, h, c, reading, record, *gates)
+    if kernel == "cell":
+        h, c = lstm_cell(x[:, 0], h, c, *gates)
+        return Recurrence(h[:, None], h, c)
+    if isinstance(reading, Steps):  # the kernel is "masked"
+        outputs, cells, h, c = masked_lstm(x, h, c, reading.real, reading.restarts, *gates)
+        return Recurrence(outputs, h, c, *((outputs, cells) if record else ()))
+    run = {"explicit": explicit_lstm, "fused": fused_lstm}[kernel]
+    outputs, cells, last_h, last_c = run(
+        reading.pack(x), reading.start(h), reading.start(c), reading.batch_sizes, *gates
+    )
+    outputs = reading.unpack(outputs, h)
+    past = (outputs, reading.unpack(torch.cat(cells), c)) if record else ()
+    return Recurrence(outputs, reading.end(last_h, h), reading.end(last_c, c), *past)
+
+
+def select_kernel(
+    x: torch.Tensor,
+    h: torch.Tensor,
+    c: torch.Tensor,
+    reading: "Rows | Segments | Steps",
+    record: bool,
+    input_gates: nn.Module,
+    hidden_gates: nn.Module,
+    hidden_weight: torch.Tensor | None,
+) -> str:
+    """
+    Choose the kernel of [`run_lstm`]. The first line that applies decides:
+
+        masked      `Steps` are read
+        explicit    gates with adapters, quantisers or hooks; recorded states; a device, an export or a `torch.func`
+                    transform that torch's kernels do not support
+        fused       gradients are needed
+        cell        one token of every row on a CPU
+        fused       at least `FUSED_STEPS` steps
+        explicit    fewer
+    """
+    device, steps = x.device.type, len(reading.batch_sizes)
+    if isinstance(reading, Steps):
+        return "masked"
+    if record or not (is_plain(input_gates) and is_plain(hidden_gates)):
+        return "explicit"
+    if steps == 0 or device not in FUSED_STEPS or torch.compiler.is_exporting() or is_transformed():
+        return "explicit"
+    if torch.is_grad_enabled():
+        return "fused"
+    if isinstance(reading, Rows) and steps == 1 and device == "cpu" and hidden_weight is None:
+        one_type = x.dtype == h.dtype == c.dtype == input_gates.weight.dtype
+        if one_type and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
+            return "cell"
+    return "fused" if steps >= FUSED_STEPS[device] else "explicit"
+
+
+@dataclass
+class Rows:
+    """Rows of one length, each read as a whole."""
+
+    rows: int
+    length: int
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [self.rows] * self.length
+
+    def pack(self, x):  # (B, T, D) -> (T B, D)
+        return x.transpose(0, 1).flatten(0, 1)
+
+    def unpack(self, y, carried):  # (T B, D) -> (B, T, D)
+        return y.unflatten(0, (self.length, self.rows)).transpose(0, 1)
+
+    def start(self, carried):
+        return carried
+
+    def end(self, state, carried):
+        return state
+
+
+@dataclass
+class Segments:
+    """
+    Segments of the rows of a batch, as index tensors.
+
+    Args:
+        tokens (`(N,)`): Index of each token among the `B T` of the batch, in the order of reading.
+        starts (`(S,)`): The row whose carried state a segment continues; `B` stands for the zero state.
+        outputs (`(B T,)`): Index of each batch token's output among the `N`: its own, or for padding the last
+            before it; `N + b` stands for the carried h of row `b`.
+        real (`(B, T)`): Whether each token of the batch is read.
+        firsts (`(B, T)`): Whether it is the first of its segment.
+        ends (`(B,)`): The last segment of each row; `S + b` stands for the carried state of row `b`, unchanged.
+        batch_sizes (`list[int]`): Number of segments that are read at each step.
+    """
+
+    tokens: torch.Tensor
+    starts: torch.Tensor
+    outputs: torch.Tensor
+    real: torch.Tensor
+    firsts: torch.Tensor
+    ends: torch.Tensor
+    batch_sizes: list[int]
+
+    def to(self, device: torch.device | str | int, **kwargs) -> "Segments":
+        """Copy to `device`: accelerate calls this when layers are on several devices."""
+        indices = {name: index for name, index in vars(self).items() if name != "batch_sizes"}
+        return replace(self, **{name: index.to(device, **kwargs) for name, index in indices.items()})
+
+    def pack(self, x):  # (B, T, D) -> (N, D)
+        return x.flatten(0, 1)[self.tokens]
+
+    def unpack(self, y, carried):  # (N, D), (B, D) -> (B, T, D)
+        return torch.cat([y, carried])[self.outputs].unflatten(0, (len(carried), -1))
+
+    def start(self, carried):  # (B, D) -> (S, D)
+        return torch.cat([carried, carried.new_zeros(1, carried.shape[1])])[self.starts]
+
+    def end(self, state, carried):  # (S, D), (B, D) -> (B, D)
+        return torch.cat([state, carried])[self.ends]
+
+
+@dataclass
+class Steps:
+    """
+    Tokens to read where data may not be copied to the host and shapes may not depend on values: every row takes part
+    in every step (`masked_lstm`).
+
+    Args:
+        real, restarts (`(B, T)`): Whether each token is read, and whether a document starts with it.
+    """
+
+    real: torch.Tensor
+    restarts: torch.Tensor
+
+    @property
+    def batch_sizes(self) -> list[int]:
+        return [self.real.shape[0]] * self.real.shape[1]
+
+    def to(self, device: torch.device | str | int, **kwargs) -> "Steps":
+        return Steps(self.real.to(device, **kwargs), self.restarts.to(device, **kwargs))
+
+    @property
+    def firsts(self) -> torch.Tensor:
+        """Whether each token is the first real one of its row, or the first of a document, `(B, T)`."""
+        return self.restarts | (self.real & (self.real.long().cumsum(1) == 1))
+
+
+def hold(x: torch.Tensor, held: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+    """
+    Repeat `x` `(B, T, ...)` of the last real token over padding, and `held` `(B, ...)` before the first. `real`
+    `(B, T)` marks real tokens.
+    """
+    places = _last_real(real) + 1  # (B, T) indices into `known`
+    known = torch.cat([held[:, None], x], dim=1)  # (B, T + 1, ...)
+    return known.gather(1, places.view(*places.shape, *(1 for _ in x.shape[2:])).expand_as(x))
+
+
+def find_reading(
+    x: torch.Tensor,
+    cache_layer: Any,
+    attention_mask: torch.Tensor | None = None,
+    position_ids: torch.Tensor | None = None,
+    seq_idx: torch.Tensor | None = None,
+    cu_seq_lens: torch.Tensor | None = None,
+) -> "tuple[Segments | Steps | None, torch.Tensor | None]":
+    """
+    Find which tokens of `x` `(B, T, D)` to read, and where documents start: where `position_ids` is 0, where `seq_idx`
+    changes, and at each of `cu_seq_lens[:-1]`.
+
+    Args:
+        x (`(B, T, D)`): Input.
+        cache_layer (`LSTMCacheLayer`, *optional*): First layer of the carried state.
+        attention_mask, position_ids, seq_idx, cu_seq_lens (*optional*): See [`LSTMModel`].
+
+    Returns:
+        The tokens to read, or `None` for rows that are read as a whole; and, if `seq_idx` is given, its value after
+        each token, `(B, T)`.
+
+    Raises:
+        ValueError: if the shape of a tensor does not match the batch.
+    """
+    if attention_mask is position_ids is seq_idx is cu_seq_lens is None:
+        return None, None
+    shape, device = x.shape[:2], x.device
+    carried = cache_layer is not None and cache_layer.is_initialized
+    document = cache_layer.document if carried else None
+    real = _real(attention_mask, shape, carried, device)
+    restarts = torch.zeros(shape, dtype=torch.bool, device=device)
+    if cu_seq_lens is not None:
+        restarts = restarts | _starts(cu_seq_lens, shape, device)
+    if position_ids is not None:
+        restarts = restarts | (_of_batch("position_ids", position_ids, shape, device) == 0)
+    documents = None
+    if seq_idx is not None:
+        seq_idx = _of_batch("seq_idx", seq_idx, shape, device)
+        if document is None:
+            document = seq_idx.new_full((shape[0],), UNKNOWN)
+        document = document.to(device)
+        documents = hold(seq_idx, document, real)
+        before = torch.cat([document[:, None], documents[:, :-1]], dim=1)
+        restarts = restarts | ((seq_idx != before) & (before != UNKNOWN))
+    restarts = restarts & real
+    if is_transformed() or (shape[1] == 1 and torch.compiler.is_compiling()):
+        return Steps(real, restarts), documents
+    return find_segments(real, restarts, carried, cu_seq_lens), documents
+
+
+@torch.compiler.disable  # index arithmetic on the host, whose results are lists and data-dependent shapes
+def find_segments(
+    real: torch.Tensor, restarts: torch.Tensor, carried: bool, cu_seq_lens: torch.Tensor | None = None
+) -> Segments | None:
+    """
+    Find the segments of a batch whose tokens are `real` and start documents at `restarts`, each `(B, T)`; `None` if
+    each row is one segment without padding. `carried` says whether rows have a state. Copies to the host once.
+
+    Raises:
+        ValueError: if `cu_seq_lens` does not ascend from 0 to `B T`.
+    """
+    (rows, length), shape, device = real.shape, real.shape, real.device
+    on_device = [real, restarts]
+    if cu_seq_lens is not None:
+        ascending = cu_seq_lens.new_tensor([0]), cu_seq_lens.flatten(), cu_seq_lens.new_tensor([rows * length])
+        places = torch.cat(ascending)
+        is_wrong = (places.diff() < 0).any() | (places[1] != 0) | (places[-2] != places[-1])
+        on_device.append(is_wrong.to(device).expand(shape))
+    real, restarts, *wrong = torch.stack(on_device).cpu()
+    if cu_seq_lens is not None and wrong[0].any():
+        raise ValueError(
+            f"`cu_seq_lens_q` ({str(cu_seq_lens.flatten().tolist())[:60]}) must ascend from 0 to {rows * length}, the number of "
+            "tokens: it says where each document starts among those of the batch. For beams, several sequences or prompts in "
+            "chunks give `position_ids` instead, which are 0 where a document starts."
+        )
+
+    tokens = real.flatten().nonzero().squeeze(1)  # (N,) row by row
+    row = tokens // length
+    new_row = torch.ones_like(tokens, dtype=torch.bool)
+    new_row[1:] = row[1:] != row[:-1]
+    restart = restarts.flatten()[tokens]
+    if len(tokens) == rows * length and not (restart if carried else restart & ~new_row).any():
+        return None
+
+    first = new_row | restart
+    segment = first.cumsum(0) - 1  # (N,) the segment of each token
+    lengths = segment.bincount()  # (S,)
+    step = torch.arange(len(tokens), device="cpu") - first.nonzero().squeeze(1)[segment]  # (N,) in the segment
+    longest = lengths.argsort(descending=True, stable=True)  # (S,)
+    rank = longest.argsort()  # (S,) the position of each segment in the packed sequence
+    order = (step * len(lengths) + rank[segment]).argsort()  # (N,) of reading
+    place = order.argsort()  # (N,) position of each token in that order
+
+    last = real.flatten().cumsum(0) - 1  # (B T,) the last real token so far, of any row
+    every_row = torch.arange(rows, device="cpu")
+    row_of = every_row.repeat_interleave(length)
+    if len(tokens) == 0:  # only padding: the carried states stay
+        outputs, ends = row_of, every_row
+    else:
+        known = (last >= 0) & (row[last] == row_of)
+        outputs = torch.where(known, place[last], len(tokens) + row_of)
+        last, known = last.view(shape)[:, -1], known.view(shape)[:, -1]
+        ends = torch.where(known, rank[segment[last]], len(lengths) + every_row)
+    starts = torch.where(restart, rows, row)[first][longest]
+    firsts = torch.zeros_like(real).flatten()
+    firsts[tokens[first]] = True
+    batch_sizes = step.bincount().tolist()
+    return Segments(tokens[order], starts, outputs, real, firsts.view(shape), ends, batch_sizes).to(device)
+
+
+def _last_real(real: torch.Tensor) -> torch.Tensor:
+    """Index of the last real token up to each token, `(B, T)`; -1 before the first."""
+    places = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    return torch.where(real, places, -1).cummax(dim=1).values
+
+
+def _real(attention_mask, shape, carried, device):
+    """Return whether each token is read, `(B, T)`. A mask may begin with columns for tokens read earlier."""
+    if attention_mask is None:
+        return torch.ones(shape, dtype=torch.bool, device=device)
+    wider = carried and attention_mask.ndim == 2 and attention_mask.shape[1] > shape[1]
+    if attention_mask.shape != shape and not (wider and len(attention_mask) == shape[0]):
+        raise ValueError(
+            f"`attention_mask` of shape {tuple(attention_mask.shape)} must be {tuple(shape)}, a column for each token of "
+            "the input; with a state in `past_key_values` it may begin with columns for the tokens read before."
+        )
+    return (attention_mask[:, -shape[1] :] != 0).to(device)
+
+
+def _starts(cu_seq_lens, shape, device):
+    """Return whether a document starts at each token by the cumulative lengths, `(B, T)`."""
+    size = shape[0] * shape[1]
+    places = cu_seq_lens.flatten().to(device, torch.long).clamp(0, size)  # `find_segments` refuses others
+    starts = torch.zeros(size + 1, dtype=torch.bool, device=device)  # the last is the end of the batch
+    return starts.index_fill(0, places, True)[:-1].view(shape)
+
+
+def _of_batch(name, value, shape, device):
+    """Return a tensor of the batch as integers, `(B, T)`, after checking its shape."""
+    if value.ndim != 2 or value.shape[0] not in (1, shape[0]) or value.shape[1] != shape[1]:
+        raise ValueError(
+            f"`{name}` of shape {tuple(value.shape)} must be {tuple(shape)}, or (1, {shape[1]}) for all rows: give one "
+            "for each token of the input."
+        )
+    return value.to(device, torch.long).expand(shape)
+
+
+def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=None):
+    """
+    Run the equations step by step.
+
+    Args:
+        x (`(N, D)`): The first token of every sequence, then the second of every one that has a second, and so on.
+        h, c (`(S, H)`): The states to start from; the longest sequence comes first.
+        batch_sizes (`list[int]`): Number of sequences that have a first token, a second, ...
+        input_gates, hidden_gates (`nn.Module`): W with b, and U.
+        hidden_weight (`(4 H, H)`, *optional*): Used instead of U.
+
+    Returns:
+        h after each token, `(N, H)`; c after each step, a list; h and c at the end of each sequence, `(S, H)`.
+    """
+    from_input, h, c, hidden_gates = _prepare(x, h, c, input_gates, hidden_gates, hidden_weight)
+    outputs, cells = [h[:0]], [c[:0]]  # in case of zero steps
+    for read in from_input.split(batch_sizes):  # (n, 4 H), n of the S sequences have another token
+        n = read.shape[0]  # `len` would make it a constant in an export
+        new_h, new_c = _step(read, h[:n], c[:n], hidden_gates)
+        outputs.append(new_h)
+        cells.append(new_c)
+        h = torch.cat([new_h, h[n:]]) if n < h.shape[0] else new_h
+        c = torch.cat([new_c, c[n:]]) if n < c.shape[0] else new_c
+    return torch.cat(outputs), cells, h, c
+
+
+def masked_lstm(x, h, c, real, restarts, input_gates, hidden_gates, hidden_weight=None):
+    """
+    Run rows of one length: every row takes part in every step, and keeps its state at tokens that are not read.
+
+    Args:
+        x (`(B, T, D)`): Input.
+        h, c (`(B, H)`): The states to start from.
+        real, restarts (`(B, T)`): Whether each token is read, and whether the state is reset to zero before it.
+        input_gates, hidden_gates, hidden_weight: See [`explicit_lstm`].
+
+    Returns:
+        h and c after each token, `(B, T, H)`; h and c at the end of each row, `(B, H)`.
+    """
+    from_input, h, c, hidden_gates = _prepare(x, h, c, input_gates, hidden_gates, hidden_weight)
+    outputs, cells = [], []
+    for read, is_real, restart in zip(from_input.unbind(1), real.unbind(1), restarts.unbind(1), strict=True):
+        is_real, restart = is_real[:, None], restart[:, None]
+        new_h, new_c = _step(read, h.masked_fill(restart, 0), c.masked_fill(restart, 0), hidden_gates)
+        h, c = torch.where(is_real, new_h, h), torch.where(is_real, new_c, c)
+        outputs.append(h)
+        cells.append(c)
+    return torch.stack(outputs, dim=1), torch.stack(cells, dim=1), h, c
+
+
+def _prepare(x, h, c, input_gates, hidden_gates, hidden_weight):
+    """Return W x + b of all tokens, the states in the dtypes of the steps, and U."""
+    if hidden_weight is not None:
+        hidden_gates = partial(F.linear, weight=hidden_weight)
+    from_input = input_gates(x)  # (..., 4 H)
+    return from_input, h.to(from_input.dtype), c.to(at_least_float32(from_input.dtype)), hidden_gates
+
+
+def _step(from_input, h, c, hidden_gates):
+    """Take one step of every sequence."""
+    i, f, g, o = (from_input + hidden_gates(h)).to(c.dtype).chunk(4, dim=-1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return (o.sigmoid() * c.tanh()).to(h.dtype), c
+
+
+@torch.compiler.disable  # traced, it would be unrolled: seconds of compilation for every step
+def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=None):
+    """Run torch's own kernel, which does not return the c of each step; otherwise see [`explicit_lstm`]."""
+    hidden_weight = hidden_gates.weight if hidden_weight is None else hidden_weight
+    weights = [input_gates.weight, hidden_weight, input_gates.bias, torch.zeros_like(input_gates.bias)]
+    if x.device.type in IN_ONE_PIECE:
+        weights = in_one_piece(weights)
+    x, h, c = (tensor.to(weights[0].dtype) for tensor in (x, h, c))
+    steps, training = torch.tensor(batch_sizes, device="cpu"), torch.is_grad_enabled()
+    # On a CPU autocast gives the kernel mixed dtypes, which it does not support: pytorch/pytorch#88136.
+    autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
+    with torch.autocast(x.device.type, enabled=autocast):
+        outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, training, False)
+    return outputs, None, h[0], c[0].to(at_least_float32(c.dtype))
+
+
+def in_one_piece(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Copy weights into one contiguous piece of memory; gradients flow back to each original."""
+    whole = torch.cat([weight.flatten() for weight in weights])
+    parts = whole.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
+
+
+def lstm_cell(x, h, c, input_gates, hidden_gates, hidden_weight=None):
+    """Run one step by torch's own kernel: `x` `(B, D)`; returns h and c, `(B, H)`."""
+    return torch.lstm_cell(x, (h, c), input_gates.weight, hidden_gates.weight, input_gates.bias)
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of c, which accumulates over thousands of steps, and of sums of squares."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:
+    """Return whether a module only applies its weights: no adapter, quantiser, pruning, offloading or hook."""
+    weight = type(getattr(module, "weight", None))
+    return is_untouched(module, kind) and weight in (nn.Parameter, torch.Tensor, type(None))
+
+
+def is_untouched(module: nn.Module, kind: type) -> bool:
+    """Return whether calling a module runs the forward of its class and nothing else."""
+    own = vars(module)
+    return (
+        type(module) is kind
+        and "forward" not in own  # accelerate replaces it where weights are offloaded
+        and own.get("_compiled_call_impl") is None
+        and not (own["_forward_hooks"] or own["_forward_pre_hooks"])
+        and not (own["_backward_hooks"] or own["_backward_pre_hooks"] or any(ALL_HOOKS))
+    )
+
+
+# Where torch keeps the hooks of a module, and the global ones, which a direct call of a kernel would skip. Private
+# names: torch has no public ones; tests/test_kernels.py registers each kind and fails when one is not found any more.
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+ALL_HOOKS = [getattr(torch_module, f"_global{hooks}") for hooks in HOOKS]
+
+
+def is_transformed() -> bool:
+    """
+    Return whether a `torch.func` transform (grad, vmap, jvp, ...) or forward-mode differentiation is active: torch's
+    kernels support neither. Private names: torch has no public ones; tests/test_kernels.py fails when they change.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0

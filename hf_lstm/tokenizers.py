@@ -1,14 +1,14 @@
-"""Tokenizers: stock `PreTrainedTokenizerFast` objects, saved as tokenizer.json, that need no code of ours to load.
+"""Tokenizers: stock `PreTrainedTokenizerFast` objects, saved as tokenizer.json; loading one needs no code of this package.
 
 `<pad>`, `<unk>`, `<bos>` and `<eos>` are ids 0 to 3 of each. Encoding adds no token. A special or added token that is
-written in a text is recognised by `tokenizer(...)`, as everywhere in transformers, and is letters to [`encode_raw`], through
-which raw text enters this package. The stock `apply_chat_template` makes one string of a conversation and calls the
+written in a text is recognised by `tokenizer(...)`, as everywhere in transformers, and read as plain characters by
+[`encode`], through which raw text enters this package. The stock `apply_chat_template` makes one string of a conversation and calls the
 tokenizer: there, the content of messages is read as the template's own markers are, unless it is asked to
 `sanitize_control_tokens`, where transformers has that. Tokenizers saved by version 0.1.0 keep their setting
 (`"split_special_tokens": true` in their tokenizer_config.json), with which every text is letters.
 
-There is no longest text: `model_max_length` is as good as infinite. Batches are padded on the left, as `generate()` needs
-it; training collators pad on their own.
+Texts may have any length: `model_max_length` is transformers' very large default. Batches are padded on the left, which
+`generate()` needs; training collators pad on their own.
 """
 
 import codecs
@@ -18,15 +18,18 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from itertools import chain, islice
+from typing import Literal, cast, overload
 from weakref import WeakKeyDictionary
 
+import numpy
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import BatchEncoding, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}  # ids 0 to 3
 PIECE_LENGTH = 1 << 16  # characters of a text that are read, and given to a tokenizer, at once
+BATCH_CHARACTERS = 1_000_000  # of pieces that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
 
 # Letters, marks and digits with the space before them; each Chinese or Japanese character, mark of punctuation or other
 # symbol with the space before it; any other white space. Every character of a text belongs to one of them.
@@ -35,8 +38,8 @@ UNICODE_WORD = r" ?[\p{Han}\p{Hiragana}\p{Katakana}]| ?(?:[\p{L}\p{M}\p{N}&&[^\p
 
 def char_tokenizer(texts: Iterable[str], byte_fallback: bool = False, nfc: bool = False) -> PreTrainedTokenizerFast:
     """
-    One token per character (Unicode code point) of `texts`, in order of code points after the special tokens. A
-    character that `texts` lack becomes `<unk>`, or its bytes. What is known decodes to itself, newlines and spaces
+    Make a tokenizer with one token per character (Unicode code point) of `texts`, in order of code points after the
+    special tokens. Other characters become `<unk>`, or their bytes. Known text decodes to itself, newlines and spaces
     included.
 
     Args:
@@ -48,21 +51,21 @@ def char_tokenizer(texts: Iterable[str], byte_fallback: bool = False, nfc: bool 
             was written.
 
     Raises:
-        ValueError: if `texts` hold no character at all, or are one `str` (wrap it in a list).
+        ValueError: if `texts` contain no characters, or are one `str` (wrap it in a list).
     """
-    _check_texts(texts)
+    check_texts(texts)
     normalizer = normalizers.NFC() if nfc else None
-    characters = set()
+    characters: set[str] = set()
     for piece in pieces_of_all(texts):
-        characters.update(normalizer.normalize_str(piece) if nfc else piece)
+        characters.update(piece if normalizer is None else normalizer.normalize_str(piece))
     if not characters:
-        raise ValueError("`texts` hold no character: there is nothing to make a vocabulary of.")
+        raise ValueError("`texts` contain no characters: give at least one, to make a vocabulary of.")
     vocabulary = _vocabulary([*sorted(characters), *(_FALLBACK if byte_fallback else ())])
     # no merges: single characters
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL_TOKENS["unk_token"], byte_fallback=byte_fallback)
     )
-    if nfc:
+    if normalizer is not None:
         tokenizer.normalizer = normalizer
     if byte_fallback:
         tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -73,8 +76,8 @@ def char_tokenizer(texts: Iterable[str], byte_fallback: bool = False, nfc: bool 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
     """
-    One token per byte of UTF-8: byte b has id 4 + b. Nothing is unknown to it, and every text decodes to itself. Bytes that
-    are not UTF-8 decode as `bytes.decode("utf-8", errors="replace")` does.
+    Make a tokenizer with one token per byte of UTF-8: byte b has id 4 + b. No text is unknown, and every text decodes to
+    itself. Bytes that are not UTF-8 decode as `bytes.decode("utf-8", errors="replace")` does.
     """
     tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(_LETTERS), merges=[]))  # no merges: single bytes
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -86,16 +89,16 @@ def word_tokenizer(
     texts: Iterable[str], vocab_size: int | None = None, min_frequency: int = 1, split: str = "whitespace"
 ) -> PreTrainedTokenizerFast:
     """
-    One token per word, the most frequent first; any other becomes `<unk>`.
+    Make a tokenizer with one token per word, the most frequent first; other words become `<unk>`.
 
-    `split="whitespace"` is for texts that come in words, as WikiText and the Penn Treebank do (Mikolov et al. 2010):
-    what stands between white space is a word, a line end is `<eos>`, and `<unk>` and `<eos>` in a text are those tokens.
+    `split="whitespace"` is for texts already split into words, like WikiText and the Penn Treebank (Mikolov et al. 2010):
+    words stand between white space, a line end is `<eos>`, and `<unk>` and `<eos>` in a text are those tokens.
     A line whose words stand one space apart decodes to itself. Decoded alone, a continuation lacks the space before its
-    first word, since nothing says that something stood before it: so it is in the stock `pipeline` and in
-    `TextStreamer(skip_prompt=True)`. `Session`, [`StreamDecoder`] and the scripts decode it behind its prompt.
+    first word, since the decoder cannot know what came before: this is so in the stock `pipeline` and in
+    `TextStreamer(skip_prompt=True)`. `Session`, [`StreamDecoder`] and the scripts decode it after its prompt.
 
     `split="unicode"` is for any text: a word is a run of letters and digits with the space before it, and each mark of
-    punctuation, Chinese or Japanese character and line end is a word of its own. What is known decodes to itself.
+    punctuation, Chinese or Japanese character and line end is a word of its own. Known text decodes to itself.
 
     Args:
         texts (`Iterable[str]`): Any texts, read once.
@@ -104,17 +107,18 @@ def word_tokenizer(
         split (`str`, defaults to `"whitespace"`): `"whitespace"` or `"unicode"`.
 
     Raises:
-        ValueError: if no word is left, `split` is neither, or `texts` are one `str`.
+        ValueError: if no word is frequent enough, `split` is neither, or `texts` are one `str`.
     """
-    _check_texts(texts)
+    check_texts(texts)
     if split not in ("whitespace", "unicode"):
         raise ValueError(f"`split` ({split!r}) must be `whitespace` or `unicode`.")
     _check_vocab_size(vocab_size, len(SPECIAL_TOKENS) + 1, f"the {len(SPECIAL_TOKENS)} special tokens and a word")
+    cut: pre_tokenizers.PreTokenizer
     if split == "unicode":
         cut = pre_tokenizers.Split(Regex(UNICODE_WORD), "isolated")
     else:
         cut = pre_tokenizers.WhitespaceSplit()
-    counts = Counter()
+    counts: Counter[str] = Counter()
     for piece in pieces_of_all(texts):
         counts.update(word for word, _ in cut.pre_tokenize_str(piece))
     for token in SPECIAL_TOKENS.values():
@@ -124,7 +128,7 @@ def word_tokenizer(
     ]
     if not words:
         raise ValueError(
-            f"`texts` hold no word that occurs {min_frequency:,} times: there is nothing to make a vocabulary of."
+            f"`texts` contain no word that occurs {min_frequency:,} times: give more text, or lower `min_frequency`."
         )
     limit = None if vocab_size is None else vocab_size - len(SPECIAL_TOKENS)
     tokenizer = Tokenizer(models.WordLevel(_vocabulary(words[:limit]), unk_token=SPECIAL_TOKENS["unk_token"]))
@@ -148,9 +152,9 @@ def word_tokenizer(
 
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """
-    Pieces of words (byte-pair encoding, Sennrich et al. 2016) made of bytes as GPT-2's are (Radford et al. 2019):
-    learnt from `texts` with a progress bar, a word's pieces with the space before it. Nothing is unknown to it, and
-    every text decodes to itself.
+    Train a byte-level byte-pair encoding (Sennrich et al. 2016; of bytes, like GPT-2's: Radford et al. 2019) on `texts`,
+    with a progress bar. A word's first piece includes the space before it. No text is unknown, and every text decodes
+    to itself.
 
     Args:
         texts (`Iterable[str]`): Any texts, read once, in pieces of at most `PIECE_LENGTH` characters.
@@ -158,9 +162,9 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
             Tokens, the four special ones and the 256 bytes included; fewer where no pair occurs twice any more.
 
     Raises:
-        ValueError: for a `vocab_size` that holds no pair, or `texts` that are one `str` or hold no character.
+        ValueError: for a `vocab_size` too small for a pair, or `texts` that are one `str` or contain no characters.
     """
-    _check_texts(texts)
+    check_texts(texts)
     least = len(SPECIAL_TOKENS) + len(_LETTERS) + 1
     _check_vocab_size(vocab_size, least, f"the {len(SPECIAL_TOKENS)} special tokens, {len(_LETTERS)} bytes and a pair")
     tokenizer = Tokenizer(models.BPE())
@@ -176,57 +180,107 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
     pieces = pieces_of_all(texts)
     first = next(pieces, None)
     if first is None:
-        raise ValueError("`texts` hold no character: there is nothing to make a vocabulary of.")
+        raise ValueError("`texts` contain no characters: give at least one, to make a vocabulary of.")
     tokenizer.train_from_iterator(chain([first], pieces), trainer)
     return _fast(tokenizer)
 
 
-def encode_raw(texts: list[str], tokenizer: PreTrainedTokenizerBase, offsets: bool = False) -> BatchEncoding:
-    """
-    Encode text as it is written: what looks like a special or an added token is letters. Corpora, sentences to score,
-    prompts and the content of messages are encoded here, so that no text can end a document or speak for another.
+@overload
+def encode(
+    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[False] = False
+) -> list[numpy.ndarray]: ...
 
-    In the words of `word_tokenizer`, `<unk>` and `<eos>` stay those tokens, as the corpora write them, and added tokens
-    that are not special are words. An added token of white space alone stays a token too, since models of code have those
-    for ordinary text.
+
+@overload
+def encode(
+    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[True]
+) -> tuple[list[numpy.ndarray], list[numpy.ndarray]]: ...
+
+
+def encode(texts, tokenizer, offsets=False):
+    """
+    Encode raw text: special and added tokens written in it are read as plain characters. Corpora, sentences to score,
+    prompts and the content of messages are encoded here, so that no text can end a document or imitate another speaker.
+
+    Three exceptions stay tokens: `<unk>` and `<eos>` in texts for `word_tokenizer`, which the word-level corpora use; added
+    tokens of a word-level vocabulary that are not special, which are words; and added tokens of white space alone, which
+    models of code use for ordinary text. No special tokens are added.
+
+    A text of more than `PIECE_LENGTH` characters is cut for the tokenizer, after a line end or before a space where
+    there is one, and the pieces are shared out among the tokenizer's threads.
 
     Args:
-        texts (`list[str]`): Any texts, whole or in pieces.
+        texts (`Iterable[str]`): Any texts, of any lengths; `None` counts as an empty one.
         tokenizer (`PreTrainedTokenizerBase`): Any tokenizer. It is not changed, so that threads may share it.
-        offsets (`bool`, defaults to `False`): Whether to say where in its text each token stands; fast tokenizers can.
+        offsets (`bool`, defaults to `False`): Whether to return the place of each token in its text too.
 
     Returns:
-        `BatchEncoding`: `input_ids`, a list for each text, and `offset_mapping` if it was asked for.
+        `list[numpy.ndarray]`: the ids of each text, `(tokens,)`. With `offsets`, a pair: the ids, and where each token
+        begins and ends in its text, in characters, `(tokens, 2)`.
 
     Raises:
-        ValueError: if a text holds half of a surrogate pair.
+        ValueError: if a text holds half of a surrogate pair, or `offsets` are asked of a slow tokenizer.
     """
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"The text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair or a byte that "
-                "is not UTF-8: mend it, or leave it out."
-            ) from error
-    if not texts:
-        return BatchEncoding({"input_ids": [], "offset_mapping": []} if offsets else {"input_ids": []})
+    if offsets and not tokenizer.is_fast:
+        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, which returns no offsets: give a fast one.")
+    pieces, ids, spans = [], [], []
+    for number, text in enumerate(texts):
+        check_unicode(text or "", "The text")
+        ids.append([numpy.empty(0, dtype=numpy.int32)])
+        spans.append([numpy.empty((0, 2), dtype=numpy.int64)])
+        length = 0
+        for piece in pieces_of(text):
+            pieces.append((number, length, piece))
+            length += len(piece)
+    reader = _raw_reader(tokenizer)
     options = {"return_offsets_mapping": True} if offsets else {}
-    return _raw_reader(tokenizer)(
-        texts,
-        add_special_tokens=False,
-        split_special_tokens=True,
-        return_attention_mask=False,
-        verbose=False,
-        **options,
-    )
+    for batch in _batches(pieces):
+        encoded = reader(
+            [piece for _, _, piece in batch],
+            add_special_tokens=False,
+            split_special_tokens=True,
+            return_attention_mask=False,
+            verbose=False,
+            **options,
+        )
+        for index, (number, begin, _) in enumerate(batch):
+            ids[number].append(numpy.array(encoded["input_ids"][index], dtype=numpy.int32))
+            if offsets:
+                places = numpy.array(encoded["offset_mapping"][index], dtype=numpy.int64).reshape(-1, 2)
+                spans[number].append(places + begin)
+    joined = [numpy.concatenate(parts) for parts in ids]
+    return (joined, [numpy.concatenate(parts) for parts in spans]) if offsets else joined
+
+
+def check_unicode(text: str, name: str) -> None:
+    """Raise `ValueError` for a text that cannot be encoded in UTF-8, called `name` in the message."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds {text[error.start]!r} at character {error.start}, half of a surrogate pair or a byte that is "
+            "not UTF-8: correct or remove it."
+        ) from error
+
+
+def _batches(pieces):
+    """Yield lists of pieces of about `BATCH_CHARACTERS` in all."""
+    batch, length = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece[-1])
+        if length >= BATCH_CHARACTERS:
+            yield batch
+            batch, length = [], 0
+    if batch:
+        yield batch
 
 
 def letter_reader(tokenizer: PreTrainedTokenizerFast, markers: Collection[str] = ()) -> PreTrainedTokenizerFast:
     """
-    Copy a tokenizer so that its special tokens, and `markers` among the added ones, are letters to it, as [`encode_raw`]
-    describes. Asked for per call, `split_special_tokens` is set on the Rust object, where another thread's call would
-    change it; it is for special tokens alone; and the model may have a piece of that name, which it would find.
+    Copy a tokenizer so that it reads its special tokens, and `markers` among the added ones, as plain characters; see
+    [`encode`]. `split_special_tokens` passed to a call is set on the shared Rust object, where another thread may change it,
+    and covers special tokens only; and the model may contain a piece of that name, which it would find.
     """
     backend = tokenizer.backend_tokenizer
     words = isinstance(backend.model, models.WordLevel)
@@ -271,16 +325,16 @@ def _raw_reader(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     rules = repr((parts, added, backend.get_vocab_size(with_added_tokens=False)))  # a model's own repr takes 7 ms
     known = _RAW_READERS.get(tokenizer)
     if known is None or known[0] != rules:
-        _RAW_READERS[tokenizer] = known = (rules, letter_reader(tokenizer))
+        _RAW_READERS[tokenizer] = known = (rules, letter_reader(cast(PreTrainedTokenizerFast, tokenizer)))
     return known[1]
 
 
-_RAW_READERS = WeakKeyDictionary()  # of each tokenizer: copying one of 50,000 tokens takes a tenth of a second
+_RAW_READERS: WeakKeyDictionary = WeakKeyDictionary()  # by tokenizer: copying one of 50,000 tokens takes 0.1 s
 
 
-def ends_lines(tokenizer) -> bool:
-    """Whether `<eos>` is what a tokenizer makes of a line end, as `word_tokenizer` does, and not a document's end."""
-    return encode_raw(["\n"], tokenizer)["input_ids"] == [[tokenizer.eos_token_id]]
+def ends_lines(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer encodes a line end as `<eos>`, like `word_tokenizer`, instead of using it between documents."""
+    return encode(["\n"], tokenizer)[0].tolist() == [tokenizer.eos_token_id]
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
@@ -331,45 +385,45 @@ def _tokens_of_unknown(tokenizer) -> list:
 
 class StreamDecoder:
     """
-    Decode a continuation token by token: the prompt's text and all that [`step`] and [`end`] return are what decoding the
-    whole gives, in whole characters, spaces between words included. The last tokens are the only ones looked at, so that a
-    token costs the same after any text. What is not UTF-8 becomes U+FFFD as soon as it cannot be a character any more.
-    Where the tokenizer's decoder then makes U+FFFD of a whole run of bytes (`char_tokenizer` with `byte_fallback`, and the
-    bytes of version 0.1.0), the characters of the run that were told stay.
+    Decode a continuation token by token: the prompt's text followed by all that [`step`] and [`end`] return equals the whole
+    text decoded at once. Only complete characters are returned, spaces between words included. Only the last tokens are
+    read, so the cost of a token does not grow with the text. Invalid UTF-8 becomes U+FFFD as soon as no character can
+    begin with it. Where the tokenizer's decoder replaces a whole run of bytes by U+FFFD (`char_tokenizer` with
+    `byte_fallback`, and the byte tokenizer of version 0.1.0), characters of the run that were returned before stay.
 
-    Special tokens are left out, unless `<eos>` is a line end.
+    Special tokens are skipped, unless `<eos>` is a line end.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): Any fast tokenizer.
+        tokenizer (`PreTrainedTokenizerBase`): Any fast tokenizer.
         prompt_ids (`Sequence[int]`, *optional*): The tokens before the continuation; the last `CONTEXT` are enough.
 
     Attributes:
-        context (`tuple[int, ...]`): The last tokens that spell text: all that the next step depends on.
+        context (`tuple[int, ...]`): The last ids that spell text, on which alone the next step depends.
     """
 
-    CONTEXT = 4  # tokens: more than the bytes of a character that is not complete
+    CONTEXT = 4  # tokens: more than the bytes of an incomplete character
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, prompt_ids: Sequence[int] = ()):
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()):
         self.tokenizer, self.rules = tokenizer, repr(tokenizer.backend_tokenizer.decoder)
-        self.spelt = {}  # by token, of those met
+        self.spelt: dict[int, bytes | None] = {}  # by token, of those met
         added = tokenizer.added_tokens_decoder.items()
         self.hidden = set() if ends_lines(tokenizer) else {index for index, token in added if token.special}
         last = islice(filter(self.is_text, reversed(prompt_ids)), self.CONTEXT)
         self.context = tuple(last)[::-1]
 
     def step(self, token: int) -> str:
-        """The text that is certain with one token more: often none while the bytes of a character come in."""
+        """Return the text that one more token completes; empty inside a character of several bytes."""
         if not self.is_text(token):
             return ""
         before, self.context = self.context, (*self.context, token)[-self.CONTEXT :]
         held, spelt = self._incomplete(before), self.spell(token)
         if spelt is not None:
             return self._characters(held + spelt)[0]
-        old, new = (self.tokenizer.decode(list(ids)) for ids in (before, (*before, token)))
+        old, new = (cast(str, self.tokenizer.decode(list(ids))) for ids in (before, (*before, token)))
         return self._broken(held) + new[len(old) :]
 
     def end(self) -> str:
-        """Tell what waits, as U+FFFD, where the text ends: what comes then completes it no more."""
+        """End the text: return U+FFFD for an incomplete character, which later tokens no longer complete."""
         waiting = self.waiting
         while self._incomplete(self.context):
             self.context = self.context[:-1]
@@ -377,17 +431,17 @@ class StreamDecoder:
 
     @property
     def waiting(self) -> str:
-        """U+FFFD in place of a character that is not complete, or nothing: what decoding the whole shows of it."""
+        """U+FFFD for an incomplete character at the end, or an empty string, like decoding the whole text."""
         return self._broken(self._incomplete(self.context))
 
     def is_text(self, token: int) -> bool:
-        """Whether an id is that of a token, and of one that is shown."""
+        """Whether an id belongs to a token that is not skipped."""
         return token not in self.hidden and self.tokenizer.convert_ids_to_tokens(token) is not None
 
     def spell(self, token: int) -> bytes | None:
-        """The bytes that a token stands for, or `None` where the tokens around it have a say in its text."""
+        """Return the bytes of a token, or `None` where its text depends on the tokens around it."""
         if token not in self.spelt:
-            name = self.tokenizer.convert_ids_to_tokens(token)
+            name = cast(str, self.tokenizer.convert_ids_to_tokens(token))
             if "ByteLevel" in self.rules:
                 letters = all(letter in _LETTERS for letter in name)  # of bytes: an added token may have others
                 self.spelt[token] = bytes(_LETTERS[letter] for letter in name) if letters else name.encode()
@@ -407,7 +461,7 @@ class StreamDecoder:
         return self._characters(spelt)[1]
 
     def _characters(self, data: bytes) -> tuple[str, bytes]:
-        """What bytes of UTF-8 spell, and those at the end that a character may begin with."""
+        """Decode UTF-8 bytes; return the text, and the bytes at the end that may begin a character."""
         decoder = codecs.getincrementaldecoder("utf-8")(
             "surrogateescape" if "ByteFallback" in self.rules else "replace"
         )
@@ -420,11 +474,11 @@ class StreamDecoder:
         return "\ufffd" * (len(data) if "ByteFallback" in self.rules else bool(data))
 
 
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list[bytes]:
+def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
     """
-    What each id below `vocab_size` adds to a text that it continues, in bytes of UTF-8: for those who write text without a
-    tokenizer. Special tokens and ids without a token add nothing; in a text of lines of words, `<unk>` is shown and `<eos>`
-    is the line end. A token that was added adds what it is called, with the space that decoding puts before it.
+    Return the UTF-8 bytes that each id below `vocab_size` appends to a text, for decoding without a tokenizer. Special
+    tokens and ids without a token append nothing; for a tokenizer whose line ends are `<eos>`, `<unk>` is shown and `<eos>`
+    is the line end. An added token appends its name, with the space that decoding puts before it.
     """
     decoder, backend = StreamDecoder(tokenizer), tokenizer.backend_tokenizer
     special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
@@ -435,9 +489,9 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list
     for index in range(vocab_size):
         decoder.context = (before,)
         if not decoder.is_text(index) or index in special - shown:
-            spelt = b""
+            spelt: bytes | None = b""
         elif "ByteLevel" in decoder.rules and index not in own and index not in special:
-            spelt = backend.id_to_token(index).encode()  # GPT-2's letters are not those of a token that was added
+            spelt = (backend.id_to_token(index) or "").encode()  # not written in GPT-2's letters for bytes
         else:
             spelt = None if index in special else decoder.spell(index)
         added.append(decoder.step(index).encode() if spelt is None else spelt)
@@ -445,7 +499,7 @@ def bytes_of_tokens(tokenizer: PreTrainedTokenizerFast, vocab_size: int) -> list
 
 
 def pieces_of(text: str | None) -> Iterator[str]:
-    """Pieces of at most `PIECE_LENGTH` characters, cut after a line or else before the space of a word, if there is one."""
+    """Yield pieces of at most `PIECE_LENGTH` characters, cut after a line end, or else before a space, where one exists."""
     text = text or ""
     start = 0
     while start < len(text):
@@ -457,21 +511,41 @@ def pieces_of(text: str | None) -> Iterator[str]:
 
 
 def pieces_of_all(texts: Iterable[str | None]) -> Iterator[str]:
-    """The pieces of each text, one after the other."""
+    """Yield the pieces of each text, one after the other."""
     return (piece for text in texts for piece in pieces_of(text))
 
 
-_FALLBACK = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-_LETTERS = {letter: byte for byte, letter in sorted(bytes_to_unicode().items())}  # GPT-2's name for each byte
-
-
-def _check_texts(texts):
+def check_texts(texts: object) -> None:
+    """Raise `ValueError` for a single text, or a dictionary of splits, in place of texts."""
     if isinstance(texts, str):
         raise ValueError("`texts` is one str: it must be an iterable of texts. Put it into a list: `[text]`.")
     if isinstance(texts, dict):
         raise ValueError(
-            f"`texts` has the splits {', '.join(texts)}: give the texts of one, `texts['train']['text']`."
+            f"`texts` has the splits {', '.join(texts)}: give the texts of one, such as `texts['train']['text']`."
         )
+
+
+def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ValueError` for a tokenizer with ids beyond the model's vocabulary."""
+    most = max(tokenizer.get_vocab().values())
+    if most >= model.config.vocab_size:
+        raise ValueError(
+            f"The tokenizer has ids up to {most}, and the model a vocabulary of {model.config.vocab_size}: give the "
+            "tokenizer that the model was trained with."
+        )
+
+
+def start_ids(start_token: str | None, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the ids before a text, one or zero. Raises `ValueError` for a `start_token` that the tokenizer lacks."""
+    if start_token is None:
+        return []
+    if start_token not in tokenizer.get_vocab():
+        raise ValueError(f"`start_token` ({start_token!r}) is not a token of the tokenizer: name one that it has.")
+    return [tokenizer.get_vocab()[start_token]]
+
+
+_FALLBACK = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+_LETTERS = {letter: byte for byte, letter in sorted(bytes_to_unicode().items())}  # GPT-2's name for each byte
 
 
 def _check_vocab_size(vocab_size, least, contents):

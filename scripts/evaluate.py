@@ -1,11 +1,11 @@
-"""Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it goes on learning.
+"""Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it adapts.
 
 python scripts/evaluate.py stream --model runs/shakespeare --file tinyshakespeare.txt --split validation
 python scripts/evaluate.py surprisal --model runs/shakespeare --text "The horse raced past the barn fell." --by word
 python scripts/evaluate.py pairs --model runs/shakespeare --file blimp.jsonl
 python scripts/evaluate.py adapt --model runs/shakespeare --train_file tinyshakespeare.txt
 
-The result goes to the standard output, as JSON or CSV, and to `--output_file`; what is said beside it does not.
+The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
 `python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
 """
 
@@ -17,10 +17,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy
+from standard_library import standard_library
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_lstm import TokenStream, evaluate_stream, load_corpus, minimal_pairs, surprisal, word_surprisal
 from hf_lstm.data import joined, load_documents, read_records, read_text
+from hf_lstm.data.lanes import check_at_least_one
+from hf_lstm.data.readers import kind_of
 from hf_lstm.evaluation import (
     DynamicEvaluation,
     NeuralCache,
@@ -38,7 +41,7 @@ def flag(help, default=None, **options):
 
 @dataclass
 class Arguments:
-    """What every task needs."""
+    """Arguments of every task."""
 
     model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
     trust_remote_code: bool = flag("Whether to run code that comes with the model.", False)
@@ -59,43 +62,43 @@ class Stream(Arguments):
     bptt_length: int = flag("Tokens read at once: memory, not the result.", 1024)
     reset_at_documents: bool = flag("Start every document from a zero state.", False)
     reset_every: int | None = flag("Start from a zero state after so many tokens.")
-    temperature: float = flag("What the logits are divided by.", 1.0)
+    temperature: float = flag("Divisor of the logits.", 1.0)
     picture: str | None = flag(
-        "Where to draw the loss by the tokens read since the state began from zero: what the memory is worth."
+        "Where to draw the loss by the tokens read since a zero state: the value of the memory."
     )
 
 
 @dataclass
 class Surprisal(Arguments):
-    """How unexpected each token, word or region of texts is."""
+    """Surprisal of each token, word or region of texts."""
 
     text: str | None = flag("The text, instead of a file.")
     file: str | None = flag(
         "Texts: one in each line of a text file, or of each record of a .jsonl, .json, .csv or .parquet file."
     )
     text_column: str = flag("The field of the records that holds the text.", "text")
-    whole: bool = flag("Whether a text file is one text, line ends included, and not one in each line.", False)
+    whole: bool = flag("Whether a text file is one text, line ends included, instead of one text per line.", False)
     by: str = flag("`token`, `word` or `region`: a field `regions` of the records, as [[start, end], ...].", "word")
     base: str = flag("`2` for bits, `e` for nats.", "2")
     start_token: str | None = flag(
-        "What the first token is predicted from, such as <eos>, which documents follow; without it it has no surprisal."
+        "Token that the first one is predicted from, such as <eos>; without it the first one has no surprisal."
     )
     picture: str | None = flag("Where to draw the surprisal over the first text.")
 
 
 @dataclass
 class Pairs(Arguments):
-    """How often a model finds the good sentence of a pair more probable than the bad one, as in BLiMP."""
+    """Accuracy on minimal pairs, such as BLiMP's: how often the good sentence is the more probable one."""
 
     file: str | None = flag("A .jsonl file whose records have `sentence_good` and `sentence_bad`.")
-    start_token: str | None = flag("What the first token is predicted from, such as <eos>, which documents follow.")
+    start_token: str | None = flag("Token that the first one is predicted from, such as <eos>.")
 
 
 @dataclass
 class Adapt(Arguments):
-    """What a fitted temperature, a neural cache and dynamic evaluation are worth, on test text."""
+    """The gain by a fitted temperature, a neural cache and dynamic evaluation, on test text."""
 
-    train_file: str | None = flag("What the model was trained on, in whose gradients dynamic evaluation is scaled.")
+    train_file: str | None = flag("The text that the model was trained on; its gradients scale dynamic evaluation.")
     validation_file: str | None = flag("As in training. The temperature is fitted on it,")
     test_file: str | None = flag(
         "and this is what is measured; without it the second half of the validation text, and the first half is fitted."
@@ -103,14 +106,14 @@ class Adapt(Arguments):
     text_column: str = flag("The column of the records that holds the text.", "text")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     reset_at_documents: bool = flag("Start every document from a zero state.", False)
-    cache_size: int = flag("Tokens that the cache remembers.", NeuralCache.size)
-    cache_theta: float = flag("How much the likeness of states counts in it.", NeuralCache.theta)
+    cache_size: int = flag("Tokens in the cache.", NeuralCache.size)
+    cache_theta: float = flag("The weight of the similarity of states in it.", NeuralCache.theta)
     cache_weight: float = flag("The share of the cache in each prediction.", NeuralCache.weight)
     rule: str = flag("`rms`: steps scaled by the gradients of the training text; `sgd`: plain ones.", "rms")
-    learning_rate: float | None = flag("Of dynamic evaluation; by default the papers'.")
-    decay: float | None = flag("How much of the way back to the trained weights each step goes.")
+    learning_rate: float | None = flag("Learning rate of dynamic evaluation; by default the papers'.")
+    decay: float | None = flag("The share of the distance to the trained weights that each step goes back.")
     segment_length: int = flag("Tokens between two steps.", DynamicEvaluation.segment_length)
-    max_segments: int = flag("Segments of training text whose gradients are looked at.", 200)
+    max_segments: int = flag("Segments of training text whose gradients are read.", 200)
 
 
 def stream(arguments: Stream, model, tokenizer) -> None:
@@ -118,7 +121,8 @@ def stream(arguments: Stream, model, tokenizer) -> None:
         corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
         corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
     else:
-        corpus = load_corpus(arguments.file, text_column=arguments.text_column, join_records=arguments.join_records)
+        source = standard_library() if arguments.file is None else arguments.file
+        corpus = load_corpus(source, text_column=arguments.text_column, join_records=arguments.join_records)
         split = arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
@@ -136,10 +140,10 @@ def stream(arguments: Stream, model, tokenizer) -> None:
     )
     for name, value in result.items():
         numbers = value if isinstance(value, list) else [value]
-        say(f"{name:>24}  " + " to ".join(f"{n:.4f}" if isinstance(n, float) else f"{n:,}" for n in numbers))
+        log(f"{name:>24}  " + " to ".join(f"{n:.4f}" if isinstance(n, float) else f"{n:,}" for n in numbers))
     if result["loss"] > math.log(model.config.vocab_size):
-        say("The model does worse than one that finds all tokens equally likely: are text and tokenizer its own?")
-    give(as_json(result), arguments)
+        log("The model does worse than one that finds all tokens equally likely: are text and tokenizer its own?")
+    write_result(as_json(result), arguments)
     if arguments.picture is not None:
         nats, counts = losses_by_position(model, tokens, bptt_length=arguments.bptt_length, **resets)
         draw_positions(nats, counts, arguments.picture)
@@ -156,18 +160,20 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> None:
     if arguments.by != "token":
         rows = word_surprisal(rows, texts, regions)
     unit = "bits" if base == 2 else "nats"
-    say(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
+    log(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
     # In quotes a line end inside a token ends no row, for whatever reads it.
-    give(rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").removesuffix("\n"), arguments)
+    write_result(
+        rows.to_csv(index=False, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n").removesuffix("\n"), arguments
+    )
     if arguments.picture is not None:
         draw_surprisal(rows[rows["text"] == 0], arguments.by, unit, arguments.picture)
 
 
 def read_texts(arguments: Surprisal) -> tuple[list[str], list | None]:
-    """The texts, and the regions of each if they are asked for."""
+    """Read the texts, and the regions of each if `--by` is `region`."""
     if (arguments.text is None) == (arguments.file is None):
         raise ValueError("Give either a `--text` or a `--file`.")
-    kind = "" if arguments.file is None else Path(arguments.file).suffix.lower()
+    kind = "" if arguments.file is None else kind_of(Path(arguments.file))
     records = kind in (".jsonl", ".ndjson")
     if arguments.by == "region" and not records:
         raise ValueError("`--by` region needs a .jsonl `--file` whose records have `regions`, as [[start, end], ...].")
@@ -217,22 +223,22 @@ def pairs(arguments: Pairs, model, tokenizer) -> None:
                 key: figures(group) for key, group in rows.groupby([label(each, name) for each in records])
             }
             for key, group in result[name].items():
-                say(f"{key:>60}  {group['accuracy']:7.2%} of {group['pairs']:,}")
-    say(f"{'all':>60}  {result['accuracy']:7.2%} of {len(rows):,}")
+                log(f"{key:>60}  {group['accuracy']:7.2%} of {group['pairs']:,}")
+    log(f"{'all':>60}  {result['accuracy']:7.2%} of {len(rows):,}")
     if result["ties"]:
         theirs = result["accuracy"] + result["ties"] / 2 / len(rows)
-        say(f"ties: {result['ties']:,}, half right; BabyLM's own script counts them as right: {theirs:.2%}")
-    give(as_json(result), arguments)
+        log(f"ties: {result['ties']:,}, half right; BabyLM's own script counts them as right: {theirs:.2%}")
+    write_result(as_json(result), arguments)
 
 
 def label(record: dict, name: str) -> str:
-    """What a field says; anything but text as JSON writes it, and a field that is not there as null."""
+    """Return the text of a field; another value as JSON, and a missing one as null."""
     value = record.get(name)
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def figures(rows) -> dict:
-    """Of pairs: how many are right, how many are equally probable, and how many hold words that the tokenizer lacks."""
+    """Summarise pairs: the accuracy, and the numbers of pairs, ties and pairs with unknown words."""
     unknown = (rows["unknown_good"] + rows["unknown_bad"]) > 0
     return {
         "accuracy": float(rows["correct"].mean()),
@@ -249,12 +255,11 @@ def adapt(arguments: Adapt, model, tokenizer) -> None:
         raise ValueError("`--train_file` is missing: name the text that the model was trained on, as in training.")
     options = {"learning_rate": arguments.learning_rate, "decay": arguments.decay}
     options["segment_length"] = arguments.segment_length
-    if arguments.max_segments < 1:
-        raise ValueError(f"`max_segments` ({arguments.max_segments}) must be at least 1.")
+    check_at_least_one(max_segments=arguments.max_segments)
     DynamicEvaluation(**options)  # refuses what cannot be before any work
     cache = NeuralCache(arguments.cache_size, arguments.cache_theta, arguments.cache_weight)
     corpus = load_corpus(
-        arguments.train_file,
+        standard_library() if arguments.train_file is None else arguments.train_file,
         validation_file=arguments.validation_file,
         test_file=arguments.test_file,
         text_column=arguments.text_column,
@@ -270,7 +275,7 @@ def adapt(arguments: Adapt, model, tokenizer) -> None:
     try:
         temperature = fit_temperature(model, validation, **resets)
     except ValueError as error:
-        say(f"The temperature stays 1. {error}")
+        log(f"The temperature stays 1. {error}")
     if arguments.rule == "rms":
         training = stream_of(corpus["train"], model, tokenizer)
         lanes = min(100, max(1, (len(training) - 1) // arguments.segment_length))
@@ -285,19 +290,19 @@ def adapt(arguments: Adapt, model, tokenizer) -> None:
         "dynamic evaluation": {"dynamic_evaluation": dynamic},
         "all": {"temperature": temperature, "neural_cache": cache, "dynamic_evaluation": dynamic},
     }
-    say(f"The best temperature for the validation text is {temperature:.4f}")
-    say(f"{'':>24}  nats per token  perplexity  95 % interval of the loss")
+    log(f"The best temperature for the validation text is {temperature:.4f}")
+    log(f"{'':>24}  nats per token  perplexity  95 % interval of the loss")
     results = {}
     for name, way in ways.items():
         result = evaluate_stream(model, test, **resets, **way)
         results[name] = {"fitted_temperature": way["temperature"]} | result if "temperature" in way else result
         low, high = result["loss_interval"]
-        say(f"{name:>24}  {result['loss']:14.4f}  {result['perplexity']:10.3f}  {low:.4f} to {high:.4f}")
-    give(as_json(results), arguments)
+        log(f"{name:>24}  {result['loss']:14.4f}  {result['perplexity']:10.3f}  {low:.4f} to {high:.4f}")
+    write_result(as_json(results), arguments)
 
 
 def halves(tokens: TokenStream) -> tuple[TokenStream, TokenStream]:
-    """A stream cut in two, between documents if there are several."""
+    """Cut a stream in two, between documents if there are several."""
     starts = tokens.document_starts
     if len(starts) == 1:
         middle = len(tokens) // 2
@@ -308,33 +313,33 @@ def halves(tokens: TokenStream) -> tuple[TokenStream, TokenStream]:
 
 
 def stream_of(texts, model, tokenizer) -> TokenStream:
-    """The tokens of texts; what the tokenizer does not know is said."""
+    """Tokenize texts, and log the number of unknown tokens."""
     tokens = TokenStream.from_documents(texts, tokenizer)
     counts = tokens.counts(model.config.vocab_size)
     index = unknown_id(tokenizer)
     unknown = counts[index] if index not in (None, tokenizer.eos_token_id) else 0
     if unknown:
-        say(f"{unknown:,} of {len(tokens):,} tokens are unknown to the tokenizer: bits per byte mean little")
+        log(f"{unknown:,} of {len(tokens):,} tokens are unknown to the tokenizer: bits per byte mean little")
     if drops_text(tokenizer):
-        say("The tokenizer leaves out what it lacks in silence: bits per byte mean little where it lacks something")
+        log("The tokenizer drops text that it lacks in silence: bits per byte mean little where it lacks something")
     return tokens
 
 
 def draw_positions(nats: numpy.ndarray, counts: numpy.ndarray, path: str) -> None:
-    """The loss by the tokens that were read since a zero state, in groups that double in width."""
+    """Draw the loss by the number of tokens read since a zero state, in groups that double in width."""
     edges = numpy.unique(numpy.geomspace(1, len(nats) + 1, 2 * int(math.log2(len(nats) + 1)) + 1).astype(int))
     sums, numbers = (numpy.add.reduceat(values, edges[:-1] - 1) for values in (nats, counts))
     figure, axes, pyplot = new_figure((7, 4))
     middles = numpy.sqrt(edges[:-1] * (edges[1:] - 1))
     axes.plot(middles, sums / numbers, "o-")
-    axes.set(xscale="log", xlabel="tokens read since the state began from zero", ylabel="nats per token")
+    axes.set(xscale="log", xlabel="tokens read since a zero state", ylabel="nats per token")
     axes.xaxis.set_major_formatter("{x:g}")
     axes.grid(alpha=0.3)
     save(figure, path, pyplot)
 
 
 def draw_surprisal(rows, by: str, unit: str, path: str) -> None:
-    """A bar for each token or word of a text, in its order."""
+    """Draw a bar for each token or word of a text, in its order."""
     rows, labels = rows.iloc[:80], rows["token" if by == "token" else "word"].iloc[:80]
     figure, axes, pyplot = new_figure((max(4, 0.35 * len(rows) + 1), 4))
     axes.bar(range(len(rows)), rows["surprisal"])
@@ -356,23 +361,23 @@ def new_figure(size):
 def save(figure, path: str, pyplot) -> None:
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
-    say(f"The picture is in {path}")
+    log(f"The picture is in {path}")
 
 
 def as_json(result: dict) -> str:
-    """With null for what is beyond a float, which JSON has no word for."""
+    """Format a result as JSON, with null for infinity and NaN, which JSON lacks."""
     return json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None), indent=2)
 
 
-def give(text: str, arguments: Arguments) -> None:
-    """The result, before anything is drawn."""
+def write_result(text: str, arguments: Arguments) -> None:
+    """Print the result, and write it to `--output_file`."""
     print(text)
     if arguments.output_file is not None:
         Path(arguments.output_file).write_text(text + "\n", encoding="utf-8", newline="\n")
-        say(f"The result is in {arguments.output_file}")
+        log(f"The result is in {arguments.output_file}")
 
 
-def say(text: str) -> None:
+def log(text: str) -> None:
     print(text, file=sys.stderr)
 
 
@@ -389,7 +394,7 @@ def main(task: str, arguments: Arguments) -> None:
     for name in ("output_file", "picture"):
         path = getattr(arguments, name, None)
         if path is not None and not Path(path).parent.is_dir():
-            raise ValueError(f"`--{name}` {path} lies in no folder: make the folder first.")
+            raise ValueError(f"`--{name}` {path} lies in a folder that does not exist: make the folder first.")
     if (picture := getattr(arguments, "picture", None)) is not None and Path(picture).suffix not in PICTURES:
         raise ValueError(f"`--picture` {picture} must end in one of {', '.join(PICTURES)}.")
     folder = Path(arguments.model)
@@ -402,7 +407,7 @@ def main(task: str, arguments: Arguments) -> None:
     check_tokenizer(model, tokenizer)
     known = max(tokenizer.get_vocab().values()) + 1
     if known < model.config.vocab_size:
-        say(f"The tokenizer has {known:,} tokens and the model {model.config.vocab_size:,}: is it the model's own?")
+        log(f"The tokenizer has {known:,} tokens and the model {model.config.vocab_size:,}: is it the model's own?")
     TASKS[task][1](arguments, model, tokenizer)
 
 

@@ -37,7 +37,7 @@ def test_the_best_temperature_is_found():
 
 
 def test_a_text_without_a_best_temperature_is_refused():
-    with pytest.raises(ValueError, match="No temperature is the best"):
+    with pytest.raises(ValueError, match="has no minimum in the temperature"):
         fit_temperature(make_model(), TOKENS)  # a random text: the flatter, the better
 
 
@@ -146,7 +146,7 @@ def test_the_root_mean_square_is_that_of_the_segments_of_the_lanes():
         torch.testing.assert_close(rms[name], (square / 3).sqrt(), rtol=1e-4, atol=1e-7)
 
 
-def test_all_of_them_at_once_change_nothing_in_the_model():
+def test_adapting_leaves_the_model_unchanged():
     model = make_model().train()
     before = [parameter.detach().clone() for parameter in model.parameters()]
 
@@ -275,11 +275,11 @@ def test_few_segments_are_the_first_of_each_lane():
 
 
 @pytest.mark.parametrize("call", [fit_temperature, lambda model, tokens: gradient_rms(model, tokens, lanes=2)])
-def test_predictions_that_are_no_numbers_are_refused(call):
+def test_nan_predictions_raise(call):
     model = make_model()
     model.lm_head.weight.data[5] = math.nan
 
-    with pytest.raises(ValueError, match="token 1 is not a number"):
+    with pytest.raises(ValueError, match="token 1 is NaN"):
         call(model.train(), TOKENS)
     assert model.training
 
@@ -312,7 +312,7 @@ def test_the_defaults_are_the_papers():
         (lambda: DynamicEvaluation(learning_rate=-1), r"`learning_rate` \(-1\) must be a number of at least 0"),
         (lambda: DynamicEvaluation(decay=2), r"`decay` \(2\) must lie in \[0, 1\]"),
         (lambda: DynamicEvaluation(segment_length=0), r"`segment_length` \(0\) must be at least 1"),
-        (lambda: DynamicEvaluation({"x": torch.ones(1)}).learner(make_model()), "is not that of this model"),
+        (lambda: DynamicEvaluation({"x": torch.ones(1)}).learner(make_model()), "belongs to another model"),
         (lambda: gradient_rms(make_model(), TOKENS), r"`lanes` \(100\) must be fewer than the 40 tokens"),
         (lambda: gradient_rms(make_model(), TOKENS, lanes=0), r"`lanes` \(0\) must be at least 1"),
         (lambda: gradient_rms(make_model(), TOKENS, 2, 3, 0), r"`max_segments` \(0\) must be at least 1"),
@@ -323,6 +323,6 @@ def test_the_defaults_are_the_papers():
         (lambda: fit_temperature(make_model(), TOKENS[:1]), "holds 1 tokens"),
     ],
 )
-def test_what_cannot_be_is_refused(make, message):
+def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -153,7 +153,7 @@ def test_streamed_poems_train_and_resume(run, tmp_path, poems):
     assert AutoModelForCausalLM.from_pretrained(runs[0]).generation_config.bos_token_id == 3
 
 
-def test_what_is_surely_wrong_is_said_once(run, tmp_path, text_file, poems, monkeypatch):
+def test_a_mismatched_corpus_is_warned_of_once(run, tmp_path, text_file, poems, monkeypatch):
     warnings = []
     monkeypatch.setattr("sys.stderr.write", warnings.append, raising=False)
     common = ["--max_steps", 1, *SMALL, "--bptt_length", 8]
@@ -201,20 +201,20 @@ BAD = {
     "streaming nothing": (["--streaming", "true"], "`--streaming` needs a corpus"),
     "shuffling one text": (
         ["--train_file", "beer.txt", "--shuffle_documents", "true"],
-        "A stream of a single document has nothing to shuffle",
+        "A stream of a single document cannot be shuffled",
     ),
-    "NUL": (["--train_file", "nul.txt"], "nul.txt is no text, since byte 9 is NUL"),
+    "NUL": (["--train_file", "nul.txt"], "nul.txt is not text, since byte 9 is NUL"),
     "not JSON": (["--train_file", "broken.jsonl"], "broken.jsonl cannot be read as jsonl: line 3 is not JSON"),
     "mixed records": (["--train_file", "mixed.jsonl"], "mixed.jsonl has no `text` in line 2, only body"),
-    "no records": (["--train_file", "list.jsonl"], "line 2 is no record but list"),
+    "no records": (["--train_file", "list.jsonl"], "line 2 is list, not an object"),
     "no text": (["--train_file", "blank.jsonl"], "The corpus holds fewer than two documents with text"),
     "no text to learn from": (
         ["--train_file", "blank.jsonl", "--validation_file", "beer.txt"],
-        "`texts` hold no character",
+        "`texts` contain no characters",
     ),
     "no text for bytes": (
         ["--train_file", "blank.jsonl", "--validation_file", "beer.txt", "--tokenizer", "byte"],
-        "The corpus holds no text: every document is empty",
+        "The corpus holds no text, since every document is empty",
     ),
     "no text to stream": (
         ["--train_file", "blank.jsonl", "--validation_file", "beer.txt", "--tokenizer", "byte", "--streaming", "true"],
@@ -271,5 +271,5 @@ def test_a_tokenizer_of_another_model_is_refused(run, tmp_path, text_file, poems
         SystemExit, match=r"evaluate.py: The tokenizer has ids up to \d+, and the model a vocabulary of"
     ):
         run("evaluate.py", "stream", "--model", folder, "--file", poems)
-    with pytest.raises(SystemExit, match=r"generate.py: The tokenizer makes \d+ of a part of the prompt"):
+    with pytest.raises(SystemExit, match=r"generate.py: The tokenizer gives the token id \d+"):
         run("generate.py", "--model", folder, "--prompt", "一丁丂")

@@ -164,22 +164,22 @@ def test_the_model_is_left_as_it_was():
         (TOKENS, {"temperature": math.nan}, r"`temperature` \(nan\) must be a number above 0"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(tokens, options, message):
+def test_invalid_arguments_raise(tokens, options, message):
     with pytest.raises(ValueError, match=message):
         evaluate_stream(make_model(), tokens, **options)
 
 
-def test_a_prediction_that_is_no_number_is_named():
+def test_a_nan_prediction_names_its_token():
     model = make_model(tie_word_embeddings=False)
     model.model.embed_tokens.weight.data[30] = math.nan
     tokens = torch.where(TOKENS == 30, 29, TOKENS)
     tokens[20] = 30
 
-    with pytest.raises(ValueError, match=r"token 21 is not a number \(NaN\)"):
+    with pytest.raises(ValueError, match=r"The prediction of token 21 is NaN"):
         evaluate_stream(model, tokens, bptt_length=7)
 
 
-def test_what_the_model_holds_impossible_costs_infinitely_much(monkeypatch):
+def test_a_token_of_probability_zero_has_infinite_loss(monkeypatch):
     model = make_model()
     head = model.lm_head.forward
     impossible = torch.zeros(31).index_fill(0, TOKENS[9], -math.inf)

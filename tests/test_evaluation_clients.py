@@ -1,4 +1,4 @@
-"""lm-evaluation-harness and minicons find what we find: `pip install -e ".[clients]"`."""
+"""lm-evaluation-harness and minicons agree with our evaluation (`pip install -e ".[clients]"`)."""
 
 import copy
 import json
@@ -80,7 +80,7 @@ def folder(model, tokenizer, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(folder, tmp_path_factory):
-    """All three kinds of request, of tasks that are local files, by `--model hf`."""
+    """Results of all three kinds of request, for local tasks, with `--model hf`."""
     import lm_eval
     from lm_eval.tasks import TaskManager
 
@@ -107,7 +107,7 @@ def responses(results, task):
     return [[response[0] for response in sample["resps"]] for sample in samples]
 
 
-def test_texts_are_as_probable_to_the_harness(results, model, tokenizer):
+def test_the_harness_finds_the_same_rolling_log_likelihoods(results, model, tokenizer):
     tokens = surprisal(model, tokenizer, TEXTS, math.e, start_token="<bos>")
     expected = -tokens.groupby("text")["surprisal"].sum()
 
@@ -120,8 +120,8 @@ def test_texts_are_as_probable_to_the_harness(results, model, tokenizer):
     assert bits == pytest.approx(-expected.sum() / math.log(2) / sum(len(text.encode()) for text in TEXTS), rel=1e-4)
 
 
-def test_a_text_of_any_length_is_read_whole_by_the_harness(folder, model, tokenizer):
-    """With `max_length`; without it 2,048 tokens at once, since neither config nor tokenizer names a longest text."""
+def test_the_harness_reads_a_long_text_whole_with_max_length(folder, model, tokenizer):
+    """The default is 2,048 tokens, because neither config nor tokenizer sets a maximum."""
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 
@@ -137,7 +137,7 @@ def test_a_text_of_any_length_is_read_whole_by_the_harness(folder, model, tokeni
     assert cut.loglikelihood_rolling([request])[0] != pytest.approx(expected, rel=1e-3)
 
 
-def test_continuations_are_as_probable_to_the_harness(results, model, tokenizer):
+def test_the_harness_finds_the_same_choices(results, model, tokenizer):
     right = 0
     for question, found in zip(QUESTIONS, responses(results, "hf_lstm_choosing"), strict=True):
         start = len(question["question"])
@@ -152,14 +152,14 @@ def test_continuations_are_as_probable_to_the_harness(results, model, tokenizer)
     assert results["results"]["hf_lstm_choosing"]["acc,none"] == right / len(QUESTIONS)
 
 
-def test_the_harness_gets_the_greedy_text(results, model, tokenizer):
+def test_the_harness_generates_the_same_greedy_text(results, model, tokenizer):
     for question, (written,) in zip(QUESTIONS, responses(results, "hf_lstm_writing"), strict=True):
         prompt = tokenizer(question["question"], return_tensors="pt")
         expected = model.generate(**prompt, max_new_tokens=8, do_sample=False)
         assert written == tokenizer.decode(expected[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
 
 
-def test_the_harness_reads_special_tokens(model, tokenizer):
+def test_the_harness_encodes_special_tokens_in_text(model, tokenizer):
     from lm_eval.models.huggingface import HFLM
 
     harness = HFLM(pretrained=model, tokenizer=copy.deepcopy(tokenizer), device="cpu")

@@ -1,6 +1,7 @@
 """scripts/evaluate.py: each of its tasks gives the library's figures, and refuses what it cannot measure."""
 
 import csv
+import gzip
 import io
 import json
 import math
@@ -92,7 +93,7 @@ def test_the_loss_by_position_adds_up(model):
     assert nats[0] == pytest.approx(-alone.gather(1, tokens[firsts + 1][:, None]).sum().item(), rel=1e-5)
 
 
-def test_a_model_of_another_text_is_told(folder, tmp_path, capsys):
+def test_a_model_worse_than_chance_is_reported(folder, tmp_path, capsys):
     (tmp_path / "other.txt").write_text("0123456789" * 20)
 
     run_script("evaluate.py", "stream", "--model", folder, "--file", tmp_path / "other.txt")
@@ -137,9 +138,18 @@ def test_a_line_end_in_a_token_ends_no_row(folder, tmp_path):
         assert [row["unknown"] for row in csv.DictReader(file)] == [str(unknown) for unknown in read["unknown"]]
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_compressed_records_are_read_as_records(evaluate, tmp_path, kind):
+    file, packed = tmp_path / f"items.{kind}", tmp_path / f"packed.{kind}.gz"
+    getattr(Dataset.from_dict({"text": ["99 bottles"]}), {"jsonl": "to_json", "csv": "to_csv"}[kind])(file)
+    packed.write_bytes(gzip.compress(file.read_bytes()))
+
+    assert evaluate("surprisal", "--file", packed) == evaluate("surprisal", "--file", file)
+
+
 @pytest.mark.parametrize("name", ["a.JSONL", "a.json", "a.JSON", "a.csv", "a.parquet"])
 def test_the_texts_of_a_file_of_records_are_measured(evaluate, tmp_path, name):
-    """And not the signs around them."""
+    """The texts alone, without the punctuation of the format."""
     rows, file = Dataset.from_dict({"sentence": SENTENCES, "id": [1, 2, 3]}), tmp_path / name
     {
         "l": rows.to_json,
@@ -205,7 +215,7 @@ def test_fields_of_pairs_may_hold_anything(evaluate, tmp_path):
 
 
 @pytest.mark.parametrize("options", [[], ["--rule", "sgd", "--learning_rate", 0.05]], ids=["rms", "sgd"])
-def test_what_adapting_is_worth(evaluate, model, text_file, options):
+def test_adapt_compares_all_methods(evaluate, model, text_file, options):
     results = json.loads(evaluate("adapt", "--train_file", text_file, "--max_segments", 3, *options))
 
     names = list(results)
@@ -233,14 +243,18 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
     [
         ("stream", ["--temperature", "0"], "`temperature` (0.0) must be a number above 0"),
         ("stream", ["--picture", "x.png"], "`--picture` shows what follows a zero state"),
-        ("stream", ["--output_file", "nowhere/x.json"], "`--output_file` nowhere/x.json lies in no folder"),
+        (
+            "stream",
+            ["--output_file", "nowhere/x.json"],
+            "`--output_file` nowhere/x.json lies in a folder that does not exist",
+        ),
         ("surprisal", [], "Give either a `--text` or a `--file`"),
         ("surprisal", ["--text", "a", "--file", "b"], "Give either a `--text` or a `--file`"),
         ("surprisal", ["--text", ""], "Text 0 is ''"),
         ("surprisal", ["--text", "a", "--by", "letter"], "`--by` letter must be"),
         ("surprisal", ["--text", "a", "--base", "10"], "`--base` 10 must be `2` or `e`"),
         ("surprisal", ["--text", "a", "--by", "region"], "`--by` region needs a .jsonl"),
-        ("surprisal", ["--text", "a", "--start_token", "<s>"], "`start_token` ('<s>') is no token"),
+        ("surprisal", ["--text", "a", "--start_token", "<s>"], "`start_token` ('<s>') is not a token"),
         ("surprisal", ["--file", "blank.txt"], "Line 2 of blank.txt is empty: remove it"),
         ("surprisal", ["--text", "a", "--picture", "x.foo"], "`--picture` x.foo must end in one of .png"),
         ("surprisal", ["--file", "nowhere.txt"], "The file nowhere.txt does not exist"),
@@ -257,7 +271,7 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
         ("adapt", ["--cache_weight", "1"], "`weight` (1.0) must lie in [0, 1)"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(evaluate, tmp_path, monkeypatch, task, arguments, message):
+def test_invalid_flags_exit_with_one_sentence(evaluate, tmp_path, monkeypatch, task, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "blank.txt").write_text("a line\n\nanother")
     lines(tmp_path / "regions.jsonl", [{"text": "a line", "regions": [[0, 90]]}])

@@ -1,7 +1,11 @@
 """Files of records: text is text as it is written, streamed or not; what cannot be read is refused with file and line."""
 
+import bz2
 import csv
+import gzip
 import json
+import lzma
+import zipfile
 
 import pyarrow
 import pyarrow.parquet
@@ -11,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_lstm import StreamingLanes, TokenStream, byte_tokenizer, load_corpus, load_documents
-from hf_lstm.data import read_records, readers
+from hf_lstm.data import read_records, read_text, readers
 
 # Each of them is something else to a reader that guesses.
 TEXTS = [
@@ -88,6 +92,98 @@ def test_text_is_text_as_it_is_written(tmp_path, name):
     assert texts_of(write(tmp_path / name, TEXTS)) == TEXTS
 
 
+def compress(path, kind):
+    """The same file, compressed; a .zip file is named otherwise than what it holds."""
+    content, packed = path.read_bytes(), path.with_name(f"packed{path.suffix}{kind}")
+    if kind == ".zip":
+        packed = path.with_name("archive.ZIP")
+        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.mkdir("folder")
+            archive.writestr(f"folder/{path.name}", content)
+    elif kind == ".zst":
+        with pyarrow.output_stream(str(packed), compression="zstd") as file:
+            file.write(content)
+    else:
+        packed.write_bytes({".gz": gzip, ".bz2": bz2, ".xz": lzma}[kind].compress(content))
+    return packed
+
+
+@pytest.mark.parametrize("kind", readers.OPENERS)
+@pytest.mark.parametrize("name", ["rows.csv", "lines.jsonl", "array.json", "text.txt"])
+def test_a_compressed_file_is_read_as_the_file_itself(tmp_path, name, kind):
+    path = tmp_path / name
+    if name == "text.txt":
+        path.write_bytes("".join(TEXTS).encode())
+    else:
+        write(path, TEXTS)
+
+    packed = compress(path, kind)
+
+    assert texts_of(packed) == texts_of(path)
+    assert read_text(packed) == read_text(path)
+
+
+def test_the_suffixes_of_a_compressed_file_may_be_capitals(tmp_path):
+    (tmp_path / "ROWS.CSV.GZ").write_bytes(gzip.compress(b"text\none\n"))
+
+    assert texts_of(tmp_path / "ROWS.CSV.GZ") == ["one"]
+
+
+@pytest.mark.parametrize("kind", readers.OPENERS)
+def test_a_damaged_compressed_file_is_refused(tmp_path, kind):
+    path = tmp_path / "lines.jsonl"
+    path.write_text("".join(f'{{"text": "{number**9}"}}\n' for number in range(5_000)))
+    packed = compress(path, kind)
+    content = packed.read_bytes()
+    for damaged in (content[: len(content) // 2], b"no archive at all", path.read_bytes()):
+        packed.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"cannot be unpacked \(.*\): it is damaged, or not a") as refused:
+            list(load_documents(packed, streaming=True)["train"])
+        assert str(packed) in str(refused.value)
+
+
+def test_an_empty_compressed_file_is_refused(tmp_path):
+    (tmp_path / "text.txt.gz").write_bytes(gzip.compress(b""))
+
+    with pytest.raises(ValueError, match=r"text.txt.gz is empty"):
+        load_documents(tmp_path / "text.txt.gz")
+
+
+def test_an_error_in_a_compressed_file_names_its_line(tmp_path):
+    (tmp_path / "lines.jsonl.xz").write_bytes(lzma.compress(b'{"text": "a"}\n{"text": "\\udc00"}\n'))
+
+    with pytest.raises(ValueError, match=r"lines.jsonl.xz cannot be read as jsonl: line 2 holds half of a character"):
+        load_documents(tmp_path / "lines.jsonl.xz")
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz", "a.tgz", "a.txt.gz.gz", "a.txt.lz4", "a.7z", "a.parquet.gz"])
+def test_an_archive_is_refused(tmp_path, name):
+    (tmp_path / name).write_bytes(gzip.compress(b"a"))
+
+    with pytest.raises(
+        ValueError, match=f"{name} is an archive, or compressed in an unsupported way: unpack it first"
+    ):
+        load_documents(tmp_path / name)
+
+
+@pytest.mark.parametrize("members", [[], ["a.txt", "b.txt"]], ids=len)
+def test_a_zip_file_holds_one_file(tmp_path, members):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        for member in members:
+            archive.writestr(member, "text")
+
+    with pytest.raises(ValueError, match=rf"a.zip holds {len(members)} files: unpack it"):
+        load_documents(tmp_path / "a.zip")
+
+
+def test_a_compressed_file_that_changed_is_read_again(tmp_path):
+    path = tmp_path / "text.txt.gz"
+    for text in ("one", "two"):
+        path.write_bytes(gzip.compress(text.encode(), mtime=0))
+
+        assert load_documents(path)["train"]["text"][0] == text
+
+
 @settings(max_examples=20, deadline=None)
 @given(
     st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=30), min_size=1),
@@ -154,16 +250,16 @@ BAD = {
         b'text\na\n"b\nc\nd\n',
         "open.csv cannot be read as csv: the row that begins in line 3 is not quoted",
     ),
-    "torn.csv": (b'text\n"a"\n"b" c\n', "the row that begins in line 3 is not quoted as it should be"),
+    "torn.csv": (b'text\n"a"\n"b" c\n', "the row that begins in line 3 is not quoted correctly"),
     "latin.csv": (b"text\ncaf\xe9\n", r"latin.csv is not UTF-8 \(byte 8: .*iconv"),
-    "nul.csv": (b"text\na\0b\n", "nul.csv is no text, since byte 6 is NUL"),
-    "wide.json": ('[{"text": "a"}]'.encode("utf-16-le"), "wide.json is no text, since byte 1 is NUL: .* in UTF-16"),
+    "nul.csv": (b"text\na\0b\n", "nul.csv is not text, since byte 6 is NUL"),
+    "wide.json": ('[{"text": "a"}]'.encode("utf-16-le"), "wide.json is not text, since byte 1 is NUL: .* in UTF-16"),
     "latin.jsonl": (b'{"text": "a"}\n{"text": "caf\xe9"}\n', r"latin.jsonl is not UTF-8 \(byte 27: "),
     "wide.jsonl": (
         '{"text": "a"}\n'.encode("utf-16"),
-        r"wide.jsonl is no text, since byte 3 is NUL|is not UTF-8 \(byte 0",
+        r"wide.jsonl is not text, since byte 3 is NUL|is not UTF-8 \(byte 0",
     ),
-    "twice.jsonl": (b'{"text": "a"}\n{"text": "a", "text": "b"}\n', "line 2 is not JSON .'text' is there twice"),
+    "twice.jsonl": (b'{"text": "a"}\n{"text": "a", "text": "b"}\n', "line 2 is not JSON .'text' occurs twice"),
     "comma.jsonl": (
         b'{"text": "a"}\n{"text": "a" "b"}\n',
         "line 2 is not JSON .Expecting ',' delimiter at character 14",
@@ -182,12 +278,12 @@ BAD = {
         b'{"text": "a"}\n\n{"text": "\\udc00"}',
         "half.jsonl cannot be read as jsonl: line 3 holds half of a char",
     ),
-    "twice.json": (b'[{"text": "a", "text": "b"}]', r"record 1 \(line 1\) is not JSON \('text' is there twice\)"),
+    "twice.json": (b'[{"text": "a", "text": "b"}]', r"record 1 \(line 1\) is not JSON \('text' occurs twice\)"),
     "none.json": (b"[]", r"none.json cannot be read as json: there is '\]' where record 1 \(line 1\) should begin"),
     "blank.json": (b" \n ", r"the file ends where record 1 \(line 2\) should begin"),
     "string.json": (b'"a"', r"""there is '"' where record 1 \(line 1\) should begin"""),
     "nested.json": (b'[["a"]]', r"there is '\[' where record 1 \(line 1\) should begin"),
-    "cut.json": (b'[{"text": "a"},\n{"text": "b"}', r"the file ends behind record 2 \(line 2\), in line 2"),
+    "cut.json": (b'[{"text": "a"},\n{"text": "b"}', r"the file ends after record 2 \(line 2\), in line 2"),
     "broken.json": (
         b'[{"text": "a"},\n{"text": \n"b" 5}]',
         r"record 2 \(line 2\) is not JSON \(Expecting ',' .* in line 3\)",
@@ -195,15 +291,15 @@ BAD = {
     "comma.json": (b'[{"text": "a"},]', r"there is '\]' where record 2 \(line 1\) should begin"),
     "missing.json": (
         b'[{"text": "a"} {"text": "b"}]',
-        r"there is '{' behind record 1 \(line 1\), in line 1: put a comma",
+        r"there is '{' after record 1 \(line 1\), in line 1: put a comma",
     ),
-    "behind.json": (b'[{"text": "a"}]\n[]', r"there is '\[' in line 2, behind the array"),
+    "behind.json": (b'[{"text": "a"}]\n[]', r"there is '\[' in line 2, after the array"),
 }
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["prepared", "streamed"])
 @pytest.mark.parametrize("name", BAD)
-def test_what_cannot_be_read_is_refused_with_its_place(tmp_path, name, streaming):
+def test_unreadable_contents_are_refused_with_their_line(tmp_path, name, streaming):
     content, message = BAD[name]
     path = tmp_path / name
     path.write_bytes(content)
@@ -275,7 +371,7 @@ BAD_TABLES = {
     ),
     "empty": (
         lambda: pyarrow.table({"text": pyarrow.array([], pyarrow.string())}),
-        "holds no record: there is nothing",
+        "holds no record: give it at least one",
     ),
     "twice": (
         lambda: pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, ["text", "text"]),
@@ -352,7 +448,7 @@ def test_a_column_of_something_else_is_refused(tmp_path, values):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [(1.50, "Text 1 of `texts` is 1.5: it must"), ("\ud800", "half of a char")]
+    ("text", "message"), [(1.50, "Text 1 of `texts` is 1.5: it must"), ("\ud800", "half of a surrogate pair")]
 )
 def test_a_list_of_something_else_is_refused(text, message):
     with pytest.raises(ValueError, match=message):

@@ -57,14 +57,14 @@ def test_a_lane_runs_on_from_chunk_to_chunk():
         assert torch.equal(item["labels"], item["input_ids"])
 
 
-def test_the_state_starts_anew_with_documents_if_it_is_to():
+def test_the_state_restarts_at_documents_when_asked():
     dataset = StreamingLanes(documents(), TOKENIZER, lanes=2, bptt_length=5, reset_at_documents=True)
 
     for tokens, positions in lanes_of(dataset, 30):
         assert torch.equal(positions == 0, tokens == TOKENIZER.eos_token_id)
 
 
-def test_the_rest_of_a_document_starts_anew(tmp_path, monkeypatch):
+def test_a_continued_document_starts_from_a_zero_state(tmp_path, monkeypatch):
     for module in ("hf_lstm.tokenizers", "hf_lstm.data.readers"):
         monkeypatch.setattr(f"{module}.PIECE_LENGTH", 16)
     path = tmp_path / "text.txt"
@@ -138,14 +138,14 @@ def test_a_worker_reads_ahead(monkeypatch):
         next(iter(dataset))
 
 
-def test_streams_that_cannot_be_are_refused(tmp_path):
+def test_invalid_streaming_arguments_raise(tmp_path):
     no_end = byte_tokenizer()
     no_end.eos_token = None
     with pytest.raises(ValueError, match=r"`eos_token` \(None\) must be set"):
         StreamingLanes(documents(), no_end, 2, 5)
     with pytest.raises(ValueError, match="3 lanes cannot be those of process 0 of 2"):
         StreamingLanes(documents(), TOKENIZER, 3, 5, num_processes=2)
-    with pytest.raises(ValueError, match="Process 0 of 1 finds no text: every document is empty"):
+    with pytest.raises(ValueError, match="Process 0 of 1 finds no text: give at least one document"):
         next(iter(StreamingLanes(documents(["", None]), TOKENIZER, 2, 5)))
     with pytest.raises(ValueError, match=r"`bptt_length` \(0\) must be at least 1"):
         StreamingLanes(documents(), TOKENIZER, 2, 0)

@@ -99,7 +99,9 @@ def test_texts_are_tokenized_once(tmp_path, monkeypatch):
     """Also if the tokenizer was used in between; another text or tokenizer begins anew."""
     calls = []
     encode = streams.encode
-    monkeypatch.setattr(streams, "encode", lambda *arguments: calls.append(1) or encode(*arguments))
+    monkeypatch.setattr(
+        streams, "encode", lambda *arguments, **options: calls.append(1) or encode(*arguments, **options)
+    )
     path = tmp_path / "text.txt"
     path.write_text("to be or not to be\n" * 8000)
     tokenizer = bpe_tokenizer([path.read_text()], vocab_size=270)
@@ -195,7 +197,9 @@ def test_two_tokenizers_share_tokens_only_where_they_are_equal(tmp_path, monkeyp
     path = tmp_path / "text.txt"
     path.write_text("To be or not to be\n" * 10)
     rows, calls, encode = load_documents(path)["train"], [], streams.encode
-    monkeypatch.setattr(streams, "encode", lambda *arguments: calls.append(1) or encode(*arguments))
+    monkeypatch.setattr(
+        streams, "encode", lambda *arguments, **options: calls.append(1) or encode(*arguments, **options)
+    )
     plain = TokenStream.from_documents(rows, byte_tokenizer())
 
     other = TokenStream.from_documents(rows, changed(change))
@@ -237,7 +241,7 @@ def test_texts_are_tokenized_once_for_all_processes(tmp_path):
         f"rows = load_corpus({str(path)!r})['train']\n"
         f"tokenizer = bpe_tokenizer([open({str(path)!r}).read()], vocab_size=270)\n"
         "calls, encode = [], streams.encode\n"
-        "streams.encode = lambda *arguments: calls.append(1) or encode(*arguments)\n"
+        "streams.encode = lambda *arguments, **options: calls.append(1) or encode(*arguments, **options)\n"
         "TokenStream.from_documents(rows, tokenizer); print(len(calls))"
     )
     ran = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -303,10 +307,10 @@ def test_shuffling_twice_keeps_documents_whole(poems):
     assert sorted(text.split("<eos>")) == sorted(["", *POEMS, ""])
 
 
-def test_what_is_no_split_is_refused(poems):
+def test_texts_that_are_not_one_split_are_refused(poems):
     rows = Dataset.from_dict({"text": ["a"], "poem": ["b"]})
 
-    with pytest.raises(ValueError, match=r"`texts` has the splits train, test: give one of them"):
+    with pytest.raises(ValueError, match=r"`texts` has the splits train, test: give the texts of one"):
         TokenStream.from_documents({"train": rows, "test": rows}, byte_tokenizer())
     with pytest.raises(ValueError, match="`texts` is streamed"):
         TokenStream.from_documents(rows.to_iterable_dataset(), byte_tokenizer())
@@ -322,7 +326,7 @@ def test_a_large_document_is_tokenized_a_little_at_a_time(monkeypatch):
             sizes.append(sum(map(len, text)) if isinstance(text, list) else 0)
             return super().__call__(text, **options)
 
-    monkeypatch.setattr("hf_lstm.data.streams.BATCH_BYTES", 1000)
+    monkeypatch.setattr(tokenizers, "BATCH_CHARACTERS", 1000)
     monkeypatch.setattr(tokenizers, "PIECE_LENGTH", 100)
     tokenizer = byte_tokenizer()
     tokenizer.__class__ = Watched
@@ -336,7 +340,7 @@ def test_a_large_document_is_tokenized_a_little_at_a_time(monkeypatch):
 
 
 def test_a_single_document_cannot_be_shuffled():
-    with pytest.raises(ValueError, match="a single document has nothing to shuffle"):
+    with pytest.raises(ValueError, match="a single document cannot be shuffled"):
         LaneDataset(torch.arange(100), 2, 5, shuffle_seed=1)
     with pytest.raises(ValueError, match=r"`shuffle_seed` \(-1\) must be an integer of at least 0"):
         LaneDataset(torch.arange(100), 2, 5, shuffle_seed=-1)
@@ -433,7 +437,7 @@ def test_arrays_of_any_integers_are_streams():
 
 
 @pytest.mark.parametrize("where", ["reading", "tokenizing"])
-def test_what_fails_leaves_nothing_behind(tmp_path, monkeypatch, where):
+def test_a_failed_tokenization_leaves_no_files(tmp_path, monkeypatch, where):
     import datasets
 
     cache = tmp_path / "cache"
@@ -450,7 +454,7 @@ def test_what_fails_leaves_nothing_behind(tmp_path, monkeypatch, where):
                 raise RuntimeError("out of order")
             return super().__call__(*arguments, **options)
 
-    monkeypatch.setattr("hf_lstm.data.streams.BATCH_BYTES", 100_000)
+    monkeypatch.setattr("hf_lstm.data.streams.BATCH_CHARACTERS", 100_000)
     tokenizer = byte_tokenizer()
     tokenizer.__class__ = Failing
     with pytest.raises((ValueError, RuntimeError), match=r"is not UTF-8|out of order"):

@@ -1,6 +1,7 @@
 """Surprisal is -log of the probability, of each token, word, region and sentence, however it is computed."""
 
 import csv
+import importlib
 import math
 from itertools import product
 
@@ -24,6 +25,7 @@ from hf_lstm import (
     word_tokenizer,
 )
 
+MODULE = importlib.import_module("hf_lstm.evaluation.surprisal")  # an import gives the function of that name
 TEXTS = ["the horse raced past the barn fell", "the barn", "a", " horse  fell "]
 CHARACTERS = char_tokenizer([*TEXTS, "x"])
 
@@ -61,7 +63,7 @@ def test_the_sum_is_the_probability_by_brute_force():
 
 @pytest.mark.parametrize("start_token", [None, "<eos>"])
 @pytest.mark.parametrize(("batch_size", "bptt_length"), [(1, 1000), (2, 7), (8, 256), (100, 1)])
-def test_how_texts_are_batched_changes_nothing(start_token, batch_size, bptt_length):
+def test_batching_does_not_change_surprisal(start_token, batch_size, bptt_length):
     model = model_for(CHARACTERS).train()
     options = {"batch_size": batch_size, "bptt_length": bptt_length}
 
@@ -100,7 +102,7 @@ def test_a_large_vocabulary_is_read_in_small_pieces(monkeypatch):
     expected = surprisal(model, CHARACTERS, TEXTS)
     shapes, head = [], model.lm_head.forward
     monkeypatch.setattr(model.lm_head, "forward", lambda x: shapes.append(x.shape[:2].numel()) or head(x))
-    monkeypatch.setattr("hf_lstm.evaluation.sentences.MAX_LOGITS", 8 * 3 * len(CHARACTERS))
+    monkeypatch.setattr(MODULE, "MAX_LOGITS", 8 * 3 * len(CHARACTERS))
 
     frame = surprisal(model, CHARACTERS, TEXTS)
 
@@ -187,7 +189,7 @@ def test_the_words_as_regions_are_the_words():
     assert word_surprisal(tokens, TEXTS, spans).equals(words)
 
 
-def test_what_no_token_begins_in_is_not_known():
+def test_a_word_in_which_no_token_begins_has_no_surprisal():
     """Not 0 bits, which would be certainty: white space, and half of a piece."""
     text = "the unhappy the unhappy"
     tokenizer = bpe_tokenizer([text] * 9, vocab_size=300)
@@ -216,7 +218,7 @@ def test_every_tokenizer_says_where_its_tokens_stand():
 def warnings(monkeypatch):
     """The warnings of a test."""
     warnings = []
-    monkeypatch.setattr("hf_lstm.evaluation.sentences.logger.warning", warnings.append)
+    monkeypatch.setattr(MODULE.logger, "warning", warnings.append)
     return warnings
 
 
@@ -245,7 +247,7 @@ def test_unknown_characters_are_marked_within_their_words(warnings):
 
 
 @pytest.mark.parametrize("make", [lambda: word_tokenizer(["to be"]), lambda: bpe_tokenizer(["to be"] * 2, 261)])
-def test_what_a_tokenizer_knows_is_not_unknown(make, warnings):
+def test_known_text_is_never_marked_unknown(make, warnings):
     """An `<unk>` that stands in the text, as in WikiText, is what the text says; bytes know everything."""
     tokenizer = make()
 
@@ -410,21 +412,24 @@ SMALL = word_tokenizer(["a b"])
     ("call", "message"),
     [
         (lambda m: surprisal(m, CHARACTERS, "the barn"), "`texts` is one str"),
-        (lambda m: surprisal(m, CHARACTERS, []), "`texts` are none"),
-        (lambda m: surprisal(m, CHARACTERS, ["a", ""]), "Text 1 is '': it must hold characters"),
+        (lambda m: surprisal(m, CHARACTERS, []), "`texts` is empty"),
+        (lambda m: surprisal(m, CHARACTERS, ["a", ""]), "Text 1 is '': it must be a str with characters"),
         (lambda m: surprisal(m, CHARACTERS, [None]), "Text 0 is None"),
         (lambda m: surprisal(m, SMALL, ["a", " "]), "Text 1, ' ', becomes no token"),
-        (lambda m: minimal_pairs(m, CHARACTERS, []), "`pairs` are none"),
+        (lambda m: minimal_pairs(m, CHARACTERS, []), "`pairs` is empty"),
         (
             lambda m: minimal_pairs(m, CHARACTERS, [*PAIRS, {"sentence_good": "a", "sentence_bad": ""}]),
             "Pair 3 has no text in `sentence_bad`",
         ),
         (lambda m: surprisal(m, CHARACTERS, ["a"], base=1), r"`base` \(1\) must be a number above 1"),
         (lambda m: surprisal(m, CHARACTERS, ["a"], base=math.inf), r"`base` \(inf\) must be a number above 1"),
-        (lambda m: surprisal(m, CHARACTERS, ["a", "a\ud800"]), "Text 1 holds half of a character"),
+        (
+            lambda m: surprisal(m, CHARACTERS, ["a", "a\ud800"]),
+            r"Text 1 holds '\\ud800' at character 1, half of a surrogate pair",
+        ),
         (lambda m: minimal_pairs(m, CHARACTERS, ["a", "b"]), "Pair 0 is 'a': it must be a dict"),
         (lambda m: surprisal(m, CHARACTERS, ["a"], batch_size=0), r"`batch_size` \(0\) must be at least 1"),
-        (lambda m: surprisal(m, CHARACTERS, ["a"], start_token="<s>"), r"`start_token` \('<s>'\) is no token"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], start_token="<s>"), r"`start_token` \('<s>'\) is not a token"),
         (lambda m: surprisal(m, byte_tokenizer(), ["a"]), r"ids up to 259, and the model a vocabulary of \d+"),
         (lambda m: minimal_pairs(m, CHARACTERS, [*PAIRS, {"good": "a"}]), "Pair 3 has no text in `sentence_good`"),
         (
@@ -433,7 +438,7 @@ SMALL = word_tokenizer(["a b"])
         ),
     ],
 )
-def test_what_has_no_surprisal_is_refused(call, message):
+def test_invalid_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(model_for(CHARACTERS))
 
@@ -446,26 +451,26 @@ def test_a_region_outside_its_text_is_refused(region):
         word_surprisal(tokens, TEXTS, [[], [region], [], []])
 
 
-def test_other_texts_than_those_of_the_tokens_are_refused():
+def test_texts_must_match_the_tokens():
     tokens = surprisal(model_for(CHARACTERS), CHARACTERS, TEXTS)
 
-    with pytest.raises(ValueError, match="those of 4 texts, and there are 3"):
+    with pytest.raises(ValueError, match="belong to 4 texts, and there are 3"):
         word_surprisal(tokens, TEXTS[:3])
-    with pytest.raises(ValueError, match="those of 3 texts, and there are 4"):
+    with pytest.raises(ValueError, match="belong to 3 texts, and there are 4"):
         word_surprisal(tokens[tokens["text"] != 1], TEXTS)
     with pytest.raises(ValueError, match="for 1 texts, and there are 4"):
         word_surprisal(tokens, TEXTS, [[]])
-    with pytest.raises(ValueError, match="`tokens` have no column `unknown`: give what `surprisal` returned"):
+    with pytest.raises(ValueError, match="`tokens` has no column `unknown`: give the table that `surprisal` returned"):
         word_surprisal(tokens.drop(columns="unknown"), TEXTS)
 
 
 @pytest.mark.parametrize("start_token", [None, "<eos>"])
-def test_a_prediction_that_is_no_number_is_named(start_token):
+def test_a_nan_prediction_names_its_token(start_token):
     model = model_for(CHARACTERS, tie_word_embeddings=False).train()
     model.model.embed_tokens.weight.data[CHARACTERS.vocab["x"]] = math.nan
     texts = ["the horse", "the barn", "a xa", "fell x"]
 
-    with pytest.raises(ValueError, match=f"token {3 if start_token is None else 4} of text 2 is not a number"):
+    with pytest.raises(ValueError, match=f"token {3 if start_token is None else 4} of text 2 is NaN"):
         surprisal(model, CHARACTERS, texts, start_token=start_token)
     assert model.training
     surprisal(model, CHARACTERS, [texts[3]])  # nothing is predicted from the last token

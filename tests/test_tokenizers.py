@@ -7,6 +7,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise, product
 
+import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,7 +17,7 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, PythonBackend
 
 from hf_lstm import TokenStream, bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizers, word_tokenizer
-from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, encode_raw, ends_lines
+from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, encode, ends_lines
 
 TEXTS = [
     "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。",
@@ -35,14 +36,18 @@ MAKERS = {
 }
 
 
+def encoded(texts, tokenizer):
+    return [ids.tolist() for ids in encode(texts, tokenizer)]
+
+
 @pytest.fixture(params=MAKERS, scope="module")
 def tokenizer(request):
     return MAKERS[request.param]()
 
 
 @pytest.mark.parametrize("text", TEXTS, ids=["chinese", "english", "marks", "specials"])
-def test_seen_text_comes_back(tokenizer, text):
-    ids = encode_raw([text], tokenizer)["input_ids"][0]
+def test_known_text_round_trips(tokenizer, text):
+    ids = encode([text], tokenizer)[0].tolist()
 
     assert tokenizer.decode(ids) == text
     assert tokenizer.unk_token_id not in ids
@@ -123,7 +128,7 @@ def test_tokens_in_a_call_are_letters_in_raw_text(name, special, tmp_path):
     text = "<|user|>a<eos><|assistant|>b<bos><pad>"
 
     for one in (tokenizer, AutoTokenizer.from_pretrained(tmp_path)):
-        letters = encode_raw([text], one)["input_ids"][0]
+        letters = encode([text], one)[0].tolist()
         stream = TokenStream.from_documents([text], one)
 
         assert [id for id in one(text)["input_ids"] if id in (0, 2, 3, user, assistant)] == [user, 3, assistant, 2, 0]
@@ -155,10 +160,33 @@ def test_words_know_unk_and_eos_alone():
     tokenizer = word_tokenizer(["the cat sat"])
     text = "the <unk> <eos> <pad> <bos> cat<eos>\n"
 
-    encoded = encode_raw([text], tokenizer, offsets=True)
+    (ids,), (spans,) = encode([text], tokenizer, offsets=True)
 
-    assert encoded["input_ids"] == [[tokenizer.convert_tokens_to_ids("the"), 1, 3, 1, 1, 1, 3]]
-    assert encoded["offset_mapping"][0][:3] == [(0, 3), (4, 9), (10, 15)]
+    assert ids.tolist() == [tokenizer.convert_tokens_to_ids("the"), 1, 3, 1, 1, 1, 3]
+    assert spans[:3].tolist() == [[0, 3], [4, 9], [10, 15]]
+
+
+@pytest.mark.parametrize("length", [1, 7, 20, 100])
+def test_a_text_read_in_pieces_has_the_tokens_and_offsets_of_the_whole(monkeypatch, length):
+    texts = ["line one\nline two\n" + "x" * 50 + "\nénd", "", "床前明月光"]
+    tokenizer = char_tokenizer(texts)
+    whole = tokenizer(texts, return_offsets_mapping=True)
+    monkeypatch.setattr(tokenizers, "PIECE_LENGTH", length)
+    monkeypatch.setattr(tokenizers, "BATCH_CHARACTERS", 30)
+
+    ids, spans = encode([*texts, None], tokenizer, offsets=True)
+
+    assert [part.tolist() for part in ids] == [*whole["input_ids"], []]
+    assert [list(map(tuple, part.tolist())) for part in spans] == [*whole["offset_mapping"], []]
+    assert [part.tolist() for part in encode([*texts, None], tokenizer)] == [*whole["input_ids"], []]
+
+
+def test_half_a_character_is_named_by_its_place_in_a_long_text(monkeypatch):
+    """And not by its place in a piece of the text."""
+    monkeypatch.setattr(tokenizers, "PIECE_LENGTH", 4)
+
+    with pytest.raises(ValueError, match=r"The text holds '\\udcff' at character 10, half of"):
+        encode(["0123456789\udcff"], byte_tokenizer())
 
 
 def test_added_words_are_words():
@@ -167,7 +195,7 @@ def test_added_words_are_words():
     tokenizer.add_special_tokens({"sep_token": "sat"})
 
     the, cat, dog = tokenizer.convert_tokens_to_ids(["the", "cat", "dog"])
-    assert encode_raw(["the cat", "dog sat"], tokenizer)["input_ids"] == [[the, cat], [dog, 1]]
+    assert encoded(["the cat", "dog sat"], tokenizer) == [[the, cat], [dog, 1]]
 
 
 MARKED = ["a <bos> b", "<pad><sep>a", "b<eos>"]
@@ -212,7 +240,7 @@ def test_pieces_of_a_vocabulary_that_are_markers_are_letters_in_raw_text(name):
     tokenizer = MODELS[name]()
     markers = set(tokenizer.all_special_ids)
 
-    letters = encode_raw(MARKED, tokenizer)["input_ids"]
+    letters = encoded(MARKED, tokenizer)
 
     assert tokenizer(MARKED[1])["input_ids"][:2] == [0, 4]
     assert not {index for ids in letters for index in ids} & (markers - {1})
@@ -234,11 +262,11 @@ def test_pieces_of_a_vocabulary_that_are_markers_are_letters_in_raw_text(name):
 )
 def test_raw_text_is_read_by_the_tokenizer_as_it_is(change):
     read, fresh = (char_tokenizer(["b <a"]) for _ in range(2))
-    before = encode_raw(["a  b"], read)["input_ids"]
+    before = encoded(["a  b"], read)
     for tokenizer in (read, fresh):
         change(tokenizer)
 
-    assert encode_raw(["a  b"], read)["input_ids"] == encode_raw(["a  b"], fresh)["input_ids"] != before
+    assert encoded(["a  b"], read) == encoded(["a  b"], fresh) != before
 
 
 def test_added_white_space_is_a_token_in_raw_text():
@@ -246,7 +274,7 @@ def test_added_white_space_is_a_token_in_raw_text():
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["    "])
 
-    assert encode_raw(["    a"], tokenizer)["input_ids"] == tokenizer(["    a"])["input_ids"] == [[260, 4 + ord("a")]]
+    assert encode(["    a"], tokenizer)[0].tolist() == tokenizer("    a")["input_ids"] == [260, 4 + ord("a")]
 
 
 def test_a_tokenizer_of_version_0_1_0_keeps_its_setting(tmp_path):
@@ -254,31 +282,31 @@ def test_a_tokenizer_of_version_0_1_0_keeps_its_setting(tmp_path):
 
     loaded = AutoTokenizer.from_pretrained(tmp_path)
 
-    assert loaded("<eos>")["input_ids"] == encode_raw(["<eos>"], loaded)["input_ids"][0]
+    assert loaded("<eos>")["input_ids"] == encode(["<eos>"], loaded)[0].tolist()
     assert len(loaded("<eos>")["input_ids"]) == 5
 
 
 def test_raw_text_and_calls_do_not_disturb_each_other():
     tokenizer = bpe_tokenizer(TEXTS * 3, vocab_size=300)
     texts = ["a<eos>", "<eos>b" * 40]
-    raw, called = encode_raw(texts, tokenizer)["input_ids"], tokenizer(texts)["input_ids"]
+    raw, called = encode(texts, tokenizer), tokenizer(texts)["input_ids"]
 
-    def encode(number):
+    def stays(number):
         if number % 2:
-            return encode_raw(texts, tokenizer)["input_ids"] == raw
+            return all(map(numpy.array_equal, encode(texts, tokenizer), raw))
         return tokenizer(texts, padding=True)["input_ids"][1] == called[1]
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(encode, range(100)))
+        assert all(pool.map(stays, range(100)))
 
 
 def test_a_changed_normalizer_changes_raw_text():
     tokenizer = char_tokenizer(["e\u0301é"])
-    before = encode_raw(["e\u0301"], tokenizer)["input_ids"]
+    before = encode(["e\u0301"], tokenizer)
 
     tokenizer.backend_tokenizer.normalizer = NFC()
 
-    assert [len(ids) for ids in before + encode_raw(["e\u0301"], tokenizer)["input_ids"]] == [2, 1]
+    assert [len(ids) for ids in before + encode(["e\u0301"], tokenizer)] == [2, 1]
 
 
 @pytest.mark.parametrize("text", ["ab\ud83d", "\udcff"])
@@ -286,7 +314,7 @@ def test_half_a_character_is_refused(text):
     with pytest.raises(
         ValueError, match=r"The text holds '\\ud\w+' at character \d, half of a surrogate pair or a byte"
     ):
-        encode_raw(["fine", text], byte_tokenizer())
+        encode(["fine", text], byte_tokenizer())
 
 
 def test_slow_tokenizers_read_letters():
@@ -308,7 +336,9 @@ def test_slow_tokenizers_read_letters():
     tokenizer = Slow(eos_token="<eos>")
 
     assert tokenizer("a<eos>")["input_ids"] == [97, tokenizer.eos_token_id]
-    assert encode_raw(["a<eos>"], tokenizer)["input_ids"] == [[ord(letter) for letter in "a<eos>"]]
+    assert encode(["a<eos>"], tokenizer)[0].tolist() == [ord(letter) for letter in "a<eos>"]
+    with pytest.raises(ValueError, match="Slow is a slow tokenizer, which returns no offsets: give a fast one"):
+        encode(["a"], tokenizer, offsets=True)
 
 
 def test_characters_are_code_points():
@@ -362,7 +392,7 @@ def test_batches_are_padded_on_the_left(tokenizer):
     assert batch["input_ids"][1][0] == tokenizer.pad_token_id
 
 
-def test_no_text_is_too_long(tokenizer):
+def test_tokenizers_have_no_maximum_length(tokenizer):
     assert tokenizer.model_max_length > 10**20
 
 
@@ -389,7 +419,7 @@ def test_saved_tokenizers_need_no_code_of_ours(tmp_path):
 
 
 def test_a_vocabulary_needs_texts():
-    with pytest.raises(ValueError, match="`texts` hold no character"):
+    with pytest.raises(ValueError, match="`texts` contain no characters"):
         char_tokenizer([""])
     with pytest.raises(ValueError, match=r"`texts` is one str.*`\[text\]`"):
         char_tokenizer("abc")
@@ -397,7 +427,7 @@ def test_a_vocabulary_needs_texts():
         word_tokenizer("abc")
     with pytest.raises(ValueError, match=r"`texts` is one str.*`\[text\]`"):
         bpe_tokenizer("abc", 300)
-    with pytest.raises(ValueError, match="`texts` hold no character"):
+    with pytest.raises(ValueError, match="`texts` contain no characters"):
         bpe_tokenizer(["", None], 300)
     with pytest.raises(ValueError, match=r"`vocab_size` \(260\) must be at least 261, to hold the 4 special tokens"):
         bpe_tokenizer(["abc"], 260)
@@ -405,7 +435,7 @@ def test_a_vocabulary_needs_texts():
         word_tokenizer(["abc"], split="lines")
     with pytest.raises(ValueError, match="`texts` has the splits train, test: give the texts of one"):
         char_tokenizer({"train": ["a"], "test": ["b"]})
-    with pytest.raises(ValueError, match="`texts` hold no word that occurs 3 times"):
+    with pytest.raises(ValueError, match="`texts` contain no word that occurs 3 times"):
         word_tokenizer(["a a b", "<eos> <unk> <unk> <unk>"], min_frequency=3)
     with pytest.raises(
         ValueError, match=r"`vocab_size` \(4\) must be at least 5, to hold the 4 special tokens and a word"
@@ -437,7 +467,7 @@ def test_a_line_end_may_be_eos():
 
 
 @pytest.mark.parametrize("text", ["the cat\nthe dog\n", "\nthe end", "a\n\n", "a 床 b", "cat"])
-def test_words_come_back(text, tmp_path):
+def test_words_round_trip(text, tmp_path):
     word_tokenizer([text]).save_pretrained(tmp_path)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path)
 
@@ -448,13 +478,13 @@ UNICODE = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
 
 
 @pytest.mark.parametrize("name", ["byte", "char with bytes", "bpe"])
-def test_every_text_comes_back(name):
+def test_every_text_round_trips(name):
     tokenizer = MAKERS[name]()
 
     @settings(max_examples=300, deadline=None)
     @given(UNICODE)
     def check(text):
-        ids = encode_raw([text], tokenizer)["input_ids"][0]
+        ids = encode([text], tokenizer)[0].tolist()
         assert tokenizer.decode(ids) == text
         assert tokenizer.unk_token_id not in ids
 
@@ -463,7 +493,7 @@ def test_every_text_comes_back(name):
 
 @settings(max_examples=100, deadline=None)
 @given(UNICODE.filter(bool))
-def test_unicode_words_come_back_once_they_are_known(text):
+def test_known_unicode_words_round_trip(text):
     tokenizer = word_tokenizer([text], split="unicode")
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
@@ -471,7 +501,7 @@ def test_unicode_words_come_back_once_they_are_known(text):
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.lists(st.text("aé床,.", min_size=1, max_size=4), min_size=1, max_size=5), min_size=1, max_size=4))
-def test_words_of_normalised_text_come_back(lines):
+def test_words_of_normalised_text_round_trip(lines):
     text = "\n".join(" ".join(line) for line in lines) + "\n"
     tokenizer = word_tokenizer([text])
 
@@ -480,7 +510,7 @@ def test_words_of_normalised_text_come_back(lines):
 
 @settings(max_examples=100, deadline=None)
 @given(UNICODE.filter(bool))
-def test_composed_text_comes_back_composed(text):
+def test_composed_text_round_trips(text):
     tokenizer = char_tokenizer([text], nfc=True)
 
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == NFC().normalize_str(text)
@@ -491,7 +521,7 @@ def test_composing_makes_one_character_of_two():
     assert len(char_tokenizer(["e\u0301é"])("e\u0301é")["input_ids"]) == 3
 
 
-def test_what_a_character_tokenizer_lacks_is_spelt_in_bytes():
+def test_unseen_characters_become_bytes_with_byte_fallback():
     tokenizer = char_tokenizer(["ab"], byte_fallback=True)
 
     assert len(tokenizer) == 4 + 2 + 256
@@ -615,7 +645,7 @@ def test_half_a_character_among_characters(after):
     assert "a" + text + decoder.waiting == tokenizer.decode(ids) == "a\ufffd\ufffd" + "b" * len(after)
 
 
-def test_a_character_may_wait():
+def test_incomplete_characters_are_held_back():
     decoder = StreamDecoder(BYTES)
 
     pieces = [(decoder.step(4 + byte), decoder.waiting) for byte in "a床".encode()[:3]]

@@ -1,6 +1,6 @@
-"""From texts to batches: corpora, streams of tokens, lanes and documents."""
+"""Data: corpora, token streams, lanes with a carried state, and single documents."""
 
-from .corpora import joined, load_corpus, load_documents, one_split, standard_library
+from .corpora import joined, load_corpus, load_documents, one_split
 from .lanes import DocumentDataset, LaneDataset
 from .readers import read_records, read_text
 from .streaming import StreamingLanes
@@ -18,5 +18,4 @@ __all__ = [
     "one_split",
     "read_records",
     "read_text",
-    "standard_library",
 ]

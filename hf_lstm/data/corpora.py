@@ -1,17 +1,31 @@
-"""Corpora: texts from files, folders, the Hub or Python itself, as `datasets` that lie on disk and are read as needed.
+"""Corpora: texts from files, folders or the Hub, as memory-mapped `datasets`.
 
-A corpus has a column `text`, a document in each row. A document may also lie in several rows, so that none must fit into
-memory: a column `hf_lstm.continues` is then true in each row that goes on with the document of the row before. It is made
-here alone, of text files and by `join_records`, saved and loaded with the corpus, and left out of no selection of rows; the
-first row that is selected begins a document. A column of any other name says nothing of documents, `continues` too.
+| source                                        | documents                                    | read by                   |
+|-----------------------------------------------|----------------------------------------------|---------------------------|
+| .jsonl, .ndjson                               | one per line, an object                      | `readers.line_rows`       |
+| .json                                         | one per record: an array, or records in turn | `readers.json_rows`       |
+| .csv                                          | one per row; the first row names the columns | `readers.csv_rows`        |
+| .txt, any other file                          | one, the whole file in UTF-8                 | `readers.text_rows`       |
+| these as .gz, .bz2, .xz, .zst, alone in a .zip | the same                                     | the same, while unpacking |
+| .parquet                                      | one per row                                  | `readers.parquet_rows`    |
+| a folder made by `save_to_disk`               | one per row                                  | `datasets.load_from_disk` |
+| a name on the Hub                             | one per row                                  | `datasets.load_dataset`   |
+
+Our own readers keep text as it is written, which `datasets`' do not (dates, numbers, half characters, ragged rows), and
+name the line of an error.
+
+A corpus has a column `text`, with a document in each row. A document may also span several rows, so that it need not fit
+into memory: a column `hf_lstm.continues` is then true in each row that continues the document of the row before. The column
+is made here alone, from text files and by `join_records`, and is saved and loaded with the corpus; the first row of a
+selection begins a document. Columns of other names, such as `continues`, do not affect documents.
 """
 
 import errno
 import hashlib
-import sysconfig
-import tokenize
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy
 import torch
@@ -27,55 +41,61 @@ from .readers import (
     check_file,
     csv_rows,
     json_rows,
+    kind_of,
     line_rows,
     parquet_columns,
     parquet_rows,
     text_rows,
 )
 
+if TYPE_CHECKING:
+    from datasets import Dataset, DatasetDict, IterableDatasetDict
+
 logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
 RECORDS = {".jsonl": line_rows, ".ndjson": line_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-FORMAT = 1  # of the rows in the cache: another number, and those of earlier versions are forgotten
+SOURCES = {"folder": "be read as a folder made by `save_to_disk`", "hub": "be found, on this disk or on the Hub"}
+CACHE_VERSION = 1  # of the rows in the cache: a new number invalidates those of earlier versions
 
 
 def load_corpus(
-    name: str | Path | None = None,
+    name: "str | Path | DatasetDict",
     config_name: str | None = None,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
     text_column: str = "text",
     validation_fraction: float = 0.1,
     join_records: bool = False,
-):
+) -> "DatasetDict":
     """
-    A corpus as a `datasets.DatasetDict` of texts in a column `text`, split into `train`, `validation` and, where there
-    is one, `test`.
+    Load a corpus as a `datasets.DatasetDict` with a column `text`, split into `train`, `validation` and, where there is
+    one, `test`.
 
     Args:
-        name (`str` or `Path`, *optional*): As `load_documents` takes it. Without it: Python's own standard library.
-        config_name (`str`, *optional*): Which configuration of a data set on the Hub.
+        name (`str`, `Path` or `datasets.DatasetDict`): A source for [`load_documents`], or what it returns.
+        config_name (`str`, *optional*): The configuration of a data set on the Hub.
         validation_file, test_file (`str` or `Path`, *optional*): Files of these kinds for the other splits.
-        text_column (`str`, defaults to `"text"`): Where records hold their text.
+        text_column (`str`, defaults to `"text"`): The column or field of the records that holds the text.
         validation_fraction (`float`, defaults to 0.1):
-            What is kept for validation where `name` has no such split and no file is given: the last part of a single
+            The share kept for validation where `name` has no such split and no file is given: the last part of a single
             text, in characters, or documents drawn with a fixed seed.
-        join_records (`bool`, defaults to `False`): Whether the records are pieces of one text, as WikiText's lines are.
+        join_records (`bool`, defaults to `False`): Whether the records are pieces of one text, like the lines of WikiText.
 
     Returns:
         `datasets.DatasetDict`: the splits, `train` and `validation` at least.
 
     Raises:
-        ValueError: for what cannot be found or read, with the file and the remedy.
+        ValueError: if a source cannot be found or read, with the file and the remedy.
     """
-    from datasets import Dataset, DatasetDict
+    from datasets import DatasetDict
 
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction` ({validation_fraction}) must lie between 0 and 1.")
-    if name is None:
-        corpus = {split: Dataset.from_dict({"text": texts}) for split, texts in standard_library().items()}
+    if isinstance(name, DatasetDict):
+        corpus = {split: _text_column(rows, text_column, "`name`", "memory") for split, rows in name.items()}
+        name = "`name`"
     else:
         corpus = dict(load_documents(name, config_name, text_column))
     for split, file in (("validation", validation_file), ("test", test_file)):
@@ -92,35 +112,33 @@ def load_corpus(
 
 def load_documents(
     name: str | Path, config_name: str | None = None, text_column: str = "text", streaming: bool = False
-):
+) -> "DatasetDict | IterableDatasetDict":
     """
-    One source as a `datasets.DatasetDict` of texts in a column `text`, with the splits it has; a file is all `train`.
+    Load one source as a `datasets.DatasetDict` with a column `text` and the splits it has; a file is all `train`.
 
     Args:
         name (`str` or `Path`):
-            A text file in UTF-8, which is one document; a .jsonl, .json, .csv or .parquet file, one document per record; a
-            folder that `save_to_disk` made; or a data set on the Hub. A text is read as it is written, and never as a
-            number or a date. A .json file holds an array of records, or one record behind the other; the first row of a
-            .csv file names its columns.
-        config_name (`str`, *optional*): Which configuration of a data set on the Hub.
-        text_column (`str`, defaults to `"text"`): Where records hold their text.
+            A text file in UTF-8, which is one document; a .jsonl, .json, .csv or .parquet file, one document per record; one
+            of these, .parquet excepted, compressed; a folder that `save_to_disk` made; or a data set on the Hub. Text is
+            never converted to a number or a date. A .json file holds an array of records, or one record after another;
+            the first row of a .csv file names its columns.
+        config_name (`str`, *optional*): The configuration of a data set on the Hub.
+        text_column (`str`, defaults to `"text"`): The column or field of the records that holds the text.
         streaming (`bool`, defaults to `False`):
-            Whether to read records when they are needed, as a `datasets.IterableDatasetDict`, instead of preparing all
-            of them in the cache folder of `datasets`.
+            Whether to read records as they are needed, as a `datasets.IterableDatasetDict`, instead of preparing all of
+            them in the cache folder of `datasets`.
 
     Raises:
-        ValueError: for what cannot be found or read, with the file, its line or byte, and the remedy.
+        ValueError: if the source cannot be found or read, with the file, its line or byte, and the remedy.
     """
     from datasets import DatasetDict, IterableDatasetDict
 
-    path, kind = Path(name), _kind_of(name)
-    if kind in ("folder", "hub"):
-        source = (
-            "be read as what `save_to_disk` writes" if kind == "folder" else "be found, on this disk or on the Hub"
-        )
-    else:
+    if not isinstance(name, str | Path):
+        raise ValueError(f"`name` ({name!r}) must be a str or a Path: name a file, a folder or a data set on the Hub.")
+    path = Path(name)
+    kind = _kind_of(path)
+    if kind not in SOURCES:
         check_file(path)
-        source = f"be read as {kind.removeprefix('.')}"
     try:
         with writable_cache():
             corpus = _open(path, kind, str(name), config_name, text_column, streaming)
@@ -128,28 +146,26 @@ def load_documents(
                 corpus = {"train": corpus}
             if kind in ("folder", "hub"):
                 corpus = {split: _text_column(rows, text_column, name, kind) for split, rows in corpus.items()}
-    except Exception as error:  # the readers behind `datasets` raise classes of their own
+    except Exception as error:  # the libraries that `datasets` uses raise classes of their own
         for known in (error, error.__cause__):
             if isinstance(known, CorpusError):
                 raise known from None
+        source = SOURCES.get(kind, f"be read as {kind.removeprefix('.')}")
         raise ValueError(f"{name} cannot {source}: {error.__cause__ or error}") from error
     return (IterableDatasetDict if streaming else DatasetDict)(corpus)
 
 
 def one_split(corpus: dict, split: str, name: str | Path):
-    """The split of a source that is to serve as `split`: the one of that name, or its only one."""
+    """Return the split of that name, or the only one. Raises `ValueError` for several without it."""
     if split in corpus:
         return corpus[split]
     if len(corpus) > 1:
-        raise ValueError(
-            f"{name} has the splits {', '.join(corpus)}, and none called `{split}`: name a file with one."
-        )
+        raise ValueError(f"{name} has the splits {', '.join(corpus)}, but not `{split}`: name a file with that split.")
     return next(iter(corpus.values()))
 
 
-def _kind_of(name):
-    path = Path(name)
-    suffix = path.suffix.lower()
+def _kind_of(path):
+    suffix = kind_of(path)
     if suffix in RECORDS:
         return suffix
     if suffix == ".txt" or path.is_file():
@@ -158,7 +174,7 @@ def _kind_of(name):
 
 
 def _open(path, kind, name, config_name, text_column, streaming):
-    """What `datasets` makes of a source: one data set, or several by split."""
+    """Open a source with `datasets`: one data set, or several by split."""
     from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
 
     if kind == "hub":
@@ -178,7 +194,7 @@ def _open(path, kind, name, config_name, text_column, streaming):
         columns = {name: Value(type) for name, type in parquet_columns(path, text_column).items()}
     if streaming:
         return IterableDataset.from_generator(rows, gen_kwargs={"path": path} | arguments, features=Features(columns))
-    key = {"digest": _digest(path), "piece_length": PIECE_LENGTH, "format": FORMAT}
+    key = {"digest": _digest(path), "piece_length": PIECE_LENGTH, "format": CACHE_VERSION}
     arguments |= {"path": path.resolve(), "key": key}
     return Dataset.from_generator(rows, gen_kwargs=arguments, features=Features(columns))
 
@@ -189,8 +205,8 @@ def _digest(path) -> str:
 
 
 @contextmanager
-def writable_cache():
-    """Raises `ValueError` where `datasets` cannot write what it prepares."""
+def writable_cache() -> Iterator[None]:
+    """Raise `ValueError` where `datasets` cannot write to its cache."""
     from datasets import config
 
     try:
@@ -205,13 +221,13 @@ def writable_cache():
                 "the environment variable HF_DATASETS_CACHE."
             ) from error
         raise CorpusError(
-            f"{path} cannot be written ({error.strerror}), where `datasets` keeps what it makes of the data set beside it: "
+            f"{path} cannot be written ({error.strerror}), where `datasets` keeps its cache of the data set beside it: "
             "copy the data set to a folder that can be."
         ) from error
 
 
-def document_begins(rows) -> numpy.ndarray:
-    """Which rows of a data set begin a document, `(rows,)`: the first does, also where its own beginning was cut off."""
+def document_begins(rows: "Dataset") -> numpy.ndarray:
+    """Return a mask of the rows that begin a document, `(rows,)`; the first row always does."""
     if CONTINUES not in rows.column_names:
         return numpy.ones(len(rows), dtype=bool)
     continues = rows.select_columns(CONTINUES).with_format("arrow")[:][CONTINUES]
@@ -221,11 +237,11 @@ def document_begins(rows) -> numpy.ndarray:
 
 
 def check_text(rows, column: str, name: str | Path) -> None:
-    """Raise `ValueError` where a column of a data set is known to hold anything but text."""
+    """Raise `ValueError` for a column whose declared type is not text."""
     if rows.features is None:
         return
     feature = rows.features[column]
-    kind = getattr(feature, "dtype", type(feature).__name__)  # lists and mixtures are features without one
+    kind = getattr(feature, "dtype", type(feature).__name__)  # lists and structures are features without a dtype
     if kind not in TEXT:
         raise CorpusError(f"The column `{column}` of {name} holds {kind}: it must hold text.")
     if CONTINUES in rows.features:
@@ -254,13 +270,13 @@ def _text_column(rows, text_column, name, kind):
     return rows if text_column == "text" else rows.rename_column(text_column, "text")
 
 
-def joined(rows):
-    """The same rows as pieces of one document."""
+def joined(rows: "Dataset") -> "Dataset":
+    """Mark all rows as pieces of one document."""
     return rows.select_columns("text").add_column(CONTINUES, numpy.arange(len(rows)) > 0)
 
 
 def _hold_out(rows, fraction) -> dict:
-    """The rows for training, and those kept for validation; both in order, which may tell one story."""
+    """Split rows into `train` and `validation`, whole documents, both in their order."""
     import pyarrow.compute
 
     begins = document_begins(rows)
@@ -271,7 +287,7 @@ def _hold_out(rows, fraction) -> dict:
         candidates = numpy.unique(document[filled])
         if len(candidates) < 2:
             raise ValueError(
-                "The corpus holds fewer than two documents with text: there is none to keep for validation."
+                "The corpus holds fewer than two documents with text: give more documents, or a validation file."
             )
         drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0)).numpy()
         kept = numpy.isin(document, candidates[drawn[: max(1, int(len(candidates) * fraction))]])
@@ -280,7 +296,7 @@ def _hold_out(rows, fraction) -> dict:
 
 
 def _cut(rows, fraction) -> dict:
-    """One text in two."""
+    """Split one text into `train` and `validation` at a character."""
     import pyarrow.compute
     from datasets import Dataset, concatenate_datasets
 
@@ -288,8 +304,10 @@ def _cut(rows, fraction) -> dict:
     ends = numpy.cumsum(pyarrow.compute.utf8_length(texts).fill_null(0).to_numpy())  # in characters
     cut = int(ends[-1] * (1 - fraction))
     if not 0 < cut < ends[-1]:
-        raise ValueError(f"The text has {ends[-1]} characters: too few to keep a part for validation.")
-    row = int(numpy.searchsorted(ends, cut, side="right"))  # that holds the first character behind the cut
+        raise ValueError(
+            f"The text has {ends[-1]} characters: too few to split, so give more text, or a validation file."
+        )
+    row = int(numpy.searchsorted(ends, cut, side="right"))  # that holds the first character after the cut
     text = rows[row]["text"]
     inside = cut - (int(ends[row]) - len(text))
     rows = rows.select_columns("text")
@@ -300,31 +318,3 @@ def _cut(rows, fraction) -> dict:
     if row + 1 < len(rows):
         validation.append(rows.select(range(row + 1, len(rows))))
     return {"train": joined(concatenate_datasets(train)), "validation": joined(concatenate_datasets(validation))}
-
-
-def standard_library(max_bytes: int = 4_000_000) -> dict[str, list[str]]:
-    """
-    Python source that every machine has: the modules of the running interpreter's standard library, tests left out,
-    up to `max_bytes` in all. A hash of the path decides the order and the split: 18 in 20 files for training, 1 for
-    validation, 1 for testing.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    paths = [path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(root).parts)]
-    digests = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest() for path in paths}
-    corpus, size = {split: [] for split in SPLITS}, 0
-    for path in sorted(paths, key=digests.get):
-        try:
-            with tokenize.open(path) as file:
-                text = file.read()
-        except (SyntaxError, UnicodeDecodeError):  # a few modules are written in other encodings on purpose
-            continue
-        size += len(text.encode())
-        if size > max_bytes:
-            break
-        if not text:
-            continue
-        corpus[{0: "validation", 1: "test"}.get(digests[path][-1] % 20, "train")].append(text)
-    return corpus
-
-
-_LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}

@@ -1,50 +1,49 @@
-"""What Trainer takes of a stream: lanes that run on from batch to batch, or documents one by one."""
+"""Datasets for `Trainer`: parallel lanes with a carried state, and single documents."""
 
 import torch
 from torch.utils.data import Dataset
 
-from .streams import TokenStream, as_stream
+from .streams import Tokens, TokenStream, as_stream
 
 
 class LaneDataset(Dataset):
     """
-    A stream cut into `lanes` of equal length that are read side by side, `bptt_length` tokens a step: item i is chunk
-    `i // lanes` of lane `i % lanes`, so that batches of `lanes` items in order let every lane run on from step to step.
-    `TruncatedBPTTCallback` then carries the state. Made for truncated backpropagation through time (Williams & Peng
-    1990).
+    Dataset for truncated backpropagation through time (Williams & Peng 1990): a stream cut into `lanes` of equal length
+    that are read side by side, `bptt_length` tokens a step. Item i is chunk `i // lanes` of lane `i % lanes`, so that in
+    consecutive batches of `lanes` items each row continues its lane; `TruncatedBPTTCallback` carries the state.
 
-    Items hold, each of shape `(chunk length,)`: `input_ids`; `labels`, the same, which whoever uses them shifts;
-    `shift_labels`, the next tokens; `position_ids`, counted from 0 where the state is to start anew.
+    Items hold, each of shape `(chunk length,)`: `input_ids`; `labels`, the same, not shifted;
+    `shift_labels`, the next tokens; `position_ids`, counted from 0 where the state restarts.
 
     Args:
         tokens (`torch.Tensor`, array or `TokenStream`): The stream, a single dimension of integers.
-        lanes (`int`): Processes times batch size per device.
-        bptt_length (`int`): Tokens that gradients run back through.
+        lanes (`int`): The number of processes times the batch size per device.
+        bptt_length (`int`): Tokens that gradients flow back through.
         reset_at_documents (`bool`, defaults to `False`):
-            Whether the state starts anew with every document, not only with the lane; needs a `TokenStream`.
+            Whether the state restarts at every document, not only with the lane; needs a `TokenStream`.
         length_seed (`int`, *optional*):
-            Draw the length of each chunk with this seed, so that gradients run back through various numbers of tokens
+            Draw the length of each chunk with this seed, so that gradients flow back through varying numbers of tokens
             (Merity et al. 2018, section 5): from N(`bptt_length`, 5²), or once in 20 from N(`bptt_length` / 2, 5²), and
             at least 5. The lengths are the same in every epoch and lane, so that a run can be resumed at any step;
             `TruncatedBPTTCallback` scales the learning rate to them.
         shuffle_seed (`int`, *optional*):
-            Lay the documents in another order in each epoch, a function of this seed and the epoch, which Trainer tells
-            by `set_epoch`; needs a `TokenStream` of several documents.
+            Shuffle the documents in each epoch, as a function of this seed and the epoch, which Trainer sets by
+            `set_epoch`; needs a `TokenStream` of several documents.
 
     Raises:
-        ValueError: if the stream is too short to give every lane one chunk, or has no documents where they are needed.
+        ValueError: if the stream is too short for one chunk in every lane, or documents are needed and unknown.
     """
 
     def __init__(
         self,
-        tokens,
+        tokens: Tokens,
         lanes: int,
         bptt_length: int,
         reset_at_documents: bool = False,
         length_seed: int | None = None,
         shuffle_seed: int | None = None,
     ):
-        check_sizes(lanes=lanes, bptt_length=bptt_length)
+        check_at_least_one(lanes=lanes, bptt_length=bptt_length)
         for name, seed in (("length_seed", length_seed), ("shuffle_seed", shuffle_seed)):
             if seed is not None and (not isinstance(seed, int) or seed < 0):
                 raise ValueError(f"`{name}` ({seed!r}) must be an integer of at least 0, or None for no randomness.")
@@ -54,7 +53,7 @@ class LaneDataset(Dataset):
             )
         if reset_at_documents and not isinstance(tokens, TokenStream):
             raise ValueError("`reset_at_documents=True` needs a `TokenStream`, which knows where documents start.")
-        self.stream = self._shown = as_stream(tokens)
+        self.stream = self._epoch_stream = as_stream(tokens)
         self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
         self.length_seed, self.shuffle_seed = length_seed, shuffle_seed
         chunks = (len(self.stream) - 1) // (lanes * bptt_length)
@@ -72,16 +71,16 @@ class LaneDataset(Dataset):
         self.set_epoch(0)
 
     @property
-    def description(self) -> dict:
-        """What a run's batches depend on: a checkpoint can be resumed where all of it is the same."""
+    def fingerprint(self) -> dict:
+        """Fingerprint of the batches and their order, stored in checkpoints to validate a resume."""
         names = ("lanes", "bptt_length", "reset_at_documents", "length_seed", "shuffle_seed")
         settings = {name: getattr(self, name) for name in names}
         return {"streaming": False} | settings | {"tokens": len(self.stream), "digest": self.stream.digest()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Lay the documents in this epoch's order, if they are to be shuffled."""
+        """Shuffle the documents for an epoch, if `shuffle_seed` was given."""
         if self.shuffle_seed is not None:
-            self._shown = self.stream.shuffled([self.shuffle_seed, epoch])
+            self._epoch_stream = self.stream.shuffled([self.shuffle_seed, epoch])
 
     def __len__(self) -> int:
         return len(self.chunk_lengths) * self.lanes
@@ -96,29 +95,29 @@ class LaneDataset(Dataset):
         indices = torch.arange(start, start + length)
         first = torch.full_like(indices, lane_start)
         if self.reset_at_documents:
-            first = torch.maximum(first, self._shown.starts_of(indices))
-        return lane_item(self._shown[start : start + length + 1], indices - first)
+            first = torch.maximum(first, self._epoch_stream.starts_of(indices))
+        return lane_item(self._epoch_stream[start : start + length + 1], indices - first)
 
 
 class DocumentDataset(Dataset):
     """
-    The documents of a stream one by one, each to be read from a zero state, for `DataCollatorWithFlattening`, which packs
-    them, or for a collator that pads them; Trainer may draw them in any order.
+    Dataset of single documents, each read from a zero state, for `DataCollatorWithFlattening`, which packs them, or for a
+    collator that pads them; Trainer may draw them in any order.
 
-    An item holds the `input_ids` of a document, from the `<eos>` before it to the one behind it, and the same as
+    An item holds the `input_ids` of a document, from the `<eos>` before it to the one after it, and the same as
     `labels`. One of more than `max_length` targets is cut into several: the last token of each is the first of the
     next, so that every token is predicted once.
 
     Args:
         stream (`TokenStream`): The documents.
-        max_length (`int`): Most targets of an item, and tokens that gradients run back through.
+        max_length (`int`): The most targets in an item, and tokens that gradients flow back through.
 
     Raises:
         ValueError: for a `max_length` below 1, or a stream without a target.
     """
 
     def __init__(self, stream: TokenStream, max_length: int):
-        check_sizes(max_length=max_length)
+        check_at_least_one(max_length=max_length)
         if len(stream) < 2:
             raise ValueError(
                 f"The stream holds {len(stream)} tokens: it must hold at least two, one to predict another."
@@ -141,7 +140,7 @@ class DocumentDataset(Dataset):
 
 
 def lane_item(window: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A chunk of a lane as a model takes it, from its tokens and the one behind them."""
+    """Make the model inputs of a chunk from its tokens and the next one."""
     return {
         "input_ids": window[:-1],
         "labels": window[:-1],
@@ -150,17 +149,18 @@ def lane_item(window: torch.Tensor, position_ids: torch.Tensor) -> dict[str, tor
     }
 
 
-def check_sizes(**sizes) -> None:
+def check_at_least_one(**sizes: int | None) -> None:
+    """Raise `ValueError` for a number below 1; `None` stands for a default."""
     for name, value in sizes.items():
-        if value < 1:
+        if value is not None and value < 1:
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
 
 
 def _random_lengths(total: int, bptt_length: int, seed: int) -> torch.Tensor:
-    """Lengths of chunks that fill `total` tokens."""
+    """Draw chunk lengths that sum to `total` tokens."""
     generator = torch.Generator().manual_seed(seed)
     enough = total // 5 + 1
     means = torch.where(torch.rand(enough, generator=generator) < 0.95, bptt_length, bptt_length / 2)
     ends = torch.normal(means, 5.0, generator=generator).int().clamp(min=5).cumsum(0)
-    ends = torch.cat([ends[ends <= total - 5], torch.tensor([total])])  # the last chunk takes what would be too short
+    ends = torch.cat([ends[ends <= total - 5], torch.tensor([total])])  # the last chunk absorbs a short remainder
     return ends.diff(prepend=torch.tensor([0]))

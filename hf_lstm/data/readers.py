@@ -1,50 +1,118 @@
-"""Readers of files: text is text as it is written, whatever it looks like, and what cannot be read is refused with its place."""
+"""Readers of text, .jsonl, .json and .csv files, compressed or not, and of .parquet files. Text is never converted; errors name file and line."""
 
+import bz2
 import codecs
 import csv
+import gzip
 import io
 import json
+import lzma
 import os
 import re
-from collections.abc import Iterator
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of
 
-CONTINUES = (
-    "hf_lstm.continues"  # the column that says which rows go on with a document: of a name that nobody has by chance
-)
-COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+CONTINUES = "hf_lstm.continues"  # the column that marks rows which go on with a document; nobody uses it by chance
 TEXT = ("string", "large_string", "string_view")  # pyarrow's types
-PARQUET_ROWS = 100  # that are read at once
+PARQUET_ROWS = 100  # read at once
 LARGEST_FIELD = 2**31 - 1  # characters of a field in a .csv file
 
 
 class CorpusError(ValueError):
-    """A `ValueError` whose message needs no words around it."""
+    """A complete error message about a corpus; callers raise it again unchanged."""
+
+
+def _open_zst(path: Path):
+    import pyarrow
+
+    return pyarrow.input_stream(str(path), compression="zstd")
+
+
+def _open_zip(path: Path):
+    with zipfile.ZipFile(path) as archive:
+        return archive.open(_only_member(archive, path))
+
+
+def _only_member(archive: zipfile.ZipFile, path: Path) -> zipfile.ZipInfo:
+    files = [member for member in archive.infolist() if not member.is_dir()]
+    if len(files) != 1:
+        raise CorpusError(
+            f"{path} holds {len(files)} files: unpack it and name one, since a .zip file must hold exactly one."
+        )
+    return files[0]
+
+
+OPENERS: dict[str, Callable[[Path], Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+    ".zst": _open_zst,
+    ".zip": _open_zip,
+}
+UNREAD = {".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".br", *OPENERS}  # also compressed twice
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[Any]:
+    """Open a file for reading bytes, decompressed by its suffix. Raises `ValueError` if that fails."""
+    with unpacking(path), OPENERS.get(path.suffix.lower(), lambda path: path.open("rb"))(path) as file:
+        yield file
+
+
+@contextmanager
+def unpacking(path: Path) -> Iterator[None]:
+    """Raise `ValueError` where a compressed file is damaged."""
+    try:
+        yield
+    except (OSError, EOFError, RuntimeError, zlib.error, lzma.LZMAError, zipfile.BadZipFile) as error:
+        if path.suffix.lower() not in OPENERS:
+            raise
+        raise CorpusError(
+            f"{path} cannot be unpacked ({error}): it is damaged, or not a {path.suffix} file, so make it again."
+        ) from error
+
+
+def kind_of(path: Path) -> str:
+    """Return the suffix of the contents: `.jsonl` for a.jsonl, a.jsonl.gz, and a .zip file that holds a.jsonl."""
+    suffix = path.suffix.lower()
+    if suffix == ".zip" and path.is_file():
+        with unpacking(path), zipfile.ZipFile(path) as archive:
+            return Path(_only_member(archive, path).filename).suffix.lower()
+    return Path(path.stem).suffix.lower() if suffix in OPENERS else suffix
 
 
 def check_file(path: Path) -> None:
-    """Raise `ValueError` for a file that is not there, may not be read, is compressed or is empty."""
+    """Raise `ValueError` for a file that does not exist, may not be read, cannot be unpacked or is empty."""
     if not path.is_file():
         raise ValueError(f"The file {path} does not exist.")
     if not os.access(path, os.R_OK):
         raise ValueError(f"The file {path} cannot be read: you have no permission to.")
-    if path.suffix.lower() in COMPRESSED:
-        raise ValueError(f"{path} is compressed: unpack it first.")
-    if path.stat().st_size == 0:
-        raise ValueError(f"{path} is empty: there is nothing to read.")
+    kind, compressed = kind_of(path), path.suffix.lower() in OPENERS
+    if kind in UNREAD or (kind == ".parquet" and compressed):
+        raise CorpusError(
+            f"{path} is an archive, or compressed in an unsupported way: unpack it first, or compress one text, .jsonl, .json or "
+            f".csv file to {', '.join(OPENERS)}."
+        )
+    with opened(path) as file:
+        if not file.read(1):
+            raise ValueError(f"{path} is empty: name a file with text.")
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 file as it is, line ends included, without a byte order mark. Raises `ValueError` for anything else."""
+    """Read a UTF-8 file, line ends unchanged, without a byte order mark. Raises `ValueError` for anything else."""
     path = Path(path)
     check_file(path)
     return "".join(_decoded(path))
 
 
 def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """The records of a file with a JSON object in each line, and the numbers of their lines. Raises `ValueError`."""
+    """Yield line number and object of each line of a .jsonl file. Raises `ValueError` for anything else."""
     path, number, found = Path(path), 0, False
     check_file(path)
     for number, line in enumerate(_lines(path, "\n"), 1):
@@ -54,20 +122,20 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
         try:
             record = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where} is not JSON ({_fault_of(error)}): mend or remove it.") from error
+            raise CorpusError(f"{where} is not JSON ({_fault_of(error)}): correct or remove it.") from error
         if not isinstance(record, dict):
-            raise CorpusError(f"{where} is no record but {type(record).__name__}: put an object in each line.")
+            raise CorpusError(f"{where} is {type(record).__name__}, not an object: put an object in each line.")
         found = True
         yield number, record
     if not found:
-        raise CorpusError(f"{path} holds no record in its {number} lines: there is nothing to read.")
+        raise CorpusError(f"{path} holds no record in its {number} lines: give it at least one.")
 
 
-# The rows of the corpus that a file is. By the key `datasets` tells its contents, and ways of reading them, apart.
+# Generators of rows for `Dataset.from_generator`, whose cache depends on `key`: the contents, and the version of the reader.
 
 
 def text_rows(path, key=None):
-    """The pieces of a text file."""
+    """Yield the pieces of a text file."""
     rest, continues = "", False
     for text in _decoded(path):
         *whole, rest = list(pieces_of(rest + text)) or [""]
@@ -78,13 +146,13 @@ def text_rows(path, key=None):
 
 
 def line_rows(path, text_column, key=None):
-    """The texts of a file with a record in each line."""
+    """Yield the texts of a .jsonl file."""
     for number, record in read_records(path):
         yield {"text": _text_of(record, text_column, path, f"line {number}")}
 
 
 def json_rows(path, text_column, key=None):
-    """The texts of a .json file, whose records lie in an array or one behind the other; a string in an array is a text."""
+    """Yield the texts of a .json file: an array of records or strings, or one record after another."""
     source, number = _JSON(path), 0
     in_array = source.peek() == "["
     if in_array:
@@ -101,7 +169,7 @@ def json_rows(path, text_column, key=None):
         try:
             record = source.value()
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{path} cannot be read as json: {where} is not JSON ({error}): mend it.") from error
+            raise CorpusError(f"{path} cannot be read as json: {where} is not JSON ({error}): correct it.") from error
         if isinstance(record, str):
             record = {"text": record}
         yield {"text": _text_of(record, text_column, path, where)}
@@ -109,8 +177,8 @@ def json_rows(path, text_column, key=None):
         if in_array and behind not in (",", "]"):
             found = f"there is {behind!r}" if behind else "the file ends"
             raise CorpusError(
-                f"{path} cannot be read as json: {found} behind {where}, in line {source.line}: put a comma between "
-                "records, and `]` behind the last."
+                f"{path} cannot be read as json: {found} after {where}, in line {source.line}: put a comma between "
+                "records, and `]` after the last."
             )
         if in_array:
             source.skip()
@@ -118,18 +186,16 @@ def json_rows(path, text_column, key=None):
             break
     if source.peek():
         raise CorpusError(
-            f"{path} cannot be read as json: there is {source.peek()!r} in line {source.line}, behind the array: keep one "
+            f"{path} cannot be read as json: there is {source.peek()!r} in line {source.line}, after the array: keep one "
             "array in the file."
         )
 
 
 def csv_rows(path, text_column, key=None):
-    """The texts of a file of rows with commas between their fields, whose first row names the columns."""
-    csv.field_size_limit(LARGEST_FIELD)  # of the whole process: by default it is 131,072, and a text may be a book
-    end, kinds = (
-        "",
-        set(),
-    )  # of the line that was read last, and of the rows: whether a carriage return alone ends them
+    """Yield the texts of a .csv file, whose first row names the columns."""
+    csv.field_size_limit(LARGEST_FIELD)  # for the whole process; the default, 131,072, is less than a book
+    end = ""  # of the line that was read last
+    kinds = set()  # of the ends of rows: whether they are a carriage return alone
 
     def lines():
         nonlocal end
@@ -145,12 +211,12 @@ def csv_rows(path, text_column, key=None):
             row = next(rows, None)
         except csv.Error as error:
             raise CorpusError(
-                f"{path} cannot be read as csv: the row that begins in line {line} is not quoted as it should be ({error}): "
-                "double the quotation marks within a quoted text, and end it with one."
+                f"{path} cannot be read as csv: the row that begins in line {line} is not quoted correctly ({error}): "
+                "double the quotation marks within a quoted text, and close it."
             ) from error
         if row is None:
             break
-        if end and (row or end == "\r"):  # what was written with \r\r\n has blank lines that end otherwise
+        if end and (row or end == "\r"):  # a file written with \r\r\n has blank lines of another end
             kinds.add(end == "\r")
         if len(kinds) > 1:
             raise CorpusError(
@@ -176,11 +242,11 @@ def csv_rows(path, text_column, key=None):
         found = True
         yield {"text": row[column]}
     if not found:
-        raise CorpusError(f"{path} holds no record in its {rows.line_num} lines: there is nothing to read.")
+        raise CorpusError(f"{path} holds no record in its {rows.line_num} lines: give it at least one.")
 
 
 def parquet_columns(path, text_column) -> dict[str, str]:
-    """The types of the columns that `parquet_rows` reads. Raises `ValueError` where these are not there."""
+    """Return the types of the columns that `parquet_rows` reads. Raises `ValueError` for columns of other types, or none."""
     import pyarrow
 
     schema = _parquet(path).schema_arrow
@@ -191,7 +257,7 @@ def parquet_columns(path, text_column) -> dict[str, str]:
             "`text_column`."
         )
     kind = schema.field(text_column).type
-    kind = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)  # texts that are named once
+    kind = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)  # each text is stored once
     if kind not in TEXT:
         raise CorpusError(f"The column `{text_column}` of {path} holds {kind}: it must hold text.")
     columns = {"text": "string" if kind == "string" else "large_string"}
@@ -202,7 +268,7 @@ def parquet_columns(path, text_column) -> dict[str, str]:
 
 
 def parquet_rows(path, text_column, key=None):
-    """The texts of a .parquet file, whose other columns may hold anything."""
+    """Yield the texts of a .parquet file, whose other columns may hold anything."""
     import pyarrow
 
     file, columns, number = _parquet(path), parquet_columns(path, text_column), 0
@@ -213,7 +279,7 @@ def parquet_rows(path, text_column, key=None):
             batch = next(batches, None)
         except (pyarrow.ArrowException, OSError) as error:
             raise CorpusError(
-                f"{path} cannot be read as parquet behind row {number:,} ({error}): copy it anew."
+                f"{path} cannot be read as parquet after row {number:,} ({error}): it is damaged, so make it again."
             ) from error
         if batch is None:
             break
@@ -221,13 +287,13 @@ def parquet_rows(path, text_column, key=None):
             number += 1
             try:
                 yield {name: value.as_py() for name, value in zip(names, values, strict=True)}
-            except UnicodeDecodeError as error:  # a file that was prepared may hold any bytes
+            except UnicodeDecodeError as error:  # which pyarrow does not check
                 raise CorpusError(
                     f"The column `{text_column}` of {path} is not UTF-8 in row {number:,} ({error.reason}): write the file "
                     "anew, from text."
                 ) from error
     if number == 0:
-        raise CorpusError(f"{path} holds no record: there is nothing to read.")
+        raise CorpusError(f"{path} holds no record: give it at least one.")
 
 
 def _parquet(path):
@@ -236,11 +302,13 @@ def _parquet(path):
     try:
         return pyarrow.parquet.ParquetFile(path)
     except (pyarrow.ArrowException, OSError) as error:
-        raise CorpusError(f"{path} cannot be read as parquet ({error}): was it written to its end?") from error
+        raise CorpusError(
+            f"{path} cannot be read as parquet ({error}): it is damaged, or not a .parquet file, so make it again."
+        ) from error
 
 
 def check_continues(kind: str, name: str | Path) -> None:
-    """Raise `ValueError` where the column that says which rows go on with a document is of another type than bool."""
+    """Raise `ValueError` for a column `hf_lstm.continues` that does not hold booleans."""
     if kind != "bool":
         raise CorpusError(
             f"The column `{CONTINUES}` of {name} holds {kind}: it must hold booleans, as `load_documents` makes them, or be "
@@ -263,36 +331,36 @@ def _text_of(record, text_column, path, where):
     try:
         (text or "").encode()
     except UnicodeEncodeError as error:
-        kind = path.suffix.lower().removeprefix(".")
         raise CorpusError(
-            f"{path} cannot be read as {kind}: {where} holds half of a character ({error.reason}): mend or remove it."
+            f"{path} cannot be read as {kind_of(path)[1:]}: {where} holds half of a character ({error.reason}): mend or "
+            "remove it."
         ) from error
     return text or ""
 
 
 def _members_once(pairs):
-    """A JSON object; of two members of one name, one would vanish."""
+    """Make a JSON object; raise `ValueError` for a repeated name, which `dict` would drop."""
     members = dict(pairs)
     if len(members) < len(pairs):
         names = [name for name, _ in pairs]
         twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} is there twice")
+        raise ValueError(f"{twice!r} occurs twice")
     return members
 
 
 def _fault_of(error):
-    """Of one line, which the decoder would call line 1."""
+    """Describe a fault in one line, which the decoder would call line 1."""
     return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_members_once)
-_WHITE_SPACE = re.compile(r"[ \t\r\n]*")
+_NO_WHITE_SPACE = re.compile(r"[^ \t\r\n]")
 
 
 class _JSON:
     """
-    The values of a JSON text, read from a file as far as they are needed: a record and what was read with it, or all
-    the rest of a file with a record that has no end.
+    Incremental reader of JSON values. It holds one value and the rest of the last read, or, for a value without an end,
+    the rest of the file.
     """
 
     def __init__(self, path):
@@ -300,9 +368,10 @@ class _JSON:
         self.line = 1  # of `start`
 
     def peek(self) -> str:
-        """The next character behind white space; none at the end."""
+        """Return the next character that is not white space; empty at the end."""
         while True:
-            self._move(_WHITE_SPACE.match(self.text, self.start).end())
+            found = _NO_WHITE_SPACE.search(self.text, self.start)
+            self._move(found.start() if found else len(self.text))
             if self.start < len(self.text) or not self._more():
                 return self.text[self.start : self.start + 1]
 
@@ -310,7 +379,7 @@ class _JSON:
         self._move(self.start + 1)
 
     def value(self):
-        """The next value, an object or a string."""
+        """Read the next value, an object or a string."""
         while True:
             try:
                 value, end = _DECODER.raw_decode(self.text, self.start)
@@ -327,7 +396,7 @@ class _JSON:
         self.start = start
 
     def _more(self) -> bool:
-        """Read as much again as there is: a long value is tried a few times only."""
+        """Double the text held, so that a long value is parsed a few times only."""
         parts, read = [self.text[self.start :]], 0
         for piece in self.pieces:
             parts.append(piece)
@@ -339,7 +408,7 @@ class _JSON:
 
 
 def _lines(path, newline):
-    """The lines of a file with their ends, told apart as `open` tells them."""
+    """Yield the lines of a file with their ends, by the rules of `open(newline=...)`."""
     begun = []
     for text in _decoded(path):
         for line in io.StringIO(text, newline=newline):
@@ -352,15 +421,15 @@ def _lines(path, newline):
 
 
 def _decoded(path):
-    """The text of a file, a little at a time, no line end torn apart."""
+    """Yield the text of a file in small parts, never split inside a line end."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=False)
     position, data = 0, None
-    with path.open("rb") as file:
+    with opened(path) as file:
         while data != b"":
             data = file.read(PIECE_LENGTH)
             if b"\0" in data:
                 raise CorpusError(
-                    f"{path} is no text, since byte {position + data.index(0)} is NUL: it is damaged, or in UTF-16, which "
+                    f"{path} is not text, since byte {position + data.index(0)} is NUL: it is damaged, or in UTF-16, which "
                     "`iconv` converts."
                 )
             start = position - len(decoder.getstate()[0])  # of what is decoded now

@@ -1,51 +1,56 @@
-"""Lanes over a corpus that is tokenized as it is read, and never lies on disk as tokens."""
+"""Lanes over a streamed corpus, tokenized as it is read."""
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from .lanes import check_sizes, lane_item
+from hf_lstm.tokenizers import encode
+
+from .lanes import check_at_least_one, lane_item
 from .readers import CONTINUES, check_continues
-from .streams import encode
+
+if TYPE_CHECKING:
+    import datasets
 
 BATCH_SIZE = 16  # rows that are tokenized at once
 
 
 class StreamingLanes(IterableDataset):
     """
-    Lanes as those of `LaneDataset`, over documents that are read one after the other: whichever lane comes to its end
-    goes on with the next document, after an `<eos>`. When there are no more, the first one follows: the lanes never end,
-    and Trainer needs `max_steps`.
+    Iterable version of `LaneDataset`, over documents that are read one after another: a lane that has used up its tokens
+    takes the next document, after an `<eos>`. After the last document comes the first one again: the lanes never end, and
+    Trainer needs `max_steps`.
 
-    In each pass, a process reads and tokenizes documents of its own: whole files where the number of shards of `documents`
-    divides by that of the processes, or else every n-th document. The items of other processes are `None`, and
-    accelerate leaves them out where `dispatch_batches` is off, as it is in `LSTMTrainingArguments`. A resumed run reads
-    up to where it stopped and goes on with the same batches.
+    In each pass, every process reads and tokenizes its own documents: whole files where the number of shards of
+    `documents` is a multiple of the number of processes, or else every n-th document. The items of other processes are
+    `None`; accelerate drops them where `dispatch_batches` is off, the default of `LSTMTrainingArguments`. A resumed run
+    reads up to where it stopped and continues with the same batches.
 
-    A row that goes on with a document (`hf_lstm.continues`) starts from a zero state, since another lane has read what
-    stands before it; the first one that a process reads in a pass begins a document.
+    A row that continues a document (`hf_lstm.continues`) starts from a zero state, since another lane has read the text
+    before it; the first row that a process reads in a pass begins a document.
 
     Args:
         documents (`datasets.IterableDataset`):
-            Texts in a column `text`, as `load_documents(..., streaming=True)` gives them; shuffled ones
-            (`documents.shuffle(seed)`) come in another order each time.
+            Texts in a column `text`, one split of what `load_documents(..., streaming=True)` returns; shuffled ones
+            (`documents.shuffle(seed)`) come in another order in each pass.
         tokenizer (`PreTrainedTokenizerBase`): Any tokenizer with an `eos_token`.
-        lanes (`int`): Processes times batch size per device.
-        bptt_length (`int`): Tokens that gradients run back through.
-        reset_at_documents (`bool`, defaults to `False`): Whether the state starts anew with every document.
+        lanes (`int`): The number of processes times the batch size per device.
+        bptt_length (`int`): Tokens that gradients flow back through.
+        reset_at_documents (`bool`, defaults to `False`): Whether the state restarts at every document.
         process_index, num_processes (`int`, defaults to 0 and 1):
-            Which process reads, and of how many: `args.process_index` and `args.world_size`.
+            The process that reads, and the number of processes: `args.process_index` and `args.world_size`.
 
     Raises:
-        ValueError: if `tokenizer` has no `eos_token`, the processes do not share the lanes evenly, several workers would
-            read the same, a row holds no text, or no row of this process does.
+        ValueError: if `tokenizer` has no `eos_token`, `lanes` is not a multiple of `num_processes`, there are several
+            workers, which would read the same, a row does not hold text, or all rows of this process are empty.
     """
 
     def __init__(
         self,
-        documents,
+        documents: "datasets.IterableDataset",
         tokenizer: PreTrainedTokenizerBase,
         lanes: int,
         bptt_length: int,
@@ -53,7 +58,7 @@ class StreamingLanes(IterableDataset):
         process_index: int = 0,
         num_processes: int = 1,
     ):
-        check_sizes(lanes=lanes, bptt_length=bptt_length, num_processes=num_processes)
+        check_at_least_one(lanes=lanes, bptt_length=bptt_length, num_processes=num_processes)
         if not hasattr(documents, "set_epoch"):
             raise ValueError(
                 f"`documents` ({type(documents).__name__}) must be a `datasets.IterableDataset`: give one split of what "
@@ -72,11 +77,11 @@ class StreamingLanes(IterableDataset):
         self.documents, self.tokenizer = documents, tokenizer
         self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
         self.process_index, self.num_processes = process_index, num_processes
-        self.ended = False  # whether a run that has had all its steps finds nothing more
+        self.ended = False  # set by a resumed run that has done all its steps
 
     @property
-    def description(self) -> dict:
-        """What a run's batches depend on, as far as it is known: a checkpoint can be resumed where it is the same."""
+    def fingerprint(self) -> dict:
+        """Fingerprint of the batches, without the text, which is not known in advance; stored to validate a resume."""
         names = ("lanes", "bptt_length", "reset_at_documents")
         return {"streaming": True} | {name: getattr(self, name) for name in names}
 
@@ -97,7 +102,7 @@ class StreamingLanes(IterableDataset):
             yield from (None for _ in range(behind))
 
     def _tokenized(self):
-        """The tokens of one document after the other, without end, and whether it is the rest of one."""
+        """Yield the tokens of each row, in endless passes, and whether it continues a document."""
         from datasets.distributed import split_dataset_by_node
 
         documents = self.documents.with_format(None)  # Python's own str
@@ -121,16 +126,17 @@ class StreamingLanes(IterableDataset):
                         empty = begins = False
             if empty:
                 raise ValueError(
-                    f"Process {self.process_index} of {self.num_processes} finds no text: every document is empty, or there "
-                    "are too few for all processes."
+                    f"Process {self.process_index} of {self.num_processes} finds no text: give at least one document with "
+                    "text to every process."
                 )
             epoch += 1
 
 
 def _batches(documents):
+    """Yield the batches of documents. Raises `ValueError` for a text that is not UTF-8."""
     try:
         yield from documents.iter(BATCH_SIZE)
-    except UnicodeDecodeError as error:  # what others prepared may hold any bytes
+    except UnicodeDecodeError as error:  # which `datasets` does not check
         raise ValueError(
             f"A row of `text` is not UTF-8 ({error.reason} after {error.object[: error.start]!r:.50}): write the data set "
             "anew, from text."
@@ -138,12 +144,12 @@ def _batches(documents):
 
 
 class _Lane:
-    """Tokens that have been read and not yet been used."""
+    """The tokens of a lane that were read and not yet returned."""
 
     def __init__(self, reset_at_documents):
         self.reset_at_documents = reset_at_documents
         self.tokens = self.positions = torch.empty(0, dtype=torch.long)
-        self.length = 0  # since the state last started anew
+        self.length = 0  # since the state last restarted
 
     def take(self, length, documents):
         parts, missing = [(self.tokens, self.positions)], length + 1 - len(self.tokens)

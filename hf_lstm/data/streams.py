@@ -1,8 +1,8 @@
-"""One stream of tokens, tokenized once and read from disk where it is needed.
+"""Token streams: a corpus as one sequence of tokens, tokenized once and read from disk as needed.
 
 A stream of several documents begins with `<eos>`, has one between them and ends with one. The `<eos>` before a document
-is its first input, from which its first token is predicted, and where the state starts anew if it is to. A single text
-is a stream without beginning or end and has none.
+is its first input, from which its first token is predicted, and where the state may restart. The stream of a single text
+has no `<eos>` at its ends.
 """
 
 import copy
@@ -12,6 +12,7 @@ import json
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy
 import tokenizers
@@ -20,16 +21,28 @@ import transformers
 from tokenizers import Tokenizer, models, normalizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from hf_lstm.tokenizers import PIECE_LENGTH, encode_raw, pieces_of, pieces_of_all
+from hf_lstm.tokenizers import (
+    BATCH_CHARACTERS,
+    PIECE_LENGTH,
+    check_texts,
+    check_unicode,
+    encode,
+    pieces_of,
+    pieces_of_all,
+)
 
 from .corpora import check_text, document_begins, writable_cache
 from .readers import CONTINUES
 
-SIZES = ("num_bytes", "num_characters", "num_words")
-BATCH_BYTES = 1_000_000  # of text that a tokenizer gets at once; it keeps about 200 bytes for each meanwhile
-FORMAT = 5  # of the tokens in the cache: another number, and those of earlier versions are forgotten
-# The normalizers that make another text; all others only write spaces and line ends in another way.
-FORMS = (
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Dataset
+
+Tokens: TypeAlias = "TokenStream | torch.Tensor | numpy.ndarray | Sequence[int] | pyarrow.ChunkedArray"
+TEXT_SIZES = ("num_bytes", "num_characters", "num_words")
+CACHE_VERSION = 5  # of the tokens in the cache: a new number invalidates those of earlier versions
+# The normalizers that change the characters of a text; the others only change spaces and line ends.
+FORMS: tuple[type, ...] = (
     normalizers.NFC,
     normalizers.NFD,
     normalizers.NFKC,
@@ -42,26 +55,26 @@ FORMS += (normalizers.Lowercase, normalizers.StripAccents, normalizers.BertNorma
 
 class TokenStream:
     """
-    A corpus as one line of N tokens, of which `stream[start:stop]` reads some as a `torch.LongTensor`.
+    Sequence of the N tokens of a corpus; `stream[start:stop]` reads a part as a `torch.LongTensor`.
 
     Args:
-        tokens (`torch.Tensor`, array, list or `pyarrow.ChunkedArray`): Token ids, a single dimension of N integers.
+        tokens (`torch.Tensor`, array, list or `pyarrow.ChunkedArray`): Token ids, N integers in a single dimension.
         document_starts (`torch.LongTensor` of shape `(documents,)`, *optional*):
-            Where each document begins, ascending, first 0; without it there is one document.
+            The index at which each document begins, ascending from 0; by default there is one document.
         num_bytes, num_characters, num_words (`int`, defaults to 0):
-            How much text the targets spell, all tokens but the first, which nothing predicts: in UTF-8, in Unicode
-            characters and in words between white space; 0 if unknown. The text is that which is predicted: in the
-            Unicode form that a fast tokenizer's normalizer gives it (NFC, NFD, NFKC, NFKD, SentencePiece's, lower case,
-            without accents) and otherwise as it was written, whatever the tokenizer writes for spaces and line ends.
+            The length of the text that the targets spell (all tokens but the first, which is never predicted): bytes
+            of UTF-8, Unicode characters and words between white space; 0 if unknown. Counted is the predicted text: in
+            the Unicode form that a fast tokenizer's normalizer gives it (NFC, NFD, NFKC, NFKD, SentencePiece's, lower
+            case, without accents) and otherwise as written, whatever the tokenizer uses for spaces and line ends.
 
     Raises:
-        ValueError: if `tokens` are no integers in a single dimension, or `document_starts` do not ascend from 0 within
+        ValueError: if `tokens` are not integers in a single dimension, or `document_starts` do not ascend from 0 within
             them.
     """
 
     def __init__(
         self,
-        tokens,
+        tokens: "Tokens",
         document_starts: torch.Tensor | None = None,
         num_bytes: int = 0,
         num_characters: int = 0,
@@ -72,27 +85,32 @@ class TokenStream:
         if document_starts is not None:
             self.document_starts = _checked_starts(document_starts, len(self))
         self.num_bytes, self.num_characters, self.num_words = num_bytes, num_characters, num_words
-        self._sources = None  # where each document lies in `tokens`, if they stand in another order
-        self._rows = None  # the data set that holds the tokens, if one does
+        self._document_offsets: torch.Tensor | None = (
+            None  # of each document in `tokens`, if the documents are shuffled
+        )
+        self._rows: Dataset | None = None  # the data set that holds the tokens, if there is one
+        self._end: list[int] = []  # the tokens after its last row
 
     @classmethod
-    def from_documents(cls, texts, tokenizer: PreTrainedTokenizerBase) -> "TokenStream":
+    def from_documents(
+        cls, texts: "Iterable[str | None] | Dataset", tokenizer: PreTrainedTokenizerBase
+    ) -> "TokenStream":
         """
         Tokenize texts, with a progress bar, on as many cores as the tokenizer uses, into the smallest integers that
-        hold its ids. A data set that lies on disk is tokenized once: `datasets` keeps its tokens beside it, which for a
-        file is in its cache, told apart by its contents and the tokenizer, and they are read from there as needed.
+        hold its ids. A data set on disk is tokenized once: `datasets` keeps the tokens beside it (for a file, in the cache
+        folder), by its contents and the tokenizer, and they are read from there as needed.
 
         A text of more than `PIECE_LENGTH` characters is cut for the tokenizer, after a line end or before a space where
-        there is one, which then matters to none that reads characters, bytes or words.
+        there is one, which changes no token of characters, bytes or words.
 
         Args:
             texts (`Iterable[str]` or `datasets.Dataset`):
-                One document each, or a split of what `load_documents` and `load_corpus` return.
+                One document each, or a split returned by `load_documents` or `load_corpus`.
             tokenizer (`PreTrainedTokenizerBase`): Any tokenizer.
 
         Raises:
-            ValueError: if `texts` are a str, several splits, have no column `text` or hold anything but text, no text
-                holds a token, `tokenizer` has no `eos_token` to put between several, or the tokens cannot be written.
+            ValueError: if `texts` are a str, several splits, have no column `text` or hold anything but text, every text
+                is empty, `tokenizer` has no `eos_token` to separate documents, or the tokens cannot be written.
         """
         import pyarrow.compute
         from datasets import Features, List, Value
@@ -111,20 +129,22 @@ class TokenStream:
                 tokenization,
                 with_indices=True,
                 batched=True,
-                batch_size=min(max(1, BATCH_BYTES // mean_bytes), 10_000),
+                batch_size=min(max(1, BATCH_CHARACTERS // mean_bytes), 10_000),
                 remove_columns=texts.column_names,
                 features=Features(
                     {"tokens": List(Value(tokenization.dtype.name)), "starts": Value("bool")}
-                    | dict.fromkeys(SIZES, Value("int64"))
+                    | dict.fromkeys(TEXT_SIZES, Value("int64"))
                 ),
                 keep_in_memory=not texts.cache_files,
                 desc="tokenizing",
             )
         if len(rows) == 0 or len(_flat(rows)) == 0:
-            raise ValueError("The corpus holds no text: every document is empty. Was it the right file and column?")
+            raise ValueError(
+                "The corpus holds no text, since every document is empty: name another file, or another column."
+            )
 
         columns = rows.data
-        sizes = {name: pyarrow.compute.sum(columns[name]).as_py() for name in SIZES}
+        sizes = {name: pyarrow.compute.sum(columns[name]).as_py() for name in TEXT_SIZES}
         document_starts = None
         if documents > 1:
             ends = pyarrow.compute.list_value_length(columns["tokens"]).to_numpy().cumsum(dtype=numpy.int64)
@@ -148,20 +168,20 @@ class TokenStream:
         start, stop, step = span.indices(len(self))
         if step != 1:
             raise ValueError(f"The step of a slice of a stream ({step}) must be 1.")
-        if self._sources is None:
+        if self._document_offsets is None:
             return self._read(start, stop)
         parts = [self._read(start, start)]
         document = int(torch.searchsorted(self.document_starts, start, right=True)) - 1
         while start < stop:
             ends_here = document + 1 == len(self.document_starts)
             end = stop if ends_here else min(stop, int(self.document_starts[document + 1]))
-            shift = int(self._sources[document] - self.document_starts[document])
+            shift = int(self._document_offsets[document] - self.document_starts[document])
             parts.append(self._read(start + shift, end + shift))
             start, document = end, document + 1
         return torch.cat(parts)
 
     def _read(self, start, stop):
-        """From one part of the corpus after the other; `ChunkedArray.slice` would walk through all before them."""
+        """Read chunk by chunk from `start`; `ChunkedArray.slice` would walk through all chunks before it."""
         tokens, filled = numpy.empty(max(0, stop - start), dtype=numpy.int64), 0
         chunk = int(numpy.searchsorted(self._chunk_starts, start, side="right")) - 1
         while filled < len(tokens):
@@ -173,26 +193,26 @@ class TokenStream:
 
     @property
     def document_ends(self) -> torch.Tensor:
-        """Where each document ends, `(documents,)`: at the beginning of the next, or before the last token."""
+        """The index at which each document ends, `(documents,)`: the start of the next, or the last token."""
         return torch.cat([self.document_starts[1:], torch.tensor([len(self) - 1])])
 
     def starts_of(self, indices: torch.Tensor) -> torch.Tensor:
-        """Where the documents begin that the tokens at `indices` belong to; both of any one shape."""
+        """Return the start of the document that each token at `indices` belongs to, in the shape of `indices`."""
         return self.document_starts[torch.searchsorted(self.document_starts, indices, right=True) - 1]
 
     def check_ids(self, vocab_size: int) -> None:
-        """Raise `ValueError` if there are ids outside a vocabulary."""
+        """Raise `ValueError` for ids outside a vocabulary."""
         import pyarrow.compute
 
         least, most = pyarrow.compute.min_max(self.tokens).as_py().values()
         if not 0 <= least <= most < vocab_size:
             raise ValueError(
                 f"The stream holds ids from {least} to {most}: they must lie within the model's vocabulary of "
-                f"{vocab_size}. Was it made by another tokenizer?"
+                f"{vocab_size}, so make it with the model's own tokenizer."
             )
 
     def counts(self, vocab_size: int) -> torch.Tensor:
-        """How often each token occurs, `(vocab_size,)`. Raises `ValueError` for ids outside the vocabulary."""
+        """Count each token, `(vocab_size,)`. Raises `ValueError` for ids outside the vocabulary."""
         self.check_ids(vocab_size)
         counts = numpy.zeros(vocab_size, dtype=numpy.int64)
         for chunk in self.tokens.chunks:
@@ -200,32 +220,32 @@ class TokenStream:
         return torch.from_numpy(counts)
 
     def digest(self) -> str:
-        """What tells the stream from any other: of its tokens and where its documents begin."""
-        digest = hashlib.sha256(self.document_starts.numpy())
+        """SHA-256 of the tokens and document boundaries."""
+        digest = hashlib.sha256(self.document_starts.numpy().tobytes())
         for chunk in self.tokens.chunks:
-            digest.update(numpy.ascontiguousarray(chunk.to_numpy()))
+            digest.update(numpy.ascontiguousarray(chunk.to_numpy()).data)
         return digest.hexdigest()
 
     def shuffled(self, seed: int | Sequence[int]) -> "TokenStream":
         """
-        The same documents in another order, a function of the seed; the last `<eos>` stays where it is.
+        Return a stream of the same documents, shuffled by the seed; the last `<eos>` stays last.
 
         Raises:
-            ValueError: if there is a single document.
+            ValueError: for a single document.
         """
         if len(self.document_starts) < 2:
-            raise ValueError(
-                "A stream of a single document has nothing to shuffle: give the text as several documents."
-            )
+            raise ValueError("A stream of a single document cannot be shuffled: give the text as several documents.")
         order = numpy.random.default_rng(seed).permutation(len(self.document_starts))
         lengths = (self.document_ends - self.document_starts)[order]
         stream = copy.copy(self)
-        stream._sources = (self.document_starts if self._sources is None else self._sources)[order]
+        stream._document_offsets = (
+            self.document_starts if self._document_offsets is None else self._document_offsets
+        )[order]
         stream.document_starts = lengths.cumsum(0) - lengths
         return stream
 
     def __getstate__(self):
-        """Another process gets the name of the file that holds the tokens, not the tokens."""
+        """Pickle the name of the file that holds the tokens, not the tokens."""
         state = vars(self).copy()
         if self._rows is not None:
             del state["tokens"]
@@ -238,14 +258,14 @@ class TokenStream:
 
 
 class _Tokenization:
-    """What makes rows of tokens from rows of texts."""
+    """Tokenize rows of texts, for `Dataset.map`."""
 
     def __init__(self, tokenizer, separated):
         self.tokenizer = tokenizer
         self.separator = [tokenizer.eos_token_id] if separated else []
         self.dtype = numpy.min_scalar_type(max(tokenizer.get_vocab().values()))
-        # Of the document that is read, row after row: the sizes of the rows before its first token, and then None; and
-        # whether a word may go on.
+        # Of the document that is read, row after row: the sizes of the rows before its first token (`None` after it), and
+        # whether the last row ended within a word.
         self.waiting, self.within_word = Counter(), False
 
     def __call__(self, batch, indices):
@@ -256,19 +276,19 @@ class _Tokenization:
                 f"The column `text` is not UTF-8 in one of the rows {indices[0]:,} to {indices[-1]:,} ({error.reason}): write "
                 "the data set anew, from text."
             ) from error
-        rows, form = {name: [] for name in ("tokens", "starts", *SIZES)}, _form_of(self.tokenizer)
+        rows, form = {name: [] for name in ("tokens", "starts", *TEXT_SIZES)}, _form_of(self.tokenizer)
         for number, (text, ids) in enumerate(zip(texts, encode(texts, self.tokenizer), strict=True)):
             if continuing is None or not continuing[number] or indices[number] == 0:
                 self.waiting, self.within_word = Counter(), False
             text = "".join(_formed(piece, form) for piece in pieces_of(text))  # as it is tokenized
             sizes = Counter(_sizes(text))
             if text:
-                sizes["num_words"] -= self.within_word and not text[0].isspace()  # which the row before began
+                sizes["num_words"] -= self.within_word and not text[0].isspace()  # begun in the row before
                 self.within_word = not text[-1].isspace()
             begins = self.waiting is not None
             if begins and len(ids) == 0:
                 self.waiting.update(sizes)
-                continue  # an empty document is none
+                continue  # empty documents are left out
             if begins:
                 sizes.update(self.waiting)
                 self.waiting = None
@@ -280,26 +300,38 @@ class _Tokenization:
         return rows
 
     def __getstate__(self):
-        """What `datasets` tells one tokenization from another by: a tokenizer's own state changes as it is used."""
+        """Pickle key that `datasets` hashes for its cache; the tokenizer itself changes as it is used."""
         tokenizer = self.tokenizer
         state = tokenizer
         if tokenizer.is_fast:
             parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"padding": None, "truncation": None}
             stock = vars(PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE())))
             own = {name: value for name, value in sorted(vars(tokenizer).items()) if name not in stock}
-            roles = sorted(tokenizer.special_tokens_map.items())  # in one backend, another token may be `<eos>`
+            roles = sorted(tokenizer.special_tokens_map.items())  # the same backend may be used with another `<eos>`
             state = (parts, tokenizer.split_special_tokens, roles, own)
         libraries = (transformers.__version__, tokenizers.__version__)
-        return state, _code_of(type(tokenizer)), libraries, self.separator, self.dtype.name, PIECE_LENGTH, FORMAT
+        return (
+            state,
+            _code_of(type(tokenizer)),
+            libraries,
+            self.separator,
+            self.dtype.name,
+            PIECE_LENGTH,
+            CACHE_VERSION,
+        )
 
 
-KEPT_BY_PYTHON = ("__dict__", "__weakref__", "__slotnames__")  # in a class, the last once an object of it was copied
+KEPT_BY_PYTHON = (
+    "__dict__",
+    "__weakref__",
+    "__slotnames__",
+)  # members of a class; the last appears once an instance was copied
 
 
 def _code_of(kind):
     """
-    Represent a class so that its hash changes with what it computes. Of one that can be imported `datasets` would hash the
-    name alone: here it is the source of its module; of any other, its members. So it is for all it is derived from.
+    Represent a class and its bases so that the hash changes with their code: by the source of the module, or by the members
+    of a class that cannot be imported. `datasets` would hash the name of an importable class alone.
     """
     code = []
     for part in kind.__mro__:
@@ -307,7 +339,7 @@ def _code_of(kind):
             continue
         try:
             source = inspect.getsource(sys.modules[part.__module__])
-        except (KeyError, OSError, TypeError):  # written into a prompt
+        except (KeyError, OSError, TypeError):  # defined in an interactive session
             source = None
         members = None
         if source is None or "<locals>" in part.__qualname__:
@@ -331,28 +363,20 @@ def _checked_starts(document_starts, length):
 
 
 def _rows_of(texts):
-    """Texts as a data set."""
+    """Make a data set of texts."""
     from datasets import Dataset, Features, IterableDataset, Value
 
-    if isinstance(texts, str):
-        raise ValueError("`texts` is one str: it must be an iterable of texts. Wrap it in a list.")
-    if isinstance(texts, dict):
-        raise ValueError(f"`texts` has the splits {', '.join(texts)}: give one of them, such as `texts['train']`.")
+    check_texts(texts)
     if isinstance(texts, IterableDataset):
-        raise ValueError("`texts` is streamed, and has no end that is known: make `StreamingLanes` of it.")
+        raise ValueError("`texts` is streamed, so its length is unknown: make `StreamingLanes` of it.")
     if not isinstance(texts, Dataset):
         texts = list(texts)
         for number, text in enumerate(texts):
             if text is not None and not isinstance(text, str):
                 raise ValueError(f"Text {number} of `texts` is {text!r}: it must be a str.")
-            try:
-                (text or "").encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(
-                    f"Text {number} of `texts` holds half of a character ({error.reason}): mend or remove it."
-                ) from error
+            check_unicode(text or "", f"Text {number} of `texts`")
         return Dataset.from_dict({"text": texts}, features=Features({"text": Value("string")}))
-    if texts.format["type"] != "custom":  # which is a function of the user's own, and gives other texts
+    if texts.format["type"] != "custom":  # a custom format is a function of the user's, which changes the texts
         texts = texts.with_format(None)
     if "text" not in texts.column_names:
         raise ValueError(
@@ -362,8 +386,8 @@ def _rows_of(texts):
     return texts
 
 
-def as_stream(tokens) -> TokenStream:
-    """`tokens` as a `TokenStream`: of one document and unknown bytes (0), unless it is one."""
+def as_stream(tokens: "Tokens") -> TokenStream:
+    """Return `tokens` as a `TokenStream`; plain tokens are one document of unknown text."""
     return tokens if isinstance(tokens, TokenStream) else TokenStream(tokens)
 
 
@@ -382,39 +406,20 @@ def _as_arrow(tokens):
 
 
 def _flat(rows, end=()):
-    """The tokens of all rows, where they are, and those at the end."""
+    """Concatenate the tokens of all rows, without a copy, and `end`."""
     import pyarrow
 
     chunks = [chunk.flatten() for chunk in rows.data["tokens"].chunks]
     return pyarrow.chunked_array([*chunks, pyarrow.array(end, type=chunks[0].type)])
 
 
-def encode(texts: Iterable[str | None], tokenizer) -> list[numpy.ndarray]:
-    """The tokens of each text, without special ones, read in pieces that the tokenizer shares out among its threads."""
-    pieces = [list(pieces_of(text)) for text in texts]
-    ids = _encode_pieces([piece for text in pieces for piece in text], tokenizer)
-    nothing = numpy.empty(0, dtype=numpy.int32)
-    return [numpy.concatenate([nothing, *(next(ids) for _ in text)]) for text in pieces]
-
-
-def _encode_pieces(pieces, tokenizer):
-    """The tokens of one piece after the other; those of about `BATCH_BYTES` at a time."""
-    batch, length = [], 0
-    for index, piece in enumerate(pieces):
-        batch.append(piece)
-        length += len(piece)
-        if length >= BATCH_BYTES or index + 1 == len(pieces):
-            yield from (numpy.array(one, dtype=numpy.int32) for one in encode_raw(batch, tokenizer)["input_ids"])
-            batch, length = [], 0
-
-
 def _form_of(tokenizer):
-    """The part of a tokenizer's normalizer that makes another text of a text; None without one."""
+    """Return the part of a tokenizer's normalizer that changes characters, or `None`."""
     normalizer = tokenizer.backend_tokenizer.normalizer if tokenizer.is_fast else None
     parts = normalizer if isinstance(normalizer, normalizers.Sequence) else [normalizer]
     kept = [copy.deepcopy(part) for part in parts if isinstance(part, FORMS)]
     for part in kept:
-        if isinstance(part, normalizers.BertNormalizer):  # which also puts spaces around Chinese characters
+        if isinstance(part, normalizers.BertNormalizer):  # it also puts spaces around Chinese characters
             part.clean_text = part.handle_chinese_chars = False
     return normalizers.Sequence(kept) if kept else None
 
@@ -424,23 +429,25 @@ def _formed(piece: str, form) -> str:
 
 
 def _sizes(text: str) -> dict[str, int]:
-    return dict(zip(SIZES, (len(text.encode()), len(text), len(text.split())), strict=True))
+    return dict(zip(TEXT_SIZES, (len(text.encode()), len(text), len(text.split())), strict=True))
 
 
 def _first_sizes(texts: Iterable[str | None], tokenizer) -> dict[str, int]:
-    """How much text the first token spells: its share of the bytes where several tokens spell one character."""
+    """Return the sizes of the first token's text; a character of several tokens counts in equal shares."""
     form = _form_of(tokenizer)
     for piece in pieces_of_all(texts):
-        piece = _formed(piece, form)  # which has the same tokens, and they stand where they are counted
-        ids = encode([piece], tokenizer)[0]
-        if len(ids) == 0:
-            continue
-        if not tokenizer.is_fast:
-            start, end, tokens = 0, len(tokenizer.decode(ids[:1])), 1
+        piece = _formed(piece, form)  # the tokens are the same, and their offsets are those of the counted text
+        if tokenizer.is_fast:
+            (spans,) = encode([piece], tokenizer, offsets=True)[1]
+            if len(spans) == 0:
+                continue
+            (start, end), tokens = spans[0].tolist(), int((spans == spans[0]).all(axis=1).sum())
         else:
-            offsets = encode_raw([piece], tokenizer, offsets=True)["offset_mapping"][0]
-            (start, end), tokens = offsets[0], offsets.count(offsets[0])
+            (ids,) = encode([piece], tokenizer)
+            if len(ids) == 0:
+                continue
+            start, end, tokens = 0, len(tokenizer.decode(ids[:1])), 1
         spelled = _sizes(piece[start:end])
         words = len(piece.split()) - len(piece[end:].split())
         return {name: size // tokens for name, size in spelled.items()} | {"num_words": words if tokens == 1 else 0}
-    return dict.fromkeys(SIZES, 0)
+    return dict.fromkeys(TEXT_SIZES, 0)

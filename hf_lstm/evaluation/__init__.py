@@ -1,13 +1,15 @@
-"""How well a model predicts: a corpus, a sentence, one of two sentences; and how it goes on learning meanwhile.
+"""Evaluation: loss of a corpus, surprisal, minimal pairs, and adaptation at test time.
 
-Texts may have any length here. lm-evaluation-harness reads at most 2,048 tokens at once of a model whose config and
-tokenizer name no longest text, as ours do not, and cuts what is longer. With `max_length=100000` among its `model_args`, or any
-other number, it reads as many: memory has to hold the V logits of each.
+Texts may have any length here. lm-evaluation-harness reads at most 2,048 tokens at once from a model whose config and
+tokenizer set no maximum length, and truncates longer texts. `max_length=100000` among its `model_args`, or any other number,
+raises this; memory has to hold V logits per token.
 """
 
+from hf_lstm.tokenizers import check_tokenizer, start_ids
+
 from .adaptation import DynamicEvaluation, NeuralCache, fit_temperature, gradient_rms
-from .sentences import check_tokenizer, minimal_pairs, start_ids, surprisal, word_surprisal
-from .stream import evaluate_stream, losses_by_position
+from .corpus import evaluate_stream, losses_by_position
+from .surprisal import minimal_pairs, surprisal, word_surprisal
 
 __all__ = [
     "DynamicEvaluation",

@@ -1,22 +1,25 @@
-"""What a model can still do while it is tested: be less sure of itself, remember what it read, and learn from it."""
+"""Adaptation at test time: temperature, the neural cache, and dynamic evaluation."""
 
 import copy
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
 
-from hf_lstm.model.kernels_lstm import at_least_float32
+from hf_lstm.data.lanes import check_at_least_one
+from hf_lstm.data.streams import Tokens
+from hf_lstm.model.recurrence_lstm import at_least_float32
 
-from .reading import Chunk, evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
+from .scoring import Chunk, checked_stream, evaluating, read_chunks, run_chunk, scored_logits, token_losses
 
 
 @dataclass
 class NeuralCache:
     """
-    The continuous cache of Grave, Joulin & Usunier (2017): what followed in the recent past where the hidden state was
-    like the present one, h_t, is likely to follow again.
+    Continuous cache of Grave, Joulin & Usunier (2017): tokens that followed hidden states similar to the present one, h_t,
+    become more probable.
 
         p(w) = (1 - λ) p_model(w) + λ p_cache(w)        p_cache(w) ∝ Σ_i [x_{i+1} = w] exp(θ h_t · h_i)
 
@@ -24,9 +27,12 @@ class NeuralCache:
     text; these defaults are those that Merity, Keskar & Socher (2018) publish for the Penn Treebank.
 
     Args:
-        size (`int`, defaults to 500): Tokens that are remembered.
-        theta (`float`, defaults to 1.0): θ, how much likeness counts; large states ask for less.
+        size (`int`, defaults to 500): Tokens in the cache.
+        theta (`float`, defaults to 1.0): θ, the weight of similarity; large states need less.
         weight (`float`, defaults to 0.1): λ, the share of the cache.
+
+    Raises:
+        ValueError: for numbers outside these ranges.
     """
 
     size: int = 500
@@ -34,56 +40,52 @@ class NeuralCache:
     weight: float = 0.1
 
     def __post_init__(self):
-        if self.size < 1:
-            raise ValueError(f"`size` ({self.size}) must be at least 1: it is the number of tokens remembered.")
+        check_at_least_one(size=self.size)
         if not 0 <= self.weight < 1:
             raise ValueError(f"`weight` ({self.weight}) must lie in [0, 1): it is the share of the cache.")
         if not 0 <= self.theta < math.inf:
             raise ValueError(f"`theta` ({self.theta}) must be a number of at least 0.")
 
     def memory(self) -> "_Memory":
-        """An empty one."""
+        """Return an empty cache."""
         return _Memory(self)
 
 
 class _Memory:
-    """The last states (B, W, H), the tokens that followed them, and where they stood (B, W)."""
+    """Memory of the last states (B, W, H), the tokens that followed them, and their indices (B, W)."""
 
     def __init__(self, options: NeuralCache):
         self.options = options
-        self.states = self.tokens = self.indices = None
+        self.kept: tuple[torch.Tensor, ...] = ()
 
     def mix(self, scores: torch.Tensor, hidden: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-        """Log-probabilities `(N, V)` of logits `(N, V)` and the states `(B, T, H)`, which are remembered then."""
+        """Return log-probabilities `(N, V)` for logits `(N, V)` and states `(B, T, H)`, and store the states."""
         options, device = self.options, hidden.device
         scored = chunk.scored.to(device)
         new = (hidden, chunk.targets.to(device), chunk.indices.to(device))
-        if self.states is None:
-            self.states, self.tokens, self.indices = new
+        if self.kept:
+            states, tokens, indices = (torch.cat(pair, dim=1) for pair in zip(self.kept, new, strict=True))
         else:
-            old = (self.states, self.tokens, self.indices)
-            self.states, self.tokens, self.indices = (torch.cat(pair, dim=1) for pair in zip(old, new, strict=True))
+            states, tokens, indices = new
 
         now, begin = new[2][..., None], chunk.starts.to(device)[..., None]  # (B, T, 1)
-        before = self.indices[:, None]  # (B, 1, W)
+        before = indices[:, None]  # (B, 1, W)
         seen = (before < now) & (before >= begin) & (before >= now - options.size)  # (B, T, W)
-        likeness = (options.theta * hidden @ self.states.transpose(1, 2)).masked_fill(~seen, -math.inf)
-        shares = likeness[scored].softmax(dim=-1).nan_to_num()  # (N, W); nothing was seen: all zero
-        followers = self.tokens[:, None].expand_as(seen)[scored]
+        similarity = (options.theta * hidden @ states.transpose(1, 2)).masked_fill(~seen, -math.inf)
+        shares = similarity[scored].softmax(dim=-1).nan_to_num()  # (N, W); all zero where nothing was seen
+        followers = tokens[:, None].expand_as(seen)[scored]
         cached = torch.zeros_like(scores).scatter_add_(1, followers, shares.to(scores.dtype))
         weight = options.weight * seen[scored].any(dim=-1, keepdim=True)  # without a past, the model alone
         mixed = ((1 - weight).log() + scores.log_softmax(dim=-1)).logaddexp(weight.log() + cached.log())
 
-        self.states, self.tokens, self.indices = (
-            part[:, -options.size :] for part in (self.states, self.tokens, self.indices)
-        )
+        self.kept = tuple(part[:, -options.size :] for part in (states, tokens, indices))
         return mixed
 
 
 @dataclass
 class DynamicEvaluation:
     """
-    Dynamic evaluation (Krause, Kahembwe, Murray & Renals 2018): after each segment, a gradient step on its loss.
+    Dynamic evaluation (Krause, Kahembwe, Murray & Renals 2018): a gradient step on the loss of each segment, after it.
 
         θ ← θ - η ∇L / (r + ε) + min(1, λ r / mean(r)) (θ_trained - θ)
 
@@ -95,13 +97,16 @@ class DynamicEvaluation:
     Args:
         gradient_rms (`dict[str, torch.Tensor]`, *optional*): r of each parameter.
         learning_rate (`float`, *optional*):
-            η: by default 2e-4, or 0.1 without `gradient_rms`, as Mikolov et al. have it.
+            η: by default 2e-4, or 0.1 without `gradient_rms` (Mikolov et al. 2010).
         decay (`float`, *optional*): λ: by default 8e-3, or 0 without `gradient_rms`.
         epsilon (`float`, defaults to 2e-5): ε.
         segment_length (`int`, defaults to 20):
             Tokens of a segment. The defaults beside `gradient_rms` are those of the authors' code for 5 words, 5e-5 and
-            2e-3, scaled to 20 tokens as its search scales them: another length asks for others. As there, mean(r) is the
+            2e-3, scaled to 20 tokens like its search does: another length needs others. As in that code, mean(r) is the
             mean over the parameter tensors of the mean of each.
+
+    Raises:
+        ValueError: for numbers outside their ranges.
     """
 
     gradient_rms: dict[str, torch.Tensor] | None = None
@@ -119,76 +124,79 @@ class DynamicEvaluation:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` ({getattr(self, name)}) must be a number of at least 0.")
         if not 0 <= self.decay <= 1:
-            raise ValueError(f"`decay` ({self.decay}) must lie in [0, 1]: it is a share of the way back.")
-        if self.segment_length < 1:
-            raise ValueError(f"`segment_length` ({self.segment_length}) must be at least 1.")
+            raise ValueError(
+                f"`decay` ({self.decay}) must lie in [0, 1]: it is the share of the distance to the trained weights."
+            )
+        check_at_least_one(segment_length=self.segment_length)
 
-    def learner(self, model) -> "_Learner":
-        """A copy of the model, which learns."""
+    def learner(self, model: PreTrainedModel) -> "_Learner":
+        """Return a copy of the model that learns."""
         return _Learner(self, model)
 
 
 class _Learner:
-    def __init__(self, options: DynamicEvaluation, model):
-        self.model, self.learning_rate = _trainable_copy(model), options.learning_rate
+    def __init__(self, options: DynamicEvaluation, model: PreTrainedModel):
+        decay = cast(float, options.decay)  # neither is None after `__post_init__`
+        self.model, self.learning_rate = _trainable_copy(model), cast(float, options.learning_rate)
         self.parameters = dict(self.model.named_parameters())
         self.trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
-        self.scale, self.pull = dict.fromkeys(self.parameters, 1.0), dict.fromkeys(self.parameters, options.decay)
+        self.scale: dict[str, float | torch.Tensor] = dict.fromkeys(self.parameters, 1.0)
+        self.pull: dict[str, float | torch.Tensor] = dict.fromkeys(self.parameters, decay)
         if (rms := options.gradient_rms) is not None:
             if {name: tensor.shape for name, tensor in rms.items()} != {
                 n: p.shape for n, p in self.parameters.items()
             }:
                 raise ValueError(
-                    "`gradient_rms` is not that of this model: call `gradient_rms(model, training_tokens)`."
+                    "`gradient_rms` belongs to another model: call `gradient_rms(model, training_tokens)`."
                 )
             mean = sum(tensor.mean() for tensor in rms.values()) / len(rms)
             self.scale = {name: 1 / (tensor + options.epsilon) for name, tensor in rms.items()}
-            self.pull = {name: (options.decay * tensor / mean).clamp(max=1) for name, tensor in rms.items()}
+            self.pull = {name: (decay * tensor / mean).clamp(max=1) for name, tensor in rms.items()}
 
     def learn(self, logits: torch.Tensor, chunk: Chunk, state: DynamicCache) -> None:
-        """A step on the mean loss of a chunk, from whose end the state goes on."""
+        """Take a gradient step on the mean loss of a chunk, and detach the state."""
         gradients = _gradients(logits, chunk, state, self.parameters)
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 step = self.learning_rate * self.scale[name] * gradients[name]
-                parameter += self.pull[name] * (self.trained[name] - parameter) - step
+                parameter.add_(self.pull[name] * (self.trained[name] - parameter) - step)
 
 
 def _trainable_copy(model):
-    """In float32 at least: steps are too small for half precision."""
+    """Copy a model in float32 or wider, since the steps are too small for half precision."""
     return copy.deepcopy(model).to(at_least_float32(model.dtype)).requires_grad_(True)
 
 
 def _gradients(logits, chunk, state, parameters) -> dict[str, torch.Tensor]:
-    """Those of the mean loss of a chunk; the state is cut from its past."""
-    gradients = torch.autograd.grad(nats_of(logits, chunk).mean(), list(parameters.values()))
+    """Return the gradients of the mean loss of a chunk, and detach the state."""
+    gradients = torch.autograd.grad(token_losses(logits, chunk).mean(), list(parameters.values()))
     for layer in state.layers:
         layer.detach_()
     return dict(zip(parameters, gradients, strict=True))
 
 
 def gradient_rms(
-    model, tokens, lanes: int = 100, segment_length: int = 20, max_segments: int | None = None
+    model: PreTrainedModel, tokens: Tokens, lanes: int = 100, segment_length: int = 20, max_segments: int | None = None
 ) -> dict[str, torch.Tensor]:
     """
-    The root mean square of the gradient of each parameter over segments of the training text, which
-    [`DynamicEvaluation`] scales its steps by.
+    Compute the root mean square of each parameter's gradient over segments of the training text, by which
+    [`DynamicEvaluation`] scales its steps.
 
     Args:
-        model (`LSTMForCausalLM`): Left as it was.
+        model (`LSTMForCausalLM`): The model, which is not changed.
         tokens (`TokenStream`, `torch.Tensor` or array): The text the model was trained on.
         lanes (`int`, defaults to 100): Parts of the text that are read side by side, as Krause et al. do.
         segment_length (`int`, defaults to 20): Tokens of each part in a segment: that of the evaluation.
-        max_segments (`int`, *optional*): Segments to read: some hundred say nearly the same as all.
+        max_segments (`int`, *optional*): Segments to read: some hundred give nearly the same as all.
+
+    Returns:
+        `dict[str, torch.Tensor]`: by name of the parameter, in its shape.
 
     Raises:
-        ValueError: for numbers below 1, more lanes than targets, ids outside the vocabulary, or predictions that are not
-            numbers.
+        ValueError: for numbers below 1, more lanes than targets, ids outside the vocabulary, or predictions that are NaN.
     """
-    stream = stream_for(model, tokens)
-    for name, value in (("lanes", lanes), ("segment_length", segment_length), ("max_segments", max_segments)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` ({value}) must be at least 1.")
+    stream = checked_stream(model, tokens)
+    check_at_least_one(lanes=lanes, segment_length=segment_length, max_segments=max_segments)
     part = (len(stream) - 1) // lanes
     if part < 1:
         raise ValueError(f"`lanes` ({lanes}) must be fewer than the {len(stream):,} tokens.")
@@ -200,7 +208,7 @@ def gradient_rms(
     squares, segments = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}, 0
     with evaluating(reader), torch.enable_grad():
         for chunk in read_chunks(stream, firsts, firsts + part, segment_length, description="taking gradients"):
-            logits = scored_logits(predict(reader, chunk, state).logits, chunk)
+            logits = scored_logits(run_chunk(reader, chunk, state).logits, chunk)
             for name, gradient in _gradients(logits, chunk, state, parameters).items():
                 squares[name] += gradient.square()
             segments += 1
@@ -208,27 +216,33 @@ def gradient_rms(
 
 
 @torch.no_grad()
-def fit_temperature(model, tokens, bptt_length: int = 1024, reset_at_documents: bool = False) -> float:
+def fit_temperature(
+    model: PreTrainedModel, tokens: Tokens, bptt_length: int = 1024, reset_at_documents: bool = False
+) -> float:
     """
-    The temperature T of softmax(logits / T) that makes the loss of a text least, by Newton's method: the loss is convex
-    in 1 / T. Fit it on validation text, and use it on another.
+    Fit the temperature T of softmax(logits / T) to the loss of a text, by Newton's method: the loss is convex in 1 / T.
+    Fit it on validation text, and use it on another.
 
     Raises:
-        ValueError: if there are fewer than two tokens, predictions are not numbers, or no temperature is the best: the
-            surest predictions are, or the flattest.
+        ValueError: for fewer than two tokens, predictions that are NaN, or a loss that has no minimum between T = 0.001
+            and T = 1,000.
     """
-    stream = stream_for(model, tokens)
+    stream = checked_stream(model, tokens)
     sharpness, targets = 1.0, len(stream) - 1  # 1 / T
     for _ in range(20):
         slope, curvature = torch.zeros(2, dtype=torch.float64)
         state = DynamicCache(config=model.config)
         with evaluating(model):
             for chunk in read_chunks(
-                *(stream, torch.tensor([0]), torch.tensor([targets]), bptt_length, reset_at_documents),
+                stream,
+                torch.tensor([0]),
+                torch.tensor([targets]),
+                bptt_length,
+                reset_at_documents,
                 description="fitting the temperature",
             ):
-                logits = scored_logits(predict(model, chunk, state).logits, chunk)  # (N, V)
-                nats_of(logits, chunk)  # refuses what is not a number
+                logits = scored_logits(run_chunk(model, chunk, state).logits, chunk)  # (N, V)
+                token_losses(logits, chunk)  # raises for NaN
                 logits = logits - logits.max(dim=-1, keepdim=True).values
                 shares = (sharpness * logits).softmax(dim=-1)
                 mean = (shares * logits).sum(dim=-1)
@@ -244,6 +258,6 @@ def fit_temperature(model, tokens, bptt_length: int = 1024, reset_at_documents: 
         if not 1e-3 < sharpness < 1e3:
             break
     raise ValueError(
-        f"No temperature is the best for this text: at {1 / sharpness:.3g} the loss still falls. Is it a text the model "
-        "knows nothing of, or one that it knows by heart?"
+        f"The loss of this text has no minimum in the temperature: at {1 / sharpness:.3g} it still falls, so give another "
+        "text, neither memorised nor foreign to the model."
     )

@@ -1,21 +1,24 @@
-"""How well a model predicts a corpus."""
+"""Loss and perplexity of a corpus."""
 
 import math
 
 import numpy
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedModel
+
+from hf_lstm.data.lanes import check_at_least_one
+from hf_lstm.data.streams import Tokens
 
 from .adaptation import DynamicEvaluation, NeuralCache
-from .reading import evaluating, nats_of, predict, read_chunks, scored_logits, stream_for
+from .scoring import checked_stream, evaluating, read_chunks, run_chunk, scored_logits, token_losses
 
-BLOCKS = 200  # at most: consecutive parts of the text, of which the bootstrap draws
+BLOCKS = 200  # at most: consecutive parts of the text that the bootstrap draws from
 DRAWS = 1_000
 
 
 def evaluate_stream(
-    model,
-    tokens,
+    model: PreTrainedModel,
+    tokens: Tokens,
     batch_size: int = 1,
     bptt_length: int | None = None,
     reset_at_documents: bool = False,
@@ -28,38 +31,36 @@ def evaluate_stream(
     Predict every token of a stream but the first, exactly once, with the state carried from chunk to chunk.
 
     Args:
-        model (`LSTMForCausalLM`): Left as it was, in training or evaluation mode; dropout is off meanwhile.
-        tokens (`TokenStream`, `torch.Tensor` or array): The stream, a single dimension of integers.
+        model (`LSTMForCausalLM`): The model, in either mode; it is not changed, and dropout is off.
+        tokens (`TokenStream`, `torch.Tensor` or array): The stream, integers in a single dimension.
         batch_size (`int`, defaults to 1):
-            Parts of equal length that are read side by side. Each part begins without a history: 1 is the exact figure.
+            Parts of equal length that are read side by side. Each part begins from a zero state: 1 is exact.
         bptt_length (`int`, *optional*):
             Tokens read at once, 1024 by default; it changes the memory needed, not the result. Dynamic evaluation reads
-            as many as lie between two of its steps.
-        reset_at_documents (`bool`, defaults to `False`): Whether the state starts anew with every document.
-        reset_every (`int`, *optional*): Start the state anew after so many tokens, to see what a long memory is worth.
-        temperature (`float`, defaults to 1.0): What the logits are divided by; [`fit_temperature`] finds the best.
-        neural_cache ([`NeuralCache`], *optional*): What was read lately, mixed into each prediction.
+            the tokens of one of its segments instead.
+        reset_at_documents (`bool`, defaults to `False`): Whether the state restarts at every document.
+        reset_every (`int`, *optional*): Restart the state after this many tokens, to measure the value of a longer memory.
+        temperature (`float`, defaults to 1.0): Divisor of the logits; [`fit_temperature`] finds the best.
+        neural_cache ([`NeuralCache`], *optional*): Cache of recent tokens, mixed into each prediction.
         dynamic_evaluation ([`DynamicEvaluation`], *optional*):
-            Goes on learning from what was read, in a copy of the model.
+            Learns from the text after predicting it, in a copy of the model.
 
     Returns:
         `dict`: `loss` (nats per token), `loss_interval` (its 95 % confidence interval: bootstrap over at most 200
         consecutive blocks of the text, Carlstein 1986), `perplexity`, `bits_per_token`, `accuracy` (share of tokens that were the most
-        probable), `tokens` (how many were predicted) and `tokens_without_history` (how many of them from a single token,
-        where a state began from zero). Where the stream knows its text, also `bits_per_byte`, `bits_per_character`,
+        probable), `tokens` (the number predicted) and `tokens_without_history` (the number of them predicted from a single
+        token, from a zero state). Where the stream knows its text, also `bits_per_byte`, `bits_per_character`,
         `bits_per_word` and `word_perplexity`, which is 2 to its power: all bits over the words between white space, the
         same measure however many tokens a word becomes (Mielke 2019).
 
     Raises:
         ValueError: for fewer than two tokens, ids outside the vocabulary, numbers below 1, a temperature that is not
-            above 0, a `bptt_length` beside dynamic evaluation, or predictions that are not numbers.
+            above 0, `bptt_length` together with dynamic evaluation, or predictions that are NaN.
     """
-    for name, value in (("batch_size", batch_size), ("bptt_length", bptt_length), ("reset_every", reset_every)):
-        if value is not None and value < 1:
-            raise ValueError(f"`{name}` ({value}) must be at least 1.")
+    check_at_least_one(batch_size=batch_size, bptt_length=bptt_length, reset_every=reset_every)
     if not 0 < temperature < math.inf:
         raise ValueError(f"`temperature` ({temperature}) must be a number above 0.")
-    stream = stream_for(model, tokens)
+    stream = checked_stream(model, tokens)
     if dynamic_evaluation is not None:
         if bptt_length is not None:
             raise ValueError(
@@ -83,17 +84,17 @@ def evaluate_stream(
     correct = fresh = 0
     with evaluating(reader), torch.set_grad_enabled(learner is not None):
         for chunk in chunks:
-            outputs = predict(reader, chunk, state, output_hidden_states=memory is not None)
+            outputs = run_chunk(reader, chunk, state, output_hidden_states=memory is not None)
             logits = scored_logits(outputs.logits, chunk)  # (N, V)
             scores = logits.detach() / temperature if temperature != 1 else logits.detach()
             if memory is not None:
                 scores = memory.mix(scores, outputs.hidden_states[-1].detach().to(scores.dtype), chunk)
-            costs = nats_of(scores, chunk)
+            costs = token_losses(scores, chunk)
             blocks = chunk.indices[chunk.scored] // block
             nats.index_add_(0, blocks, costs)
             counts.index_add_(0, blocks, torch.ones_like(costs))
-            correct += (scores.argmax(dim=-1).cpu() == chunk.targets[chunk.scored]).sum().item()
-            fresh += (chunk.positions[chunk.scored] == 0).sum().item()
+            correct += int((scores.argmax(dim=-1).cpu() == chunk.targets[chunk.scored]).sum())
+            fresh += int((chunk.positions[chunk.scored] == 0).sum())
             if learner is not None:
                 learner.learn(logits, chunk, state)
     total = nats.sum().item()
@@ -120,13 +121,17 @@ def evaluate_stream(
 
 @torch.no_grad()
 def losses_by_position(
-    model, tokens, bptt_length: int = 1024, reset_at_documents: bool = False, reset_every: int | None = None
+    model: PreTrainedModel,
+    tokens: Tokens,
+    bptt_length: int = 1024,
+    reset_at_documents: bool = False,
+    reset_every: int | None = None,
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
     """
-    What the tokens cost that are predicted from 1, 2, ... P tokens since the state began from zero: the sum of the nats
-    of each number, and how many there are, both `(P,)`. The quotient shows what a memory so long is worth.
+    Compute the loss by the number of tokens read since a zero state, 1, 2, ... P: the sum of the losses at each number, in
+    nats, and the number of tokens, both `(P,)`. Their quotient shows the value of a memory of that length.
     """
-    stream = stream_for(model, tokens)
+    stream = checked_stream(model, tokens)
     targets = len(stream) - 1
     nats, counts = torch.zeros(2, targets, dtype=torch.float64)
     state = DynamicCache(config=model.config)
@@ -134,7 +139,7 @@ def losses_by_position(
         for chunk in read_chunks(
             stream, torch.tensor([0]), torch.tensor([targets]), bptt_length, reset_at_documents, reset_every
         ):
-            costs = nats_of(scored_logits(predict(model, chunk, state).logits, chunk), chunk)
+            costs = token_losses(scored_logits(run_chunk(model, chunk, state).logits, chunk), chunk)
             nats.index_add_(0, chunk.positions.flatten(), costs)
             counts.index_add_(0, chunk.positions.flatten(), torch.ones_like(costs))
     reached = int(counts.nonzero().max()) + 1
@@ -142,8 +147,8 @@ def losses_by_position(
 
 
 def _interval(nats: numpy.ndarray, tokens: numpy.ndarray) -> list[float]:
-    """Between which two losses 95 % of those lie that as many blocks have, drawn with replacement."""
-    if numpy.isinf(nats).any():  # something happened that the model holds impossible
+    """Bootstrap the 95 % confidence interval of the loss over blocks."""
+    if numpy.isinf(nats).any():  # a token of probability 0
         return [math.inf, math.inf]
     drawn = numpy.random.default_rng(0).integers(len(nats), size=(DRAWS, len(nats)))
     losses = nats[drawn].sum(axis=1) / tokens[drawn].sum(axis=1)

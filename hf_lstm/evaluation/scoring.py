@@ -1,4 +1,4 @@
-"""A stream read in chunks, and what a model says of the token behind each.
+"""Read a stream in chunks and score the next token of each.
 
 Shapes: B parts of the stream that are read side by side, T tokens of each in a chunk, N targets of a chunk, V vocabulary.
 """
@@ -6,42 +6,44 @@ Shapes: B parts of the stream that are read side by side, T tokens of each in a 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
-from hf_lstm.data.streams import TokenStream, as_stream
+from hf_lstm.data.streams import Tokens, TokenStream, as_stream
 from hf_lstm.model.configuration_lstm import LSTMConfig
-from hf_lstm.model.kernels_lstm import at_least_float32
+from hf_lstm.model.recurrence_lstm import at_least_float32
 
 
 @dataclass
 class Chunk:
-    """Tensors of shape `(B, T)`."""
+    """Inputs and targets of a chunk: tensors of shape `(B, T)`."""
 
-    indices: torch.LongTensor  # where in the stream
-    starts: torch.LongTensor  # where the state that a token finds began, from zero
-    inputs: torch.LongTensor
-    targets: torch.LongTensor  # the tokens behind the inputs
-    scored: torch.BoolTensor  # False behind the end of a part
+    indices: torch.Tensor  # in the stream
+    starts: torch.Tensor  # index at which the state was last zero
+    inputs: torch.Tensor
+    targets: torch.Tensor  # the next tokens
+    scored: torch.Tensor  # False after the end of a part
 
     @property
-    def positions(self) -> torch.LongTensor:
+    def positions(self) -> torch.Tensor:
         return self.indices - self.starts
 
 
-def stream_for(model, tokens) -> TokenStream:
+def checked_stream(model: PreTrainedModel, tokens: Tokens) -> TokenStream:
     """
-    `tokens` as a stream that a model can read.
+    Return `tokens` as a stream, after checking that the model can read it.
 
     Raises:
-        ValueError: for a model without a state, fewer than two tokens, or ids outside the vocabulary.
+        ValueError: for another kind of model, fewer than two tokens, or ids outside the vocabulary.
     """
     if model.config.model_type != LSTMConfig.model_type:
         raise ValueError(
-            f"The model is a {model.config.model_type!r}: it must be an {LSTMConfig.model_type!r}, which reads documents "
-            "one behind the other and goes on from a state of constant size."
+            f"The model is a {model.config.model_type!r}: it must be an {LSTMConfig.model_type!r}, which carries a "
+            "state of constant size from chunk to chunk."
         )
     stream = as_stream(tokens)
     if len(stream) < 2:
@@ -51,9 +53,9 @@ def stream_for(model, tokens) -> TokenStream:
 
 
 def read_chunks(
-    stream,
-    firsts: torch.LongTensor,
-    ends: torch.LongTensor,
+    stream: TokenStream,
+    firsts: torch.Tensor,
+    ends: torch.Tensor,
     bptt_length: int,
     reset_at_documents: bool = False,
     reset_every: int | None = None,
@@ -65,11 +67,11 @@ def read_chunks(
     Args:
         stream (`TokenStream`): The stream.
         firsts, ends (`torch.LongTensor` of shape `(B,)`):
-            Where the inputs of each part begin and end; the target of the last input is the token at its end.
+            The indices at which the inputs of each part begin and end; the token at its end is its last target.
         bptt_length (`int`): Tokens of a chunk, T; the last chunk may be shorter.
-        reset_at_documents (`bool`, defaults to `False`): Whether the state starts anew with every document.
-        reset_every (`int`, *optional*): Start the state anew after so many tokens.
-        description (`str`, defaults to `"evaluating"`): What the progress bar says.
+        reset_at_documents (`bool`, defaults to `False`): Whether the state restarts at every document.
+        reset_every (`int`, *optional*): Restart the state after this many tokens.
+        description (`str`, defaults to `"evaluating"`): Label of the progress bar.
     """
     firsts, ends = firsts[:, None], ends[:, None]  # (B, 1)
     longest = int((ends - firsts).max())
@@ -87,8 +89,8 @@ def read_chunks(
         yield Chunk(indices, starts, tokens[:, :-1], tokens[:, 1:], indices < ends)
 
 
-def predict(model, chunk: Chunk, cache, **options):
-    """The model's output for a chunk: the state goes on from `cache`, or starts from zero where a position is 0."""
+def run_chunk(model: PreTrainedModel, chunk: Chunk, cache: Cache, **options) -> Any:
+    """Run the model on a chunk; the state continues from `cache`, and is zero where a position is 0."""
     return model(
         input_ids=chunk.inputs.to(model.device),
         position_ids=chunk.positions.to(model.device),
@@ -98,33 +100,33 @@ def predict(model, chunk: Chunk, cache, **options):
 
 
 def scored_logits(logits: torch.Tensor, chunk: Chunk) -> torch.Tensor:
-    """Those of the targets that are scored, `(N, V)`, of `(B, T, V)`; in float32 at least."""
+    """Select the logits of the scored targets, `(N, V)` from `(B, T, V)`, in float32 or wider."""
     logits = logits.flatten(0, 1) if chunk.scored.all() else logits[chunk.scored.to(logits.device)]
     return logits.to(at_least_float32(logits.dtype))
 
 
-def nats_of(
+def token_losses(
     scores: torch.Tensor, chunk: Chunk, name: Callable[[int], str] = lambda index: f"token {index:,}"
 ) -> torch.Tensor:
     """
-    What each target costs, `(N,)`, in nats, of the logits or log-probabilities `(N, V)` of those that are scored.
+    Compute the cross-entropy of each scored target, `(N,)`, in nats, from logits or log-probabilities `(N, V)`.
 
     Raises:
-        ValueError: if one is not a number; `name` says what the token at an index of the stream is called.
+        ValueError: for a loss that is NaN; `name` describes the token at an index of the stream.
     """
     nats = F.cross_entropy(scores, chunk.targets[chunk.scored].to(scores.device), reduction="none").double().cpu()
     if nats.isnan().any():
         index = int(chunk.indices[chunk.scored][nats.isnan()][0]) + 1
         raise ValueError(
-            f"What the model says of {name(index)} is not a number (NaN), so no average would mean anything: look at its "
-            "weights, or load it in a wider type, such as float32."
+            f"The prediction of {name(index)} is NaN: check the model's weights, or load it in a wider type, such as "
+            "float32."
         )
     return nats
 
 
 @contextmanager
-def evaluating(model):
-    """Dropout is off meanwhile, and the model is left in the mode it came in."""
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Put the model into evaluation mode, and restore its mode afterwards."""
     was_training = model.training
     model.eval()
     try:

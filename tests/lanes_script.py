@@ -11,6 +11,7 @@ from transformers import DataCollatorForLanguageModeling, Trainer, TrainingArgum
 
 from hf_lstm import LaneDataset, StreamingLanes, TokenStream, byte_tokenizer
 from hf_lstm.training import DivergenceCallback, last_complete_checkpoint
+from hf_lstm.training.processes import end_processes
 
 LANES, BPTT = 4, 10
 
@@ -95,9 +96,7 @@ def documents_of(number):
 def end(trainer, results):
     if trainer.is_world_process_zero():
         print(json.dumps(results))
-    trainer.model_wrapped = trainer.model  # as train.py does
-    trainer.accelerator.free_memory()
-    trainer.accelerator.end_training()
+    end_processes(trainer)
     return results
 
 

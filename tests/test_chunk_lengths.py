@@ -9,7 +9,7 @@ from transformers import DynamicCache, TrainingArguments, default_data_collator
 
 from hf_lstm import LaneDataset
 from hf_lstm.training import TruncatedBPTTCallback
-from hf_lstm.training.tbptt import check_penalties
+from hf_lstm.training.arguments import check_penalties
 
 BPTT = 20
 TOKENS = make_ids(1, LANES * BPTT * 9 + 1)[0]
@@ -34,24 +34,24 @@ def test_lanes_are_cut_into_chunks_of_every_length():
     assert all(20 < length < 90 for length in lengths[:-1])
 
 
-def test_lengths_are_a_function_of_the_seed():
+def test_the_same_seed_draws_the_same_lengths():
     lengths = [LaneDataset(TOKENS, LANES, BPTT, length_seed=seed).chunk_lengths.tolist() for seed in (4, 4, 5)]
 
     assert lengths[0] == lengths[1] != lengths[2]
     assert sum(lengths[0]) == sum(lengths[2]) == 9 * BPTT
 
 
-def test_a_seed_is_an_integer():
+def test_a_seed_must_be_an_integer():
     with pytest.raises(ValueError, match=r"`length_seed` \('3'\) must be an integer"):
         LaneDataset(TOKENS, LANES, BPTT, length_seed="3")
 
 
-def test_short_chunks_have_no_random_lengths(tmp_path):
+def test_random_lengths_need_a_bptt_length_of_at_least_10(tmp_path):
     with pytest.raises(ValueError, match=r"`bptt_length` \(9\) must be at least 10 where lengths are drawn"):
         LaneDataset(TOKENS, LANES, 9, length_seed=0)
 
 
-def test_evaluations_have_chunks_of_one_length(tmp_path):
+def test_evaluation_data_with_random_lengths_is_refused(tmp_path):
     trainer, _ = make_trainer(tmp_path, make_model(), RANDOM, eval_dataset=RANDOM, eval_strategy="steps", eval_steps=1)
 
     with pytest.raises(ValueError, match=r"random lengths \(`length_seed` 4\), which Trainer would weigh alike"):
@@ -112,7 +112,7 @@ def test_the_learning_rate_follows_the_length_and_the_loss_does_not(tmp_path, ac
     assert rates == pytest.approx([0.1 * (1 - step / steps) for step in range(steps)])
 
 
-def test_some_lanes_start_anew(tmp_path, monkeypatch):
+def test_lanes_lose_their_state_with_the_given_probability(tmp_path, monkeypatch):
     """Zeroed in all layers together, and as often as asked."""
     callback, dropped = TruncatedBPTTCallback(state_drop_probability=0.4), []
     drop = callback._drop_states
@@ -140,12 +140,12 @@ def test_some_lanes_start_anew(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.0, float("nan")])
-def test_a_state_is_dropped_with_a_probability(value):
+def test_an_invalid_state_drop_probability_is_refused(value):
     with pytest.raises(ValueError, match=rf"`state_drop_probability` \({value}\) is a probability"):
         TruncatedBPTTCallback(state_drop_probability=value)
 
 
-def test_smoothing_would_lose_the_penalties(tmp_path):
+def test_label_smoothing_with_penalties_is_refused(tmp_path):
     arguments = TrainingArguments(tmp_path, label_smoothing_factor=0.1, use_cpu=True, report_to="none")
 
     with pytest.raises(ValueError, match=r"`label_smoothing_factor` \(0.1\) must be 0 with activation regularization"):

@@ -54,7 +54,7 @@ def test_the_last_good_checkpoint_stays(tmp_path, step):
     assert resumed.state.global_step == 12
 
 
-def test_the_loss_that_is_named_is_that_of_the_step(tmp_path):
+def test_the_error_names_the_loss_of_the_diverged_step(tmp_path):
     trainer = run(tmp_path, logging_steps=1, gradient_accumulation_steps=2, max_steps=2)
     trainer.train()
     (loss,) = [entry["loss"] for entry in trainer.state.log_history if entry["step"] == 2 and "loss" in entry]
@@ -64,7 +64,7 @@ def test_the_loss_that_is_named_is_that_of_the_step(tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_an_evaluation_that_is_no_number_ends_a_run(tmp_path, strategy):
+def test_an_evaluation_loss_of_nan_or_infinity_ends_a_run(tmp_path, strategy):
     """Weights that are finite, and too large to be multiplied."""
     trainer = run(
         tmp_path,
@@ -82,12 +82,12 @@ def test_an_evaluation_that_is_no_number_ends_a_run(tmp_path, strategy):
     assert not (tmp_path / "checkpoint-6").exists()
 
 
-def test_a_run_that_saves_nothing_does_not_end_well(tmp_path):
+def test_a_diverged_run_without_checkpoints_is_refused(tmp_path):
     with pytest.raises(ValueError, match="the loss of step 12 is "):
         run(tmp_path, [Ruin(12, float("nan"))], save_strategy="no", logging_strategy="no").train()
 
 
-def test_the_callback_leaves_other_models_and_times_alone(tmp_path):
+def test_the_callback_does_nothing_outside_training(tmp_path):
     trainer = run(tmp_path, eval_dataset=[{"input_ids": ids, "labels": ids} for ids in make_ids(3, 5)])
     trainer.train()
 

@@ -17,7 +17,7 @@ LANE_DATA, OTHER_DATA = (LaneDataset(make_ids(1, LANES * BPTT * 6 + 1, seed)[0],
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_everything_is_in_one_group(name):
+def test_each_parameter_is_in_one_group(name):
     model = make_model(**CONFIGS[name])
     names = {parameter: name for name, parameter in model.named_parameters()}
 
@@ -77,7 +77,7 @@ def train_one(optimizer, parameter, gradients, observed=()):
 GRADIENTS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0))
 
 
-def test_an_exponential_moving_average_of_adamw():
+def test_ema_adamw_equals_an_average_by_hand():
     parameter = torch.nn.Parameter(torch.ones(5))
     plain = torch.nn.Parameter(torch.ones(5))
     stock, expected = torch.optim.AdamW([plain], lr=0.1, weight_decay=0.2), None
@@ -110,7 +110,7 @@ def test_nt_asgd_begins_to_average_when_the_loss_stops_falling():
         torch.testing.assert_close(average, torch.stack(iterates[6:]).mean(dim=0) if step > 5 else iterates[-1])
 
 
-def test_a_step_from_the_average_is_refused():
+def test_a_step_with_gradients_at_the_average_is_refused():
     parameter = torch.nn.Parameter(torch.ones(3))
     optimizer = EMAAdamW([parameter])
     parameter.grad = torch.ones(3)
@@ -183,7 +183,7 @@ def test_evaluations_see_the_average(tmp_path, name, monkeypatch):
             self.seen.append(torch.equal(weight, optimizer.state[weight]["average"]))
 
     Compare.seen.clear()
-    monkeypatch.setattr(NTASGD, "_share", lambda self: 0.5)
+    monkeypatch.setattr(NTASGD, "_averaging_weight", lambda self: 0.5)
     run(tmp_path, AVERAGED[name](), callbacks=[Compare()], eval_strategy="steps", eval_steps=3)
 
     assert Compare.seen == [True] * 6
@@ -210,7 +210,7 @@ def test_an_averaged_run_resumes_bit_equal(tmp_path, name):
 
 
 @pytest.mark.parametrize(("saved", "resumed"), [("ema", None), (None, "ema")])
-def test_another_optimizer_does_not_resume(tmp_path, saved, resumed):
+def test_resuming_with_another_optimizer_is_refused(tmp_path, saved, resumed):
     made = {None: (torch.optim.AdamW, {"lr": 0.01}), "ema": (EMAAdamW, {"lr": 0.01})}
     run(tmp_path, made[saved])
 
@@ -240,7 +240,7 @@ def test_evaluations_outside_training_trigger_nothing(tmp_path):
         (lambda p: EMAAdamW([torch.nn.Parameter(p.detach().half())]), "Weights of torch.float16 are too coarse"),
     ],
 )
-def test_what_cannot_be_averaged_is_refused(make, message):
+def test_invalid_averaging_arguments_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make(torch.nn.Parameter(torch.ones(3)))
 
@@ -252,7 +252,7 @@ def test_a_trigger_without_losses_is_refused(tmp_path):
         run(tmp_path, AVERAGED["nt_asgd"](), callbacks=[NonMonotonicTrigger()])
 
 
-def test_logs_say_what_the_loss_does_not(tmp_path):
+def test_metrics_are_added_to_the_logs(tmp_path):
     """The loss stays the cross-entropy, and the penalty is logged beside it."""
     penalties = {"activation_regularization": 2.0, "temporal_activation_regularization": 1.0}
     seen = []
@@ -297,7 +297,7 @@ def test_logs_say_what_the_loss_does_not(tmp_path):
 
 
 @pytest.mark.parametrize("named", [None, "loss", "perplexity", "eval_bits_per_token"])
-def test_metrics_in_the_logs_are_no_objective(tmp_path, named):
+def test_added_metrics_are_not_part_of_the_search_objective(tmp_path, named):
     """A search for hyperparameters adds up what an evaluation returns beside its loss; what is named there is looked up."""
     best = {"metric_for_best_model": named, "greater_is_better": False, "load_best_model_at_end": True}
     seen = []
@@ -336,7 +336,7 @@ def test_metrics_in_the_logs_are_no_objective(tmp_path, named):
     ]
 
 
-def test_perplexities_of_ones_own_are_left_as_they_are(tmp_path):
+def test_perplexities_from_compute_metrics_are_kept(tmp_path):
     trainer, _ = make_trainer(tmp_path, make_model(torch.float32), LANE_DATA, callbacks=[MetricsCallback()])
     metrics = {"eval_loss": 1.0, "eval_perplexity": 7.0}
 
@@ -350,8 +350,8 @@ def test_perplexities_of_ones_own_are_left_as_they_are(tmp_path):
     assert "eval_bits_per_token" not in metrics
 
 
-def test_the_highest_perplexity_is_not_the_best(tmp_path):
-    """Trainer takes the greatest of every metric that is no loss, unless it is told otherwise."""
+def test_choosing_the_highest_perplexity_is_refused(tmp_path):
+    """Trainer takes the greatest value of every metric but a loss, unless it is told otherwise."""
     trainer, _ = make_trainer(
         tmp_path,
         make_model(torch.float32),
@@ -368,7 +368,7 @@ def test_the_highest_perplexity_is_not_the_best(tmp_path):
         trainer.train()
 
 
-def test_a_loss_that_is_no_number_has_no_perplexity(tmp_path):
+def test_a_loss_of_nan_has_no_finite_perplexity(tmp_path):
     trainer, _ = make_trainer(tmp_path, make_model(torch.float32), LANE_DATA, callbacks=[MetricsCallback()])
 
     trainer.log({"loss": float("nan")})

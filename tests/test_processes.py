@@ -101,7 +101,7 @@ def test_two_processes_resume_bit_equal(tmp_path, plain):
     assert resumed["eval"] == plain[1]["eval"][1:]
 
 
-def test_the_states_of_two_processes_are_not_those_of_one(plain):
+def test_a_checkpoint_of_two_processes_is_refused_by_one(plain):
     with pytest.raises(ValueError, match=r"`world_size` was 2 in .* and is 1 now"):
         lanes_script.train(Path(plain[0]), resume=True)
 
@@ -120,13 +120,13 @@ def check_rows(losses):
     assert len(losses) == 2
 
 
-def test_padded_rows_cost_what_they_cost_alone(tmp_path):
+def test_padded_rows_have_the_loss_they_have_alone(tmp_path):
     """As the README says, with the stock Trainer and its collator."""
     check_rows(lanes_script.train_documents(tmp_path)["train"])
 
 
 @pytest.mark.slow
-def test_padded_rows_cost_the_same_in_two_processes(tmp_path):
+def test_padded_rows_have_the_same_loss_in_two_processes(tmp_path):
     check_rows(train_in_two(tmp_path / "two", documents=True)["train"])
 
 

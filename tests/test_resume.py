@@ -91,7 +91,7 @@ def test_a_killed_run_resumes_bit_equal(killed, kill, resumed):
 def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, monkeypatch):
     run(tmp_path)
     warnings = []
-    monkeypatch.setattr("hf_lstm.training.tbptt.logger.warning", warnings.append)
+    monkeypatch.setattr("hf_lstm.training.checkpoints.logger.warning", warnings.append)
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-12"
 
     (tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors").unlink()
@@ -121,7 +121,7 @@ def test_the_state_of_another_step_is_refused(tmp_path):
         run(tmp_path, resume=second, resume_from_checkpoint=first, max_steps=16, logging_steps=100)
 
 
-def test_a_checkpoint_lacks_no_process(tmp_path):
+def test_a_checkpoint_without_the_state_of_a_process_is_skipped(tmp_path):
     run(tmp_path)
     path = tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors"
     save_file(load_file(path), path, metadata={"world_size": "2", "lanes": str(LANES)})
@@ -147,7 +147,7 @@ def test_a_checkpoint_without_a_state_is_refused(tmp_path, what):
     path.unlink() if what == "missing" else path.write_bytes(b"broken")
 
     assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
-    with pytest.raises(ValueError, match="it holds no carried state"):
+    with pytest.raises(ValueError, match="cannot be resumed without a carried state"):
         run(tmp_path, resume=str(tmp_path / "checkpoint-12"))
 
 
@@ -168,7 +168,7 @@ def test_a_checkpoint_of_other_lanes_is_refused(tmp_path, dataset, options, mess
         run(tmp_path, resume=str(tmp_path / "checkpoint-8"), dataset=dataset, **options)
 
 
-def test_a_checkpoint_elsewhere_is_named_in_the_arguments(tmp_path):
+def test_a_checkpoint_outside_output_dir_must_be_named_in_the_arguments(tmp_path):
     """Trainer does not tell callbacks the path that `train()` was given."""
     expected, _ = run(tmp_path / "one")
     run(tmp_path / "two", learning_rate=0.5)
@@ -259,7 +259,7 @@ def test_a_finished_run_of_streamed_lanes_trains_nothing(tmp_path, monkeypatch):
     assert (tmp_path / "checkpoint-13").is_dir()
 
 
-def test_a_finished_run_of_another_stream_is_refused(tmp_path):
+def test_a_finished_run_of_another_iterable_dataset_is_refused(tmp_path):
     rows = Dataset.from_dict({"input_ids": [[5, 6]] * 9, "labels": [[5, 6]] * 9}).to_iterable_dataset()
     options = {"max_steps": 2, "save_steps": 2, "use_cpu": True, "report_to": "none", "disable_tqdm": True}
     model, collator = make_model(torch.float32), DataCollatorWithFlattening()
@@ -267,7 +267,7 @@ def test_a_finished_run_of_another_stream_is_refused(tmp_path):
     trainer.train()
 
     with pytest.raises(
-        ValueError, match="The run has had its 2 steps, and Trainer would take more of IterableDataset"
+        ValueError, match="The run has taken its 2 steps, and Trainer would read more of IterableDataset"
     ):
         trainer.train(resume_from_checkpoint=True)
 
@@ -280,7 +280,7 @@ def test_a_state_that_is_not_written_leaves_nothing_behind(tmp_path, monkeypatch
         path.write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("hf_lstm.training.tbptt.save_file", fail)
+    monkeypatch.setattr("hf_lstm.generation.save_file", fail)
     for _ in range(2):
         with pytest.raises(OSError, match="No space left"):
             run(tmp_path)

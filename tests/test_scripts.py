@@ -19,7 +19,7 @@ from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream, l
 from hf_lstm.training import last_complete_checkpoint
 
 
-def test_training_leaves_everything_behind(run, tmp_path, text_file):
+def test_training_writes_model_metrics_curve_and_card(run, tmp_path, text_file):
     folder = tmp_path / "run"
 
     printed = run("train.py", "--train_file", text_file, "--output_dir", folder, "--max_steps", 10, *SMALL)
@@ -112,7 +112,7 @@ def test_a_run_that_has_had_all_its_steps_only_reports(run, tmp_path, batching):
     assert {"README.md", "learning_curve.png"} <= {path.name for path in folder.iterdir()}
 
 
-def test_a_run_that_diverges_says_so(run, tmp_path, text_file):
+def test_a_diverged_run_ends_in_one_sentence(run, tmp_path, text_file):
     options = [
         "--optim",
         "sgd",
@@ -134,7 +134,7 @@ def test_a_run_that_diverges_says_so(run, tmp_path, text_file):
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "byte", "folder"])
-def test_poems_are_documents(run, tmp_path, tokenizer):
+def test_each_poem_is_a_document(run, tmp_path, tokenizer):
     file, folder = tmp_path / "poems.jsonl", tmp_path / "run"
     poems = [f"第{number}首，春風又綠江南岸。\n明月何時照我還？" for number in range(60)]
     file.write_text("".join(json.dumps({"poem": poem}) + "\n" for poem in poems), encoding="utf-8")
@@ -158,7 +158,7 @@ def test_poems_are_documents(run, tmp_path, tokenizer):
 
 
 @pytest.mark.slow
-def test_everything_at_once(run, tmp_path, text_file):
+def test_all_regularizers_with_nt_asgd_resume_to_the_same_bits(run, tmp_path, text_file):
     """Words, random lengths, every kind of regularisation, NT-ASGD and TensorBoard: one run, resumed to the same bits."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -222,10 +222,10 @@ RECIPES = sorted((SCRIPTS / "recipes").glob("*.args"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
-def test_recipes_are_understood(recipe, monkeypatch, tmp_path):
+def test_recipes_parse_and_make_a_model(recipe, monkeypatch, tmp_path):
     """Every flag exists, and the model and the optimizer can be made of them."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    from arguments import parse
+    from train_arguments import parse
 
     flags = ["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), "--bf16", "false", "--use_cpu", "true"]
     model_args, data_args, _, optimization_args, training_args = parse(flags)
@@ -273,7 +273,7 @@ BAD_ARGUMENTS = {
     ),
     "no such checkpoint": (
         ["--resume_from_checkpoint", "gone"],
-        "`--resume_from_checkpoint` gone is no complete checkpoint",
+        "`--resume_from_checkpoint` gone is not a complete checkpoint",
     ),
     "no such recipe": (["--recipe", "nowhere.args"], "The file nowhere.args does not exist"),
     "a recipe in a recipe": (["--recipe", "nested.args"], "`--recipe` nested.args names another recipe"),
@@ -285,7 +285,7 @@ BAD_ARGUMENTS = {
     ),
     "no evaluations to look at": (
         ["--train_file", "beer.txt", "--averaging", "nt_asgd", "--eval_strategy", "no", *UNSAVED],
-        "`--averaging nt_asgd` looks at validation losses",
+        "`--averaging nt_asgd` reads validation losses",
     ),
     "SGD of another kind": (
         ["--train_file", "beer.txt", "--averaging", "nt_asgd", "--optim", "adafactor"],
@@ -345,7 +345,7 @@ def test_training_refuses_before_it_starts(run, tmp_path, text_file, monkeypatch
 def take(monkeypatch):
     """Takes a folder as train.py does."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    from arguments import TrainArguments, take_folder
+    from train_arguments import TrainArguments, take_folder
 
     def take(folder, **options):
         return take_folder(TrainArguments(str(folder), use_cpu=True, **options), carried=True)
@@ -444,7 +444,7 @@ def trained(tmp_path_factory):
     return folder / "run"
 
 
-def test_generation_streams_what_the_model_knows(run, trained):
+def test_generation_continues_the_prompt(run, trained):
     printed = run(
         "generate.py",
         "--model",
@@ -476,7 +476,7 @@ def test_a_seed_repeats_a_text(run, trained):
     assert texts[0] == texts[1] != texts[2]
 
 
-def test_evaluation_finds_the_figure_of_the_training(run, trained, tmp_path):
+def test_evaluation_repeats_the_loss_of_training(run, trained, tmp_path):
     metrics = json.loads((trained / "metrics.json").read_text())
     file = trained.parent / "beer.txt"
 
@@ -494,13 +494,13 @@ def test_evaluation_finds_the_figure_of_the_training(run, trained, tmp_path):
 @pytest.mark.parametrize(
     ("script", "arguments", "message"),
     [
-        ("generate.py", ["--model", "."], "generate.py: . holds no config.json"),
+        ("generate.py", ["--model", "."], "generate.py: . contains no config.json"),
         ("evaluate.py", ["stream", "--model", "."], "evaluate.py: . holds no config.json"),
         ("evaluate.py", ["stream", "--modle", "x"], None),
         ("generate.py", [], None),
     ],
 )
-def test_models_that_are_not_there_are_named(run, tmp_path, monkeypatch, script, arguments, message):
+def test_missing_models_are_refused_by_name(run, tmp_path, monkeypatch, script, arguments, message):
     monkeypatch.chdir(tmp_path)
 
     with pytest.raises(SystemExit) as stopped:
@@ -511,7 +511,7 @@ def test_models_that_are_not_there_are_named(run, tmp_path, monkeypatch, script,
     )
 
 
-def test_evaluation_refuses_what_it_cannot_read(run, trained, monkeypatch):
+def test_evaluation_refuses_invalid_arguments(run, trained, monkeypatch):
     for arguments, message in (
         (["--file", "nowhere.txt"], "The file nowhere.txt does not exist"),
         (

@@ -1,12 +1,14 @@
 """Everybody's own training script works too, in one process and under `accelerate launch`."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from conftest import SCRIPTS
 from transformers import AutoModelForCausalLM
 
 SCRIPT = Path(__file__).parent / "stock_script.py"
@@ -37,3 +39,28 @@ def check(printed, processes, folder):
     assert result["before"] > 3
     assert result["after"] < 0.6 * result["before"]
     assert AutoModelForCausalLM.from_pretrained(folder).config.hidden_size == 32
+
+
+@pytest.mark.filterwarnings("ignore:'pin_memory'")  # on a machine without a GPU
+def test_the_minimal_script_trains_and_writes(tmp_path, text_file, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    script = (SCRIPTS / "train_minimal.py").read_text()
+    assert len(script.splitlines()) <= 60
+    constants = {
+        "FILES": '[Path("beer.txt")]',
+        "HIDDEN_SIZE, NUM_LAYERS, DROPOUT": "16, 1, 0.1",
+        "PROMPT": '"99 "',
+        "LANES, BPTT_LENGTH": "4, 16",
+        "MAX_STEPS, LEARNING_RATE": "2, 4e-3",
+    }
+    for names, values in constants.items():
+        script, count = re.subn(rf"^{names} = .*$", f"{names} = {values}", script, flags=re.MULTILINE)
+        assert count == 1
+    copy = tmp_path / "mine.py"
+    copy.write_text(script)
+
+    runpy.run_path(str(copy), run_name="__main__")
+
+    printed = capsys.readouterr().out
+    assert re.search(r"validation: \d\.\d{4} nats per character, \d\.\d{4} bits per byte\n99 ", printed)
+    assert AutoModelForCausalLM.from_pretrained("runs/minimal").config.hidden_size == 16

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import make_ids, make_model, standard_library
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_lstm import (
@@ -12,9 +12,8 @@ from hf_lstm import (
     TokenStream,
     char_tokenizer,
     evaluate_stream,
-    load_corpus,
 )
-from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback
+from hf_lstm.training import LSTMTrainingArguments, MetricsCallback, TruncatedBPTTCallback
 
 LANES, BPTT = 3, 5
 TOKENS = make_ids(1, LANES * BPTT * 6 + 1)[0]
@@ -114,7 +113,7 @@ def test_bfloat16_on_a_cpu_learns_the_same_within_its_precision(tmp_path):
 
 
 def test_without_the_callback_the_state_is_not_carried(tmp_path):
-    """What the tests above would not notice if chunks were too easy: the carried state does change the losses."""
+    """The carried state does change the losses, or the tests above would compare too little."""
     model, carried = make_model(), make_model()
     trainer, losses = make_trainer(tmp_path, model, LaneDataset(TOKENS, LANES, BPTT))
     trainer.remove_callback(TruncatedBPTTCallback)
@@ -197,7 +196,20 @@ def test_the_model_is_left_without_hooks(tmp_path):
     assert not model._forward_pre_hooks
 
 
-def test_arguments_change_five_defaults():
+def test_callbacks_declare_their_attributes_when_they_are_made(tmp_path):
+    trainer, _ = make_trainer(
+        tmp_path, make_model(), LaneDataset(TOKENS, LANES, BPTT), [MetricsCallback()], max_steps=2
+    )
+    callbacks = [item for item in trainer.callback_handler.callbacks if type(item).__module__.startswith("hf_lstm")]
+    declared = [set(vars(callback)) for callback in callbacks]
+
+    trainer.train()
+
+    assert len(callbacks) == 2
+    assert [set(vars(callback)) for callback in callbacks] == declared
+
+
+def test_lstm_training_arguments_change_five_defaults():
     ours, stock = LSTMTrainingArguments(use_cpu=True), TrainingArguments(use_cpu=True)
 
     changed = {name for name, value in ours.to_dict().items() if stock.to_dict()[name] != value}
@@ -232,7 +244,7 @@ def test_training_that_cannot_carry_the_state_is_refused(tmp_path, options, mess
     assert losses.train == []
 
 
-def test_batches_that_lost_their_lanes_are_refused(tmp_path):
+def test_batches_without_position_ids_are_refused(tmp_path):
     trainer, losses = make_trainer(tmp_path, make_model(), LaneDataset(TOKENS, LANES, BPTT))
     collate = trainer.data_collator
     trainer.data_collator = lambda items: {name: collate(items)[name] for name in ("input_ids", "labels")}
@@ -242,7 +254,7 @@ def test_batches_that_lost_their_lanes_are_refused(tmp_path):
     assert losses.train == []
 
 
-def test_an_interrupted_run_leaves_the_next_one_alone(tmp_path):
+def test_a_run_after_an_interrupted_one_trains_as_usual(tmp_path):
     class Interrupt(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             raise KeyboardInterrupt
@@ -294,7 +306,7 @@ def test_lanes_are_not_evaluated_outside_training(tmp_path):
 @pytest.mark.slow
 def test_it_learns_to_use_a_memory_longer_than_a_chunk(tmp_path):
     """Python's own source, 32 characters a step: what was read longer ago than that still helps to predict."""
-    corpus = load_corpus()
+    corpus = standard_library()
     tokenizer = char_tokenizer(corpus["train"]["text"])
     train, validation = (TokenStream.from_documents(corpus[split], tokenizer) for split in ("train", "validation"))
     torch.manual_seed(0)

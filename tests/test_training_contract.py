@@ -1,4 +1,4 @@
-"""What transformers, Trainer and accelerate ask of a causal language model, besides generating."""
+"""Requirements of transformers, Trainer and accelerate on a causal language model, besides generation."""
 
 import pytest
 import torch
@@ -44,27 +44,27 @@ def test_the_loss_is_the_mean_over_targets_or_the_sum_over_a_given_number(model)
     assert model(IDS, labels=IDS, num_items_in_batch=11).loss.item() == pytest.approx(mean.item() * 33 / 11, rel=1e-6)
 
 
-def test_shifted_labels_are_the_targets_themselves(model):
+def test_shift_labels_give_the_same_loss_as_labels(model):
     shifted = torch.cat([IDS[:, 1:], torch.full((3, 1), -100)], dim=1)
 
     assert model(IDS, shift_labels=shifted).loss.item() == model(IDS, labels=IDS).loss.item()
 
 
 @pytest.mark.parametrize("keep", [1, 5, torch.tensor([0, 3, 11])], ids=str)
-def test_logits_can_be_had_for_some_tokens(model, keep):
+def test_logits_to_keep_selects_tokens(model, keep):
     expected = model(IDS).logits
 
     expected = expected[:, -keep:] if isinstance(keep, int) else expected[:, keep]
     torch.testing.assert_close(model(IDS, logits_to_keep=keep).logits, expected, rtol=0, atol=1e-10)
 
 
-def test_hidden_states_of_every_layer(model):
+def test_hidden_states_of_every_layer_are_returned(model):
     output = model(IDS, output_hidden_states=True)
 
     assert len(output.hidden_states) == model.config.num_hidden_layers + 1
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
     assert all(states.shape[:2] == IDS.shape for states in output.hidden_states)
-    with pytest.raises(ValueError, match=r"`output_attentions` \(True\) has nothing to return"):
+    with pytest.raises(ValueError, match=r"`output_attentions` \(True\) cannot be returned"):
         model(IDS, output_attentions=True)
 
 
@@ -83,7 +83,7 @@ def test_the_vocabulary_can_be_resized(model, size, tmp_path):
     assert torch.equal(loaded(IDS.clamp(max=19)).logits, after)
 
 
-def test_a_model_can_be_made_without_memory(model):
+def test_a_model_can_be_made_on_the_meta_device(model):
     with init_empty_weights():
         empty = LSTMForCausalLM(model.config)
     assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
@@ -111,7 +111,7 @@ def test_models_load_onto_devices_and_disk(model, place, tmp_path):
         assert loaded.generate(IDS, **options).tolist() == model.generate(IDS, **options).tolist()
 
 
-def test_weights_can_stay_off_the_device(model):
+def test_weights_can_be_offloaded(model):
     with torch.no_grad():
         expected = model(IDS).logits
 
@@ -121,7 +121,7 @@ def test_weights_can_stay_off_the_device(model):
 
 
 def test_a_layer_is_never_split(model):
-    """And no layer is named that the model does not have: accelerate looks for each, to shard it."""
+    """Every class named there is in the model, since accelerate looks for each, to shard it."""
     assert set(model._no_split_modules) == {type(layer).__name__ for layer in model.model.layers}
 
 
@@ -129,7 +129,7 @@ PRECISION = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}  # 
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
-def test_weights_of_any_precision(dtype, kernel, model):
+def test_low_precision_weights_give_close_logits_and_float32_cells(dtype, kernel, model):
     expected = model(IDS).logits
     low = model.to(dtype)
 
@@ -145,7 +145,7 @@ def test_weights_of_any_precision(dtype, kernel, model):
     assert written.shape == (3, 17)
 
 
-def test_a_cell_adds_up_in_float32():
+def test_the_cell_state_is_accumulated_in_float32():
     """Small amounts added ten thousand times to a large one: bfloat16 alone would stay where it was."""
     model = make_model(torch.bfloat16, num_hidden_layers=1)
     layer = model.model.layers[0]
@@ -159,13 +159,13 @@ def test_a_cell_adds_up_in_float32():
         c = torch.ones(1, 12)
         h = torch.zeros(1, 12, dtype=torch.bfloat16)
         for _ in range(1000):
-            _, h, c, _ = layer(torch.zeros(1, 1, 12, dtype=torch.bfloat16), h, c)
+            _, h, c, *_ = layer(torch.zeros(1, 1, 12, dtype=torch.bfloat16), h, c)
 
     assert c.mean().item() == pytest.approx(2.0, rel=0.01)
 
 
 @pytest.mark.parametrize("length", [1, 12])
-def test_autocast_on_a_cpu(model, kernel, length):
+def test_autocast_on_a_cpu_gives_close_logits(model, kernel, length):
     model = model.float()
     ids = IDS[:, :length]
     expected = model(ids).logits
@@ -184,7 +184,7 @@ def test_autocast_on_a_cpu(model, kernel, length):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
 @pytest.mark.parametrize("block", [pytest.param("stacked", marks=pytest.mark.slow), "residual_narrow"])
-def test_a_compiled_training_step_is_the_same(block):
+def test_a_compiled_training_step_gives_the_same_gradients(block):
     torch._dynamo.reset()
     model = make_model(**CONFIGS[block]).train()
     model(IDS, labels=IDS).loss.backward()
@@ -237,15 +237,15 @@ def test_one_token_can_be_exported(block):
     ],
     ids=str,
 )
-def test_blocks_that_cannot_be_are_refused(config, message):
+def test_invalid_fields_of_blocks_are_refused(config, message):
     from huggingface_hub.errors import StrictDataclassError
 
     with pytest.raises(StrictDataclassError, match=message):
         LSTMConfig(**config)
 
 
-def test_a_layer_may_lie_in_two_places(model, tmp_path):
-    """A device map that splits a layer is no harm: its gates are then called one by one."""
+def test_a_layer_may_be_split_between_cpu_and_disk(model, tmp_path):
+    """With such a device map the gates of the layer are called one by one."""
     model.save_pretrained(tmp_path / "model")
     parts = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
     loaded = AutoModelForCausalLM.from_pretrained(

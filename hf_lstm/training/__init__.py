@@ -1,11 +1,16 @@
-"""Training inside the stock Trainer: truncated backpropagation through time, optimisers, what the logs say."""
+"""Training inside the stock Trainer: truncated backpropagation through time, checkpoints, optimisers and callbacks."""
 
 from .arguments import LSTMTrainingArguments
-from .finished import FinishedRunCallback
-from .hub import HubCallback
-from .metrics import DivergenceCallback, MetricsCallback
-from .optimization import NTASGD, EMAAdamW, NonMonotonicTrigger, parameter_groups
-from .tbptt import TruncatedBPTTCallback, last_complete_checkpoint
+from .callbacks import (
+    DivergenceCallback,
+    FinishedRunCallback,
+    HubCallback,
+    MetricsCallback,
+    NonMonotonicTrigger,
+)
+from .checkpoints import last_complete_checkpoint
+from .optimization import NTASGD, EMAAdamW, parameter_groups
+from .tbptt import TruncatedBPTTCallback
 
 __all__ = [
     "NTASGD",

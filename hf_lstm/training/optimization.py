@@ -1,33 +1,38 @@
-"""Weight decay by kind of parameter, and optimisers that average the weights they pass through.
+"""Weight decay by kind of parameter, optimisers that average their weights, and learning rates for random chunk lengths.
 
 Trainer(..., optimizer_cls_and_kwargs=(EMAAdamW, {"lr": 4e-3, "params": parameter_groups(model, weight_decay=0.01)}))
 """
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel
 
 KINDS = ("recurrent", "bias", "norm", "embedding")
 
 
-def parameter_groups(model, weight_decay: float, exclude=KINDS) -> list[dict]:
+def parameter_groups(model: PreTrainedModel, weight_decay: float, exclude: Iterable[str] = KINDS) -> list[dict]:
     """
-    The parameters of a model for an optimiser: those that decay, and those that do not.
+    Split the parameters of a model for an optimiser: those that decay, and those that do not.
 
     Args:
         model (`LSTMForCausalLM`): The model.
         weight_decay (`float`): Weight decay of those that do.
         exclude (`Iterable[str]`, defaults to all four):
-            What does not decay: `"recurrent"`, the matrices that multiply h; `"bias"`; `"norm"`, the gains of RMSNorm;
+            Kinds that do not decay: `"recurrent"`, the matrices that multiply h; `"bias"`; `"norm"`, the gains of RMSNorm;
             `"embedding"`. AWD-LSTM excludes nothing (Merity et al. 2018), xLSTM all but matrices (Beck et al. 2024).
 
     Raises:
         ValueError: for a kind that does not exist, or a negative weight decay.
     """
-    if unknown := set(exclude) - set(KINDS):
+    exclude = set(exclude)
+    if unknown := exclude - set(KINDS):
         raise ValueError(f"`exclude` ({', '.join(sorted(unknown))}) must be among {', '.join(KINDS)}.")
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay` ({weight_decay}) must be at least 0.")
-    decaying, spared = [], []
+    decaying: list[torch.nn.Parameter] = []
+    spared: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             (spared if _kind_of(name, parameter) in exclude else decaying).append(parameter)
@@ -46,7 +51,7 @@ def _kind_of(name, parameter):
 
 class WeightAveraging(torch.optim.Optimizer):
     """
-    What `NTASGD` and `EMAAdamW` share: two sets of weights, the iterate that learns and the average of its path.
+    Base of `NTASGD` and `EMAAdamW`: two sets of weights, the iterate that learns and the average of its path.
 
     After each step the model holds the average, so that whoever evaluates or saves it gets that. `train()` puts the
     iterate back, and is called before the forward of a step, as Trainer does; `eval()` puts the average there. Both sets
@@ -67,32 +72,36 @@ class WeightAveraging(torch.optim.Optimizer):
                 )
         self.param_groups[0]["holds_average"] = False
 
-    def step(self, closure=None):
-        """One step of the iterate, after which the model holds the average."""
+    def step(self, closure: Callable[[], float] | None = None) -> Any:  # the loss of `closure`, if there is one
+        """Take a step with the iterate, after which the model holds the average."""
         if self.param_groups[0]["holds_average"]:
             raise RuntimeError(
                 f"The gradients were taken at the average: call `train()` of {type(self).__name__} before the forward of "
                 "each step, as Trainer does."
             )
         loss = super().step(closure)
-        share = self._share()  # each optimiser's own: of this iterate in the average, None while nothing is averaged
-        if share is not None:
-            self._average(share)
+        weight = self._averaging_weight()
+        if weight is not None:
+            self._average(weight)
         return loss
 
     def train(self) -> None:
         """Let the model hold the iterate."""
-        self._show("iterate")
+        self._swap_weights("iterate")
 
     def eval(self) -> None:
         """Let the model hold the average, if there is one yet."""
-        self._show("average")
+        self._swap_weights("average")
+
+    def _averaging_weight(self) -> float | None:
+        """Weight of this iterate in the average, or `None` while nothing is averaged."""
+        raise NotImplementedError
 
     def _parameters(self):
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     @torch.no_grad()
-    def _show(self, which):
+    def _swap_weights(self, which):
         if self.param_groups[0]["holds_average"] == (which == "average"):
             return
         averaged = [parameter for parameter in self._parameters() if "average" in self.state[parameter]]
@@ -101,14 +110,14 @@ class WeightAveraging(torch.optim.Optimizer):
         self.param_groups[0]["holds_average"] = which == "average" and len(averaged) > 0
 
     @torch.no_grad()
-    def _average(self, share):
+    def _average(self, weight):
         for parameter in self._parameters():
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             if "average" in state:
                 state["iterate"].copy_(parameter)
-                state["average"].lerp_(parameter, share)
+                state["average"].lerp_(parameter, weight)
             else:
                 state["iterate"], state["average"] = parameter.clone(), parameter.clone()
         self.eval()
@@ -116,24 +125,24 @@ class WeightAveraging(torch.optim.Optimizer):
 
 class EMAAdamW(WeightAveraging, torch.optim.AdamW):
     """
-    AdamW and an exponential moving average of its weights (Polyak & Juditsky 1992; Morales-Brotons, Vogels & Hendrikx
+    AdamW with an exponential moving average of its weights (Polyak & Juditsky 1992; Morales-Brotons, Vogels & Hendrikx
     2024).
 
     Args:
-        params, lr, ...: As `torch.optim.AdamW` takes them.
+        params, lr, ...: Those of `torch.optim.AdamW`.
         decay (`float`, defaults to 0.999):
-            Of the average at each step; (1 + t) / (10 + t) at step t while that is less, so that the random weights of
+            Decay of the average at each step; (1 + t) / (10 + t) at step t while that is less, so that the random weights of
             the beginning are forgotten.
     """
 
-    def __init__(self, params, lr: float = 1e-3, decay: float = 0.999, **kwargs):
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, decay: float = 0.999, **kwargs: Any) -> None:
         if not 0 <= decay < 1:
             raise ValueError(f"`decay` ({decay}) must be at least 0 and below 1.")
         super().__init__(params, lr=lr, **kwargs)
         self.param_groups[0] |= {"decay": decay, "steps": 0}
         self._prepare()
 
-    def _share(self):
+    def _averaging_weight(self):
         group = self.param_groups[0]
         group["steps"] += 1
         return 1 - min(group["decay"], (1 + group["steps"]) / (10 + group["steps"]))
@@ -142,15 +151,15 @@ class EMAAdamW(WeightAveraging, torch.optim.AdamW):
 class NTASGD(WeightAveraging, torch.optim.SGD):
     """
     Non-monotonically triggered averaged SGD (Merity, Keskar & Socher 2018, algorithm 1): plain SGD, and from the moment
-    that the validation loss is no longer better than it was some evaluations ago, the mean of all weights since then.
+    that the validation loss does not improve on that of some evaluations ago, the mean of all weights since then.
     `NonMonotonicTrigger` tells it the losses.
 
     Args:
-        params, lr, ...: As `torch.optim.SGD` takes them.
+        params, lr, ...: Those of `torch.optim.SGD`.
         patience (`int`, defaults to 5): n of the algorithm, evaluations.
     """
 
-    def __init__(self, params, lr: float = 30.0, patience: int = 5, **kwargs):
+    def __init__(self, params: Iterable[Any], lr: float = 30.0, patience: int = 5, **kwargs: Any) -> None:
         if patience < 1:
             raise ValueError(f"`patience` ({patience}) must be at least 1.")
         super().__init__(params, lr=lr, **kwargs)
@@ -158,13 +167,13 @@ class NTASGD(WeightAveraging, torch.optim.SGD):
         self._prepare()
 
     def observe(self, loss: float) -> None:
-        """Take note of a validation loss (nats per token), and begin to average if it is time."""
+        """Record a validation loss (nats per token), and begin to average if it is time."""
         group = self.param_groups[0]
         earlier = group["validation_losses"][: -group["patience"]]
         group["triggered"] |= bool(earlier) and not loss <= min(earlier)
         group["validation_losses"] = [*group["validation_losses"], loss]
 
-    def _share(self):
+    def _averaging_weight(self):
         group = self.param_groups[0]
         if not group["triggered"]:
             return None
@@ -172,44 +181,34 @@ class NTASGD(WeightAveraging, torch.optim.SGD):
         return 1 / group["steps"]
 
 
-class NonMonotonicTrigger(TrainerCallback):
+class ChunkLengthScaling:
     """
-    Tells `NTASGD` the loss of each evaluation:
-
-        Trainer(..., optimizer_cls_and_kwargs=(NTASGD, {"lr": 30.0}), callbacks=[NonMonotonicTrigger()])
-
-    Raises:
-        ValueError: when training begins without evaluations or with another optimiser; at an evaluation without a loss.
+    Learning rate of a step, scaled by the mean length of its chunks over `bptt_length` (Merity et al. 2018, section 5).
     """
 
-    def __init__(self):
-        self._training = False
+    def __init__(self, bptt_length: int) -> None:
+        self.bptt_length = bptt_length
+        self._lengths: list[int] = []  # of the chunks since the last step
+        self._learning_rates: list[float] = []  # the scheduler's, during a step
 
-    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
-        self._training = True
-        if not isinstance(_unwrapped(optimizer), NTASGD):
-            raise ValueError(
-                f"The optimizer ({type(_unwrapped(optimizer)).__name__}) must be `NTASGD`: pass "
-                '`optimizer_cls_and_kwargs=(NTASGD, {"lr": ...})` to Trainer, or leave `NonMonotonicTrigger` out.'
-            )
-        if args.eval_strategy == "no":
-            raise ValueError("`eval_strategy` (no) must be `steps` or `epoch`: NT-ASGD looks at validation losses.")
+    def add(self, length: int) -> None:
+        """Note a chunk of `length` tokens that the next step learns from."""
+        self._lengths.append(length)
 
-    def on_evaluate(self, args, state, control, metrics=None, optimizer=None, **kwargs):
-        if not self._training:
-            return
-        if "eval_loss" not in metrics:
-            raise ValueError(
-                "NT-ASGD needs the `eval_loss` of each evaluation: give one evaluation data set with labels."
-            )
-        _unwrapped(optimizer).observe(metrics["eval_loss"])
+    def scale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Scale the learning rates for the step that follows."""
+        scale = sum(self._lengths) / len(self._lengths) / self.bptt_length if self._lengths else 1
+        self._learning_rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * scale
+        self._lengths = []
 
-    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
-        _unwrapped(optimizer).eval()  # in float16 a step may have been skipped
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self._training = False
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Put the scheduler's learning rates back after the step."""
+        for group, learning_rate in zip(optimizer.param_groups, self._learning_rates, strict=True):
+            group["lr"] = learning_rate
 
 
-def _unwrapped(optimizer):
-    return getattr(optimizer, "optimizer", optimizer)  # accelerate wraps it
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Return the optimiser inside of accelerate's wrapper, or the same one if it has none."""
+    return getattr(optimizer, "optimizer", optimizer)

@@ -1,11 +1,20 @@
-"""From the arguments of train.py to what it trains on: tokenizer, streams, batches, and what a person wants to know of
-them before it starts."""
+"""Data of train.py, from its arguments: tokenizer, token streams and batches, and a summary of them before it starts."""
 
 import copy
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from arguments import DataArguments, TrainArguments
-from transformers import AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening, default_data_collator
+from standard_library import standard_library
+from train_arguments import DataArguments, TrainArguments, load_saved
+from transformers import (
+    AutoTokenizer,
+    DataCollatorForSeq2Seq,
+    DataCollatorWithFlattening,
+    PreTrainedTokenizerBase,
+    default_data_collator,
+)
 
 from hf_lstm import (
     DocumentDataset,
@@ -21,17 +30,48 @@ from hf_lstm import (
 )
 from hf_lstm.data import one_split
 from hf_lstm.tokenizers import drops_text, unknown_id
+from hf_lstm.training.report import prompt_ids
 
 LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
+COUNTED = 1_000  # rows of a streamed corpus in which unknown tokens are counted
 SEARCHED = 100_000_000  # bytes of training data in which validation data is looked for
 SHUFFLED = 1_000  # rows of a streamed corpus that are shuffled at a time
 
 
+@dataclass
+class TrainingData:
+    """A corpus, ready for Trainer: `texts` (rows) and `streams` (tokens) by split, and `datasets` of batches."""
+
+    texts: dict[str, Any]
+    tokenizer: PreTrainedTokenizerBase
+    streams: dict[str, TokenStream]  # without `train` if it is streamed
+    datasets: dict[str, Any]
+    collator: Callable
+
+
+def prepare_data(args: DataArguments, training_args: TrainArguments) -> TrainingData:
+    """Load, tokenize and batch the corpus; whatever is wrong with it is refused here, before any work."""
+    with training_args.main_process_first(desc="preparing the corpus"):  # the others find it in the cache
+        texts = load_texts(args, training_args.seed)
+        tokenizer = load_tokenizer(args, texts["train"])
+        streams = {
+            split: TokenStream.from_documents(rows, tokenizer)
+            for split, rows in texts.items()
+            if not (split == "train" and args.streaming)
+        }
+    for split, stream in streams.items():
+        if len(stream) < 2:
+            raise ValueError(f"The {split} split holds a single token: it must hold at least two, to predict one.")
+    prompt_ids(args.prompt, tokenizer)
+    datasets, collator = make_batches(args, training_args, texts, streams, tokenizer)
+    return TrainingData(texts, tokenizer, streams, datasets, collator)
+
+
 def load_texts(args: DataArguments, seed: int):
-    """The rows of each split; those of a streamed corpus as they come."""
+    """Load the rows of each split; those of a streamed corpus are read as they are needed."""
     if not args.streaming:
         return load_corpus(
-            args.train_file or args.dataset_name,
+            args.train_file or args.dataset_name or standard_library(),
             config_name=args.dataset_config_name,
             validation_file=args.validation_file,
             test_file=args.test_file,
@@ -51,7 +91,9 @@ def load_texts(args: DataArguments, seed: int):
 
 
 def load_tokenizer(args: DataArguments, rows):
-    """A tokenizer that is learnt from the training data, or any that is saved somewhere."""
+    """Learn a tokenizer from the training data, or load a saved one."""
+    if args.model_name_or_path is not None:
+        return load_saved(AutoTokenizer, args.model_name_or_path)
     if args.streaming:
         rows = rows.take(LEARNT_FROM)
     texts = (text for batch in rows.iter(1000) for text in batch["text"])
@@ -68,8 +110,8 @@ def load_tokenizer(args: DataArguments, rows):
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     except Exception as error:  # the libraries behind it raise classes of their own
         raise ValueError(
-            f"`--tokenizer` {args.tokenizer} is none of `char`, `byte`, `word`, `unicode_word` and `bpe`, and cannot be "
-            f"loaded: {str(error).splitlines()[0]}"
+            f"`--tokenizer` {args.tokenizer} must be `char`, `byte`, `word`, `unicode_word`, `bpe`, or a folder or Hub name "
+            f"from which one can be loaded: {str(error).splitlines()[0]}"
         ) from error
     if tokenizer.eos_token is None:  # BERT's kind
         tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token or "<eos>"})
@@ -77,7 +119,7 @@ def load_tokenizer(args: DataArguments, rows):
 
 
 def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer):
-    """The data sets for training and evaluation, and the collator of their batches."""
+    """Make the data sets for training and evaluation, and the collator of their batches."""
     if args.batching != "lanes":
         sets = {split: DocumentDataset(streams[split], args.bptt_length) for split in ("train", "validation")}
         if args.batching == "packed":
@@ -109,14 +151,14 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
     return {"train": train, "validation": validation}, default_data_collator
 
 
-def describe(texts, streams: dict[str, TokenStream], tokenizer, vocab_size: int) -> None:
-    """Say what the corpus holds, and warn of what is surely wrong with it."""
-    unknown = unknown_id(tokenizer)
-    unknown = None if unknown == tokenizer.eos_token_id else unknown
+def describe(data: TrainingData, vocab_size: int, base: str | None = None) -> None:
+    """Print how much each split holds, and warn of obvious mistakes; `base` is the model that the tokenizer is of."""
+    texts, tokenizer, streams = data.texts, data.tokenizer, data.streams
+    unknown = unknown_of(tokenizer)
     if drops_text(tokenizer):
         _warn(
-            "the tokenizer has no token for what it lacks and leaves it out in silence, and bits per byte mean little "
-            "where it does: `--tokenizer bpe` knows every text."
+            "the tokenizer has no token for text that it lacks and drops it in silence, so bits per byte mean little where "
+            f"it does{': `--tokenizer bpe` knows every text' if base is None else ''}."
         )
     counts = {split: stream.counts(vocab_size) for split, stream in streams.items()}
     for split in texts:
@@ -129,15 +171,20 @@ def describe(texts, streams: dict[str, TokenStream], tokenizer, vocab_size: int)
             f"{split}: {len(stream.document_starts):,} documents, {len(stream):,} tokens, "
             f"{len(stream) / stream.num_bytes:.3f} tokens per byte, {rate:.2%} unknown"
         )
-        if split == "validation" and rate > 0.05:
+        if split == "validation" and rate > 0.05 and base is None:
             _warn(
                 f"{rate:.1%} of the validation tokens are unknown to the tokenizer, and its bits per byte mean little: "
                 "`--tokenizer bpe`, or `char` with `--byte_fallback true`, knows every text."
             )
+    if base is not None:
+        if "train" not in streams:
+            rows = [row["text"] for row in texts["train"].take(COUNTED)]
+            counts["train"] = TokenStream.from_documents(rows, tokenizer).counts(vocab_size)
+        warn_of_unknown(counts, tokenizer, base, f"the first {COUNTED:,} rows of " if "train" not in streams else "")
     if "train" not in streams:
         return
     never = (counts["train"] == 0).sum().item()
-    if never > vocab_size / 2 + 256:  # bytes cost little and are there for texts to come
+    if base is None and never > vocab_size / 2 + 256:  # bytes cost little and are there for texts to come
         _warn(
             f"{never:,} of {vocab_size:,} tokens of the vocabulary never occur in the training data: a smaller "
             "vocabulary, such as `--tokenizer bpe --vocab_size 4096` learns, would cost less and learn more."
@@ -146,20 +193,39 @@ def describe(texts, streams: dict[str, TokenStream], tokenizer, vocab_size: int)
     found = occurring(passages, texts["train"])
     if len(found) > len(passages) / 2:
         _warn(
-            f"{len(found)} of {len(passages)} passages of the validation data stand in the training data too: what is "
-            "measured there is memory."
+            f"{len(found)} of {len(passages)} passages of the validation data stand in the training data too: the "
+            "validation loss measures memory."
         )
 
 
+def unknown_of(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id for text that the tokenizer lacks, unless it is also `<eos>`, like GPT-2's."""
+    unknown = unknown_id(tokenizer)
+    return None if unknown == tokenizer.eos_token_id else unknown
+
+
+def warn_of_unknown(counts, tokenizer, base: str, part: str) -> None:
+    """Warn of the tokens (with `char`, the characters) that the tokenizer of a saved model does not know."""
+    index = unknown_of(tokenizer)
+    name = None if index is None else tokenizer.convert_ids_to_tokens(index)
+    for split, count in counts.items():
+        unknown = 0 if index is None else count[index].item()
+        if unknown > 0:
+            _warn(
+                f"{unknown:,} of {count.sum().item():,} tokens of {part if split == 'train' else ''}the {split} data are "
+                f"unknown to the tokenizer of {base}, whose vocabulary is kept: each is read as {name}."
+            )
+
+
 def passages_of(rows, number: int = 8, length: int = 200) -> set[str]:
-    """Passages from all over a data set, but for those that are too short to mean anything."""
+    """Draw passages evenly from a data set, without those that are too short to mean anything."""
     step = max(1, len(rows) // number)
     passages = [(rows[index]["text"] or "")[:length] for index in range(0, len(rows), step)][:number]
     return {passage for passage in passages if len(passage) >= 20}
 
 
 def occurring(passages: set[str], rows) -> set[str]:
-    """Those of the passages that stand in the first rows."""
+    """Find the passages that stand in the first rows."""
     import pyarrow.compute
 
     found, searched = set(), 0

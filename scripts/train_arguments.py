@@ -1,20 +1,23 @@
-"""The arguments of train.py: the model, the data, the optimizer, and Trainer's own with other defaults."""
+"""Arguments of train.py: the model, the data, the card, the optimizer, and Trainer's own with other defaults."""
 
 import re
-from argparse import ArgumentParser
+from argparse import ArgumentParser, Namespace
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
-from transformers import HfArgumentParser
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, HfArgumentParser
 
+from hf_lstm import LSTMConfig
 from hf_lstm.data import read_text
 from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
+from hf_lstm.training.checkpoints import is_complete
 from hf_lstm.training.optimization import KINDS
-from hf_lstm.training.tbptt import is_complete
 
 LOCK_FILE = ".lock"  # in `--output_dir`, while a run holds it; those that are killed leave it behind
 TOKENIZER_FLAGS = {
@@ -27,16 +30,18 @@ TOKENIZER_FLAGS = {
 
 @dataclass
 class ModelArguments:
-    """The model to train."""
+    """Fields of the model's config; with `--model_name_or_path`, those of the saved one."""
 
     hidden_size: int = field(default=384, metadata={"help": "Width of each LSTM cell."})
-    embedding_size: int | None = field(default=None, metadata={"help": "Width of the embeddings, if it is another."})
+    embedding_size: int | None = field(
+        default=None, metadata={"help": "Width of the embeddings; `hidden_size` by default."}
+    )
     num_hidden_layers: int = field(default=1, metadata={"help": "LSTM layers, one on top of the other."})
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Use the embedding as the output layer too."})
     initializer_range: float | None = field(default=None, metadata={"help": "Standard deviation of new embeddings."})
     block_type: str = field(default="stacked", metadata={"help": "`stacked`, or `residual` for a deep model."})
     intermediate_size: int | None = field(
-        default=None, metadata={"help": "Width of the gated MLP after each residual layer; none by default."}
+        default=None, metadata={"help": "Width of the gated MLP after each residual layer; left out by default."}
     )
     embedding_dropout: float = field(default=0.0, metadata={"help": "Share of the words dropped in a step."})
     input_dropout: float = field(default=0.0, metadata={"help": "Locked dropout of the embeddings."})
@@ -58,10 +63,15 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """What to train it on."""
+    """The data to train on, and how it is read."""
 
     recipe: str | None = field(
-        default=None, metadata={"help": "A file of flags, such as those in scripts/recipes; later ones win."}
+        default=None,
+        metadata={"help": "A file of flags, such as those in scripts/recipes; the command line overrides it."},
+    )
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "A saved model's folder or Hub name, to train on from its weights with its tokenizer."},
     )
     train_file: str | None = field(
         default=None, metadata={"help": "Text, .jsonl, .json, .csv or .parquet file, or a folder `save_to_disk` made."}
@@ -71,7 +81,7 @@ class DataArguments:
     )
     test_file: str | None = field(default=None, metadata={"help": "File that is evaluated once, at the end."})
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of files."})
-    dataset_config_name: str | None = field(default=None, metadata={"help": "Which of its configurations."})
+    dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
     text_column: str = field(default="text", metadata={"help": "The column of the records that holds the text."})
     join_records: bool = field(
         default=False, metadata={"help": "Whether the records are pieces of one text, as the lines of WikiText are."}
@@ -83,7 +93,8 @@ class DataArguments:
         },
     )
     vocab_size: int | None = field(
-        default=None, metadata={"help": "Most tokens of `word` and `unicode_word`; tokens of `bpe`, by default 4096."}
+        default=None,
+        metadata={"help": "Largest vocabulary of `word` and `unicode_word`; vocabulary of `bpe`, by default 4096."},
     )
     min_frequency: int = field(default=1, metadata={"help": "Times a word must occur to be in the vocabulary."})
     byte_fallback: bool = field(
@@ -92,7 +103,7 @@ class DataArguments:
     nfc: bool = field(default=False, metadata={"help": "Whether `char` composes characters first, as NFC does."})
     streaming: bool = field(
         default=False,
-        metadata={"help": "Whether the training data is read as it is needed, for corpora that fit on no disk."},
+        metadata={"help": "Whether the training data is read as it is needed, for corpora larger than the disk."},
     )
     batching: str = field(
         default="lanes",
@@ -118,21 +129,19 @@ class DataArguments:
 
     prompt: str | None = field(
         default=None,
-        metadata={"help": "What the samples continue: a line break by default, the beginning of a document if empty."},
+        metadata={
+            "help": "Text that samples continue: a line break by default, the beginning of a document if empty."
+        },
     )
 
     def __post_init__(self):
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError("`--train_file` and `--dataset_name` exclude each other: name one corpus.")
-        for flag in ("train_file", "validation_file", "test_file", "dataset_name"):
+        for flag in ("train_file", "validation_file", "test_file", "dataset_name", "model_name_or_path"):
             if getattr(self, flag) == "":
-                raise ValueError(f"`--{flag}` is empty: name a corpus, or leave the flag out.")
-        try:
-            (self.prompt or "").encode()
-        except UnicodeEncodeError as error:
-            raise ValueError(
-                f"`--prompt` {self.prompt!r} is not UTF-8: type it in a terminal that is set to it."
-            ) from error
+                thing = "model" if flag == "model_name_or_path" else "corpus"
+                raise ValueError(f"`--{flag}` is empty: name a {thing}, or leave the flag out.")
+        _check_utf8("prompt", self.prompt)
         if self.batching not in ("lanes", "packed", "padded"):
             raise ValueError(f"`--batching` {self.batching} must be `lanes`, `packed` or `padded`.")
         for flag in ("random_bptt", "state_drop_probability", "shuffle_documents", "streaming"):
@@ -150,7 +159,9 @@ class DataArguments:
             if self.train_file is None and self.dataset_name is None:
                 raise ValueError("`--streaming` needs a corpus: name one by `--train_file` or `--dataset_name`.")
             if self.validation_file is None:
-                raise ValueError("`--streaming` needs `--validation_file`: no part is kept of what is not read yet.")
+                raise ValueError(
+                    "`--streaming` needs `--validation_file`, since a stream cannot be split before it is read: name one."
+                )
             if self.random_bptt or self.join_records:
                 raise ValueError(
                     "`--streaming` goes with neither `--random_bptt` nor `--join_records`: leave them out."
@@ -161,15 +172,28 @@ class DataArguments:
 
 @dataclass
 class CardArguments:
-    """What the model's card cannot know of itself; what is left out is not said."""
+    """Facts for the model's card that a run cannot know; the card is silent on those left out."""
 
     license: str | None = field(
         default=None, metadata={"help": "The model's licence as the Hub writes it: apache-2.0."}
     )
     language: list[str] | None = field(default=None, metadata={"help": "Languages of the text, as codes: en zh."})
     data_license: str | None = field(default=None, metadata={"help": "The licence of the training data, in words."})
+    data_description: str | None = field(
+        default=None,
+        metadata={
+            "help": "The training data in words, `poems of the Tang dynasty`; by default its file's or Hub name."
+        },
+    )
 
     def __post_init__(self):
+        for flag in ("data_license", "data_description"):
+            _check_utf8(flag, getattr(self, flag))
+        if self.data_description is not None and len(self.data_description.strip().splitlines()) != 1:
+            raise ValueError(
+                f"`--data_description` {self.data_description!r} must be one line of words, which the card puts into its "
+                "sentences: `poems of the Tang dynasty`."
+            )
         if self.license is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]*", self.license):
             raise ValueError(
                 f"`--license` {self.license!r} must be an identifier of the Hub, such as apache-2.0, cc-by-4.0 or other."
@@ -181,7 +205,7 @@ class CardArguments:
 
 @dataclass
 class OptimizationArguments:
-    """What Trainer's own arguments do not say of the optimizer."""
+    """Averages of weights, and kinds of parameters without weight decay."""
 
     averaging: str | None = field(
         default=None,
@@ -193,7 +217,9 @@ class OptimizationArguments:
     patience: int = field(default=5, metadata={"help": "Evaluations without progress after which `nt_asgd` averages."})
     no_decay: list[str] = field(
         default_factory=lambda: list(KINDS),
-        metadata={"help": "What `--weight_decay` spares: any of recurrent, bias, norm, embedding; or `none`."},
+        metadata={
+            "help": "Parameters that `--weight_decay` spares: any of recurrent, bias, norm, embedding; or `none`."
+        },
     )
 
     def __post_init__(self):
@@ -207,10 +233,10 @@ class OptimizationArguments:
 
 @dataclass
 class TrainArguments(LSTMTrainingArguments):
-    """How to train it: Trainer's own arguments, with defaults for a small model on one machine."""
+    """Trainer's own arguments, with defaults for a small model on one machine."""
 
     output_dir: str | None = field(
-        default=None, metadata={"help": "Where everything goes; must not hold other things."}
+        default=None, metadata={"help": "Folder that the run writes to; it must be empty, or hold the run to resume."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
     per_device_train_batch_size: int = field(default=16, metadata={"help": "Lanes on each device."})
@@ -237,7 +263,9 @@ class TrainArguments(LSTMTrainingArguments):
     )
     report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
     push_to_hub: bool = field(default=False, metadata={"help": "Whether to publish the model when it is trained."})
-    hub_strategy: str = field(default="end", metadata={"help": "Nothing but `end`: what goes up is checked first."})
+    hub_strategy: str = field(
+        default="end", metadata={"help": "Must be `end`: the folder is checked before it is uploaded."}
+    )
 
     def __post_init__(self):
         if self.output_dir is None:
@@ -330,24 +358,76 @@ def _find_checkpoint(args: TrainArguments, carried: bool) -> str | None:
         return str(checkpoint)
     if not is_complete(Path(named), carried):
         raise ValueError(
-            f"`--resume_from_checkpoint` {named} is no complete checkpoint: `true` finds the last one in `--output_dir`."
+            f"`--resume_from_checkpoint` {named} is not a complete checkpoint: `true` finds the last one in `--output_dir`."
         )
     return named
 
 
-def parse(arguments: list[str]):
-    """The five groups of arguments; flags override a recipe's."""
-    parser = HfArgumentParser((ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments))
+def load_saved(kind: type, name: str, **options: Any):
+    """Call `from_pretrained` of a class on the model to train on from, and name the flag in whatever goes wrong."""
+    try:
+        return kind.from_pretrained(name, **options)
+    except Exception as error:  # the libraries behind it raise classes of their own
+        reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
+        raise ValueError(f"`--model_name_or_path` {name} cannot be loaded: {str(reason).splitlines()[0]}") from error
+
+
+def _take_saved_config(model_args: ModelArguments, name: str, given: dict[str, Any]) -> None:
+    """Let the flags of the model be the fields of a saved config, and refuse those that were `given` other values."""
+    for flag in ("tokenizer", *TOKENIZER_FLAGS):
+        if flag in given:
+            raise ValueError(
+                f"`--{flag}` and `--model_name_or_path` exclude each other, since the tokenizer of {name} is kept: leave one "
+                "of them out."
+            )
+    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
+        raise ValueError(f"`--model_name_or_path` {name} lacks a config.json: name the folder of a saved model.")
+    config = load_saved(AutoConfig, name)
+    if not isinstance(config, LSTMConfig):
+        raise ValueError(
+            f"`--model_name_or_path` {name} is a model of the type {config.model_type}: name one of the type "
+            f"{LSTMConfig.model_type}."
+        )
+    for flag in vars(model_args):
+        saved = getattr(config, flag)
+        if given.get(flag, saved) != saved:
+            raise ValueError(
+                f"`--{flag}` {given[flag]} contradicts the config of {name}, where it is {saved}: leave the flag out, or "
+                "train a new model."
+            )
+        setattr(model_args, flag, saved)
+
+
+def _check_utf8(flag, text):
+    try:
+        (text or "").encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"`--{flag}` {text!r} is not UTF-8: type it in a terminal that is set to it.") from error
+
+
+def parse(
+    arguments: list[str],
+) -> tuple[ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments]:
+    """Parse the five groups of arguments; flags override a recipe's, which override a saved model's config."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
-    recipes = finder.parse_known_args(arguments)[0].recipe
-    for recipe in recipes:
-        if "--recipe" in read_text(recipe):
+    found, arguments = finder.parse_known_args(arguments)
+    words: list[str] = []
+    for recipe in found.recipe:
+        text = read_text(recipe)
+        if "--recipe" in text:
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
-    # given the flag without need, transformers would answer `--help` with that flag alone
-    flag = "--recipe" if recipes else None
-    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False, args_file_flag=flag)
-    _, data_args, *_, training_args = parsed
+        words += text.split()
+    arguments = [*words, *arguments]
+    groups = (ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments)
+    parser = HfArgumentParser(groups)
+    parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
+    model_args, data_args, *_, training_args = parsed
+    if data_args.model_name_or_path is not None:
+        nothing = Namespace(**{flag.name: None for group in groups for flag in fields(group)})  # instead of defaults
+        given = vars(parser.parse_known_args(arguments, nothing)[0])
+        given = {flag: value for flag, value in given.items() if value is not None}
+        _take_saved_config(model_args, data_args.model_name_or_path, given)
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("`--streaming` needs `--max_steps`: a stream does not say when it ends.")
     if data_args.batching != "lanes" and training_args.train_sampling_strategy == "sequential":  # the default of lanes

@@ -1,4 +1,4 @@
-"""The model card that a training run writes about itself."""
+"""Model cards of training runs."""
 
 import json
 import platform
@@ -6,6 +6,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import PreTrainedModel
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PACKAGES = ("hf-lstm", "torch", "transformers", "tokenizers", "datasets", "accelerate")
@@ -13,7 +14,7 @@ PACKAGES = ("hf-lstm", "torch", "transformers", "tokenizers", "datasets", "accel
 
 def describe_run(
     folder: str | Path,
-    model,
+    model: PreTrainedModel,
     data: str,
     results: dict[str, dict],
     procedure: str,
@@ -22,26 +23,27 @@ def describe_run(
     resets: dict[int, float] | None = None,
     sample: str | None = None,
     start: str = "",
-    **known,
+    **known: str | list[str] | None,
 ) -> dict:
     """
-    All that a card says, as a dict that JSON can hold: a card is rendered from it, today or later.
+    Return the content of a model card as a dict for JSON, from which the card can be rendered now or later.
 
     Args:
-        folder (`str` or `Path`): Where the model lies; its name is the model's.
+        folder (`str` or `Path`): The model folder. Its name is the name of the model.
         model (`LSTMForCausalLM`): The model.
-        data (`str`): What it was trained on, in words.
-        results (`dict`): What `evaluate_stream` returned of a `TokenStream`, by the name of the split.
-        procedure (`str`): How it was trained, in words: sentences with units.
+        data (`str`): Description of the training data.
+        results (`dict`): Results of `evaluate_stream` by split.
+        procedure (`str`): Description of the training, in sentences, with units.
         command (`str`): The command that trained it.
-        reset_at_documents (`bool`, defaults to `False`): Whether the state started anew with every document.
+        reset_at_documents (`bool`, defaults to `False`): Whether the state was reset at every document.
         resets (`dict[int, float]`, *optional*):
-            The loss of the validation text, nats per token, if the state starts anew after so many tokens.
-        sample (`str`, *optional*): A text the model wrote.
-        start (`str`, defaults to `""`): What the snippet lets the model continue.
+            Validation loss, in nats per token, by the number of tokens after which the state is reset.
+        sample (`str`, *optional*): A text that the model generated.
+        start (`str`, defaults to `""`): The prompt of the code example.
         known (*optional*):
-            What only its author can say, left out where it is unknown or `None`: `license`, the model's, and `language`
-            (`list[str]`), both as the Hub writes them, `data_license`, in words, and `datasets` (`list[str]`), on the Hub.
+            Facts that only the author knows; those not given or `None` are left out: `license` of the model and
+            `language` (`list[str]`), both as identifiers of the Hub, `data_license` (a description) and `datasets`
+            (`list[str]`, names on the Hub).
     """
     folder, config = Path(folder), model.config
     return {
@@ -64,7 +66,7 @@ def describe_run(
 
 
 def render_model_card(run: dict, picture: str = "learning_curve.png") -> str:
-    """The card of a run that `describe_run` described, with metadata that the Hub reads; `picture` is its learning curve."""
+    """Render the card of a run that `describe_run` returned; `picture` is the file of the learning curve."""
     known = run.get("known", {})
     metadata = ModelCardData(
         **{name: known[name] for name in ("license", "language", "datasets") if name in known},
@@ -95,6 +97,6 @@ def render_model_card(run: dict, picture: str = "learning_curve.png") -> str:
 
 
 def write_model_card(folder: str | Path, run: dict) -> None:
-    """Write `run.json`, what `describe_run` returned, and `README.md`, the card, into a model's folder."""
+    """Write the output of `describe_run` as `run.json`, and the card as `README.md`, into a model folder."""
     (Path(folder) / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (Path(folder) / "README.md").write_text(render_model_card(run), encoding="utf-8")

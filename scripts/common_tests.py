@@ -1,10 +1,10 @@
-"""Run transformers' own common model tests on our classes: tests/transformers_common.py says which and why not others.
+"""Run transformers' common model tests on our classes; tests/transformers_common.py lists the exceptions and reasons.
 
 python scripts/common_tests.py
 
-The tests come from the source distribution of the installed version, fetched by pip into a temporary folder. What it
-leaves out of its test folder and the common tests import is stubbed: the mixins for exporting and for generation, both of
-which our own tests cover.
+The tests come from the source distribution of the installed version, which pip downloads into a temporary folder. It
+lacks two modules that the common tests import, the mixins for export and generation: they are stubbed, and our own
+tests cover both.
 """
 
 import os
@@ -24,8 +24,8 @@ STUBS = {
 
 
 def main() -> int:
-    with tempfile.TemporaryDirectory() as folder:
-        folder = Path(folder)
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
         package = f"transformers=={transformers.__version__}"
         fetch = [
             sys.executable,

@@ -1,4 +1,4 @@
-"""Write a model in another format.
+"""Export a model to another format.
 
 python scripts/convert.py --to onnx --model runs/first --output_dir runs/first/onnx
 python scripts/convert.py --to torch --model runs/first --output_dir runs/first/torch
@@ -19,16 +19,16 @@ from hf_lstm.convert.checking import check_file
 
 @dataclass
 class Arguments:
-    """From what to what."""
+    """Arguments of the export."""
 
     to: Literal["onnx", "torch"] = field(
         metadata={
-            "help": "onnx: graphs that run without Python, in float32 and in 8 bits; torch: torch.export's file."
+            "help": "onnx: graphs that run without Python, in float32 and in 8 bits; torch: a file of torch.export."
         }
     )
-    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
-    output_dir: str = field(metadata={"help": "The folder to write into."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
+    model: str = field(metadata={"help": "A model folder or a model on the Hub."})
+    output_dir: str = field(metadata={"help": "The output folder."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run the Python files of the model."})
 
 
 def main(arguments: Arguments) -> None:
@@ -51,11 +51,11 @@ def main(arguments: Arguments) -> None:
     for path in paths:
         report(quantize_onnx(path), model, difference, None)
     runner = shutil.copy(Path(__file__).with_name("run_onnx.py"), folder)
-    print(f'python {runner} {folder} "a beginning" lets it write, with onnxruntime and numpy alone')
+    print(f'To generate text with onnxruntime and numpy alone: python {runner} {folder} "a prompt"')
 
 
 def report(path: Path, model, difference, dtype: torch.dtype | None) -> None:
-    """Say that a file is written, once it has been run."""
+    """Run an exported file, compare it with the model and report the result."""
     found = check_file(path, lambda: difference(model, path), dtype)
     print(
         f"written to {path}, {path.stat().st_size / 1e6:.1f} MB; "

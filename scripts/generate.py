@@ -1,4 +1,4 @@
-"""Let a model write, to the terminal, as it writes.
+"""Generate text in the terminal, printed as it is generated.
 
 python scripts/generate.py --model runs/first --prompt "def main("
 echo "def main(" | python scripts/generate.py --model runs/first --max_new_tokens 500 --temperature 0.5
@@ -15,43 +15,44 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from transformers.generation import BaseStreamer
 
 from hf_lstm import Session
-from hf_lstm.data.streams import encode
 from hf_lstm.generation import COLDEST
-from hf_lstm.tokenizers import StreamDecoder, dropped_characters, ends_lines, unknown_id
+from hf_lstm.tokenizers import StreamDecoder, dropped_characters, encode, ends_lines, unknown_id
 
-HELP = """What you type is read as it stands, and the model goes on; an empty line lets it go on, Ctrl-C stops it.
-/save FILE keeps the text that grew so far, /load FILE takes one up, /reset begins anew, /quit or Ctrl-D ends."""
+HELP = """The model continues your text, line by line; an empty line lets it go on, Ctrl-C stops it.
+/save FILE saves the state of the text, /load FILE loads one, /reset starts a new text, /quit or Ctrl-D ends."""
 
 
 @dataclass
 class Arguments:
-    """What to write, and how."""
+    """Arguments of the script."""
 
-    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
+    model: str = field(metadata={"help": "A model folder or a model on the Hub."})
     prompt: str | None = field(
-        default=None, metadata={"help": "What to continue; read from the standard input if that is not a terminal."}
+        default=None, metadata={"help": "The text to continue (default: the standard input unless it is a terminal)."}
     )
-    interactive: bool = field(default=False, metadata={"help": "Write a text together: you a line, the model a part."})
-    seed: int = field(default=0, metadata={"help": "The same seed writes the same text."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
+    interactive: bool = field(default=False, metadata={"help": "Take turns with the model in writing one text."})
+    seed: int = field(default=0, metadata={"help": "Seed of the random numbers."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run the Python files of the model."})
 
 
 @dataclass
 class SamplingArguments:
-    """Flags of `generate()`, under its names."""
+    """Arguments of `generate()`, under the same names."""
 
-    max_new_tokens: int = field(default=300, metadata={"help": "Tokens to write at most."})
-    do_sample: bool = field(default=True, metadata={"help": "Draw tokens, rather than take the most probable."})
-    temperature: float | None = field(default=0.8, metadata={"help": "Below 1 the text is safer, above 1 wilder."})
-    top_k: int | None = field(default=None, metadata={"help": "Draw among the k most probable tokens."})
-    top_p: float | None = field(default=None, metadata={"help": "Draw among the most probable that make up p."})
-    min_p: float | None = field(default=None, metadata={"help": "Draw among those at least p times the best one's."})
-    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1, repeat less."})
-    num_beams: int | None = field(default=None, metadata={"help": "Beams; their text appears at the end."})
+    max_new_tokens: int = field(default=300, metadata={"help": "Maximum number of new tokens."})
+    do_sample: bool = field(default=True, metadata={"help": "Sample, instead of taking the most probable token."})
+    temperature: float | None = field(default=0.8, metadata={"help": "Sampling temperature."})
+    top_k: int | None = field(default=None, metadata={"help": "Sample from the k most probable tokens."})
+    top_p: float | None = field(
+        default=None, metadata={"help": "Sample from the top tokens with total probability p."}
+    )
+    min_p: float | None = field(default=None, metadata={"help": "Minimum probability, relative to the top token."})
+    repetition_penalty: float | None = field(default=None, metadata={"help": "Above 1, penalize repeated tokens."})
+    num_beams: int | None = field(default=None, metadata={"help": "Number of beams; the text is printed at the end."})
 
 
 class Printer(BaseStreamer):
-    """The prompt and what is written, on the terminal, in whole characters as they come."""
+    """Streamer that prints the prompt and the generated text as soon as characters are complete."""
 
     def __init__(self, tokenizer):
         self.decoder = StreamDecoder(tokenizer)
@@ -66,13 +67,13 @@ class Printer(BaseStreamer):
 def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     folder = Path(arguments.model)
     if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
+        raise ValueError(f"{folder} contains no config.json: name the folder of a saved model.")
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
     model = AutoModelForCausalLM.from_pretrained(
         arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
     )
-    with contextlib.suppress(AttributeError):  # a standard input that is no file
-        sys.stdin.reconfigure(errors="surrogateescape")  # what is not UTF-8 is refused where it is read, line by line
+    with contextlib.suppress(AttributeError):  # a standard input that is not a file
+        sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 raises an error where its line is read
     if arguments.interactive:
         set_seed(arguments.seed)
         converse(model, tokenizer, arguments.prompt, sampling)
@@ -88,14 +89,14 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     if not sampling.do_sample:
         options = {name: options[name] for name in options if name not in ("temperature", "top_k", "top_p", "min_p")}
     elif sampling.top_k is None:
-        options["top_k"] = 0  # `generate()` would draw among 50
+        options["top_k"] = 0  # the default of `generate()` is 50
     if prompt:
         ids = encode([prompt], tokenizer)[0].tolist()
         options["input_ids"] = torch.tensor([ids], dtype=torch.long, device=model.device)
         options["attention_mask"] = torch.ones_like(options["input_ids"])
         if ids and max(ids) >= model.config.vocab_size:
             raise ValueError(
-                f"The tokenizer makes {max(ids)} of a part of the prompt, and the model's vocabulary ends at "
+                f"The tokenizer gives the token id {max(ids)}, and the ids of the model end at "
                 f"{model.config.vocab_size - 1}: put the tokenizer that it was trained with into its folder."
             )
         if unknown_id(tokenizer) in ids or dropped_characters([prompt], tokenizer):
@@ -112,13 +113,13 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
 
 
 def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) -> None:
-    """The user's lines and the model's, one text that is never read twice."""
+    """Let the user and the model write one text in turns; no token is read twice."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401  arrow keys bring back what was typed
+        import readline  # noqa: F401  arrow keys recall earlier lines
     for name in ("repetition_penalty", "num_beams"):
         if getattr(sampling, name) not in (None, 1):
             raise ValueError(
-                f"`{name}` ({getattr(sampling, name)}) looks back at the text, which `interactive` does not keep."
+                f"`{name}` ({getattr(sampling, name)}) needs the whole text, and `interactive` keeps none: omit it."
             )
     names = ("max_new_tokens", "do_sample", "temperature", "top_k", "top_p", "min_p")
     options = {name: value for name in names if (value := getattr(sampling, name)) is not None}
@@ -136,7 +137,7 @@ def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) 
                 print(f"saved to {path}")
             elif command == "/load":
                 session = Session.load(model, tokenizer, path)
-                print(f"{session.cache.get_seq_length()} tokens were read so far")
+                print(f"{session.cache.get_seq_length()} tokens read so far")
             elif command == "/reset":
                 session = Session(model, tokenizer)
             elif command.startswith("/"):
@@ -152,7 +153,7 @@ def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) 
         except EOFError:
             print()
             return
-        except (ValueError, OSError) as error:  # of one line: the text so far stays
+        except (ValueError, OSError) as error:  # of one line only: the text so far is kept
             print(error, file=sys.stderr)
         line = None
 

@@ -3,8 +3,8 @@
 python scripts/push.py --model runs/first --repo author/first --dry_run true
 HF_TOKEN=... python scripts/push.py --model runs/first --repo author/first --private true
 
-`hf auth login` keeps a token for later; none is ever taken as an argument. A command that was interrupted finishes the
-upload when it is given again.
+The token comes from `HF_TOKEN` or `hf auth login`, never from an argument. Repeat the command to finish an
+interrupted upload.
 """
 
 import hashlib
@@ -21,14 +21,14 @@ from hf_lstm.hub import files_to_push, push_folder
 
 @dataclass
 class Arguments:
-    """What to publish, and where."""
+    """Arguments of the upload."""
 
-    model: str = field(metadata={"help": "A model's folder, as scripts/train.py leaves it."})
-    repo: str = field(metadata={"help": "The repository, author/name; it is created if need be."})
+    model: str = field(metadata={"help": "A model folder written by scripts/train.py."})
+    repo: str = field(metadata={"help": "The repository, author/name, created if it does not exist."})
     private: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
-    revision: str | None = field(default=None, metadata={"help": "The branch; it is created if need be."})
-    message: str | None = field(default=None, metadata={"help": "The message of the commit."})
-    dry_run: bool = field(default=False, metadata={"help": "Only list what would go up."})
+    revision: str | None = field(default=None, metadata={"help": "The branch, created if it does not exist."})
+    message: str | None = field(default=None, metadata={"help": "The commit message."})
+    dry_run: bool = field(default=False, metadata={"help": "Only list the files that would be uploaded."})
 
 
 def main(arguments: Arguments) -> None:
@@ -38,7 +38,7 @@ def main(arguments: Arguments) -> None:
     for path in files:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         print(f"{path.stat().st_size:>12,}  {digest}  {path.relative_to(folder)}")
-    print(f"README.md will name {arguments.repo} where it names the folder.")
+    print(f"The code example in README.md will name {arguments.repo}.")
     print(f"{len(files)} files, {sum(path.stat().st_size for path in files) / 1e6:.1f} MB (size, sha256, name)")
     if arguments.dry_run:
         print("Nothing was uploaded.")
@@ -52,6 +52,6 @@ if __name__ == "__main__":
         main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
     except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
-        sys.exit(f"push.py: {cause}\nWhat was uploaded stays: the same command finishes it.")
+        sys.exit(f"push.py: {cause}\nUploaded files are kept: the same command finishes it.")
     except (ValueError, OSError, HFValidationError) as error:
         sys.exit(f"push.py: {error}")

@@ -1,4 +1,4 @@
-"""Let an exported model write, with onnxruntime and numpy alone.
+"""Generate text with an exported model, onnxruntime and numpy alone.
 
 python run_onnx.py runs/first/onnx "def main("
 python run_onnx.py runs/first/onnx "def main(" _int8
@@ -21,12 +21,12 @@ ends = json.loads(metadata["ends"])
 text, ids = prompt.encode(errors="surrogateescape"), []
 if all(token[:1] in b" \n" for token in tokens):  # words, each with a space before it, and line ends
     text = b"\n".join(b"".join(b" " + word for word in line.split()) for line in text.split(b"\n"))
-if not any(token and text.startswith(token) for token in tokens):  # nor may a text begin without that space elsewhere
+if not any(token and text.startswith(token) for token in tokens):  # other texts may begin without that space, too
     text = text and b" " + text
-while text:  # the longest token that the text goes on with
+while text:  # the longest token that the text begins with
     ids.append(max(range(len(tokens)), key=lambda index: len(tokens[index]) * text.startswith(tokens[index])))
     if not tokens[ids[-1]] or not text.startswith(tokens[ids[-1]]):
-        sys.exit(f"run_onnx.py: the model has no token that {text.decode(errors='replace')!r} begins with.")
+        sys.exit(f"run_onnx.py: the model has no token for the beginning of {text.decode(errors='replace')!r}.")
     text = text[len(tokens[ids[-1]]) :]
 ids = ids or ends[:1] or [0]
 
@@ -36,8 +36,8 @@ random, graph = numpy.random.default_rng(0), chunk
 for _ in range(300):
     logits, *parts = graph.run(None, {"input_ids": numpy.array([ids]), **state})
     state, graph = dict(zip(state, parts, strict=True)), step
-    shares = numpy.exp((logits[0, -1] - logits[0, -1].max()).astype(float) / 0.8)  # a temperature of 0.8
-    ids = [int(random.choice(len(shares), p=shares / shares.sum()))]
+    probabilities = numpy.exp((logits[0, -1] - logits[0, -1].max()).astype(float) / 0.8)  # a temperature of 0.8
+    ids = [int(random.choice(len(probabilities), p=probabilities / probabilities.sum()))]
     if ids[0] in ends:
         break
     sys.stdout.buffer.write(tokens[ids[0]])

@@ -3,7 +3,7 @@
 python scripts/serve.py --model runs/first --port 8000
 curl localhost:8000/v1/completions -H "Content-Type: application/json" -d '{"prompt": "def main(", "max_tokens": 100}'
 
-serve_fields.py says what a request may hold, and serve_writer.py writes.
+serve_fields.py defines the fields of a request, and serve_writer.py generates the text.
 """
 
 import itertools
@@ -32,30 +32,30 @@ from hf_lstm.evaluation import check_tokenizer
 
 @dataclass
 class Arguments:
-    """What to serve, and where."""
+    """Arguments of the server."""
 
-    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
-    host: str = field(default="localhost", metadata={"help": "Address to listen at."})
-    port: int = field(default=8000, metadata={"help": "Port to listen at."})
-    limit: int = field(default=4096, metadata={"help": "Most tokens that a request may have, prompt and answer."})
-    device: str = field(default="auto", metadata={"help": "Where the model computes."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run code that comes with the model."})
+    model: str = field(metadata={"help": "A model folder or a model on the Hub."})
+    host: str = field(default="localhost", metadata={"help": "Address to listen on."})
+    port: int = field(default=8000, metadata={"help": "Port to listen on."})
+    limit: int = field(default=4096, metadata={"help": "Maximum tokens of a request, prompt and answer together."})
+    device: str = field(default="auto", metadata={"help": "Device of the model."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Whether to run the Python files of the model."})
 
 
 class Stream(StreamingResponse):
-    """A stream that ends with its client: left where it waits to be sent, it would be written on until it is collected."""
+    """A response that stops generation when its client disconnects, not only when it is garbage-collected."""
 
     async def __call__(self, scope, receive, send):
         try:
             await super().__call__(scope, receive, send)
         finally:
-            await self.body_iterator.aclose()  # which stops `generate()`
+            await self.body_iterator.aclose()  # stops `generate()`
 
 
 class Endpoint:
-    """Reads the requests of one address, has them written, and answers in that address's words."""
+    """One address: reads its requests, generates the answers and formats them."""
 
-    last = ""  # line of a stream
+    last = ""  # the last line of a stream
 
     def __init__(self, writer: Writer, model: str, limit: int):
         self.writer, self.model, self.limit = writer, model, limit
@@ -64,7 +64,7 @@ class Endpoint:
         body = await read_body(request, self.rules)
         if body.get("model", self.model) != self.model:
             raise Refused(
-                f"`model` ({reprlib.repr(body['model'])}) must be {self.model!r}, the one served here.", "model"
+                f"`model` ({reprlib.repr(body['model'])}) must be {self.model!r}, the model of this server.", "model"
             )
         job = self.read(body)
         head = {"id": f"{self.prefix}{uuid.uuid4().hex}", "model": self.model}
@@ -74,7 +74,7 @@ class Endpoint:
         async with aclosing(self.writer.pieces(job)) as pieces:
             async for piece in pieces:
                 if await request.is_disconnected():
-                    return Response(status_code=499)  # nobody reads it
+                    return Response(status_code=499)  # nginx's code for a client that closed the connection
                 so_far = answers[piece.index]
                 answers[piece.index] = Piece(
                     piece.index, so_far.text + piece.text, so_far.tokens + piece.tokens, piece.reason
@@ -88,25 +88,26 @@ class Endpoint:
                     kind = f"event: {event['type']}\n" if "type" in event else ""
                     yield f"{kind}data: {json.dumps(event)}\n\n"
         except Exception as error:
-            logging.getLogger("uvicorn.error").exception("An answer failed.")
-            yield f"data: {json.dumps(error_object(f'The answer failed: {error}', 500))}\n\n"
+            logging.getLogger("uvicorn.error").exception("Generation failed.")
+            yield f"data: {json.dumps(error_object(f'Generation failed: {error}', 500))}\n\n"
         yield self.last
 
     def plan(self, body: dict, prompts: list[Prompt], max_tokens: int | None, default: int, **options) -> Job:
-        """A job, once its tokens are the model's and, with those of the answers, within the limit."""
+        """Create a job, after checking that the token ids are valid and prompts and answers are within the limit."""
         last = self.writer.model.config.vocab_size - 1
         for ids, *_ in prompts:
             if not ids:
-                raise Refused("The prompt becomes no token: there is nothing to continue.")
+                raise Refused("The prompt has no tokens: there is nothing to continue.")
             if not 0 <= min(ids) <= max(ids) <= last:
-                raise Refused(f"The prompt has a token id beyond 0 to {last}, where the model's vocabulary ends.")
+                raise Refused(f"The prompt has an id that is not in the vocabulary: ids must be from 0 to {last}.")
         read, n = sum(len(prompt.ids) for prompt in prompts), body.get("n", 1)
         room = (self.limit // n - read) // len(prompts)  # tokens of each answer
         if max_tokens is None:
             max_tokens = max(1, min(default, room))
         if max_tokens > room:
             raise Refused(
-                f"The prompt has {read} tokens, an answer {max_tokens} and `n` is {n}: the limit is {self.limit} together."
+                f"The prompt has {read} tokens, an answer {max_tokens} and `n` is {n}: the limit is {self.limit} "
+                "in total."
             )
         stop = body.get("stop", [])
         return Job(
@@ -122,12 +123,12 @@ class Endpoint:
 
     def read_chat(self, messages: list[dict], field: str) -> Prompt:
         if self.writer.tokenizer.chat_template is None:
-            raise Refused("The model's tokenizer has no chat template: ask /v1/completions, which continues a text.")
+            raise Refused("The model's tokenizer has no chat template: use /v1/completions, which continues a text.")
         return Prompt(encode_chat(self.writer.tokenizer, read_messages(messages, field)))
 
 
 class Choices(Endpoint):
-    """Answers in `choices`, as OpenAI's older addresses give them."""
+    """The format of OpenAI's completions and chat completions, with a list of `choices`."""
 
     last = "data: [DONE]\n\n"
 
@@ -167,7 +168,7 @@ class Completions(Choices):
         if isinstance(prompts, str) or isinstance(prompts[0], int):
             prompts = [prompts]
         if body.get("best_of", n) != n:
-            raise Refused(f"`best_of` ({body['best_of']}) must be `n` ({n}): each answer is given.", "best_of")
+            raise Refused(f"`best_of` ({body['best_of']}) must be `n` ({n}): all answers are returned.", "best_of")
         if body.get("max_tokens") == 0 and not echo:
             raise Refused(
                 "`max_tokens` (0) must be at least 1 without `echo`: the answer would be empty.", "max_tokens"
@@ -293,21 +294,21 @@ def error_object(message: str, status: int, field: str | None = None) -> dict:
     return {"error": {"message": message, "type": kind, "param": field, "code": None}}
 
 
-async def say_refused(request: Request, error: Refused) -> Response:
+async def on_refused(request: Request, error: Refused) -> Response:
     return JSONResponse(error_object(str(error), 400, error.field), status_code=400)
 
 
-async def say_nothing(request: Request, error: ClientDisconnect) -> Response:
+async def on_disconnect(request: Request, error: ClientDisconnect) -> Response:
     return Response(status_code=499)  # nobody reads it
 
 
-async def say_unknown(request: Request, error: HTTPException) -> Response:
+async def on_http_error(request: Request, error: HTTPException) -> Response:
     message = f"{error.detail}: this server answers POST to {', '.join(ADDRESSES)} and GET to /v1/models and /health."
     return JSONResponse(error_object(message, error.status_code), status_code=error.status_code, headers=error.headers)
 
 
-async def say_failed(request: Request, error: Exception) -> Response:  # which is logged where it is raised again
-    return JSONResponse(error_object(f"The answer failed: {error}", 500), status_code=500)
+async def on_failure(request: Request, error: Exception) -> Response:  # starlette logs the error
+    return JSONResponse(error_object(f"Generation failed: {error}", 500), status_code=500)
 
 
 ADDRESSES = {
@@ -318,10 +319,10 @@ ADDRESSES = {
 
 
 def make_app(arguments: Arguments) -> Starlette:
-    """The application for a server of ASGI, with the model in memory."""
+    """Load the model and return the ASGI application."""
     if arguments.limit < 2:
         raise ValueError(
-            f"`limit` ({arguments.limit}) must be at least 2, a token of the prompt and one of the answer."
+            f"`limit` ({arguments.limit}) must be at least 2: one token of the prompt and one of the answer."
         )
     trusted = {"trust_remote_code": arguments.trust_remote_code}
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trusted)
@@ -347,18 +348,18 @@ def make_app(arguments: Arguments) -> Starlette:
             ),
         ],
         exception_handlers={
-            Refused: say_refused,
-            ClientDisconnect: say_nothing,
-            HTTPException: say_unknown,
-            Exception: say_failed,
+            Refused: on_refused,
+            ClientDisconnect: on_disconnect,
+            HTTPException: on_http_error,
+            Exception: on_failure,
         },
     )
 
 
 def main(arguments: Arguments) -> None:
     app = make_app(arguments)
-    print(f"{arguments.model} answers at http://{arguments.host}:{arguments.port}/v1, Ctrl-C stops it.", flush=True)
-    # What is still written when the server is stopped stops with it.
+    print(f"Serving {arguments.model} at http://{arguments.host}:{arguments.port}/v1 (Ctrl-C to stop)", flush=True)
+    # Answers in progress stop with the server.
     uvicorn.run(app, host=arguments.host, port=arguments.port, log_level="warning", timeout_graceful_shutdown=1)
 
 

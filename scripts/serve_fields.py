@@ -1,4 +1,4 @@
-"""The fields that a request to scripts/serve.py may have: what is not listed here is refused in words."""
+"""Fields of requests to scripts/serve.py and their checks. A field that is not listed is refused."""
 
 import json
 import reprlib
@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 from starlette.requests import Request
 
-BODY = 1 << 22  # bytes of a request: about a second of encoding
+BODY = 1 << 22  # maximum bytes of a request, about a second of encoding
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 
 
 class Refused(Exception):
-    """A request that cannot be done: the sentence that its client reads, and the field that it is about."""
+    """An invalid request, with the message for its client and the field it refers to."""
 
     def __init__(self, message: str, field: str | None = None):
         super().__init__(message)
@@ -21,7 +21,7 @@ class Refused(Exception):
 
 
 class Rule(NamedTuple):
-    """The values that a field may have: in words, and as a condition."""
+    """The valid values of a field, as a description and a predicate."""
 
     words: str
     holds: Callable[[object], bool]
@@ -33,8 +33,8 @@ def number(least, most, kinds=(int, float)) -> Rule:
 
 
 def only(*values) -> Rule:
-    """For fields whose other values ask for more than the server can do."""
-    words = f"{' or '.join(map(json.dumps, values))}, all that this server can do"
+    """Allow only these values, for a field whose other values are not supported."""
+    words = f"{' or '.join(map(json.dumps, values))}: this server supports nothing else"
     return Rule(words, lambda value: any(value == one and isinstance(value, type(one)) for one in values))
 
 
@@ -45,10 +45,10 @@ def is_list(value, kind: type) -> bool:
 whole = partial(number, kinds=(int,))
 FLAG = Rule("true or false", lambda value: isinstance(value, bool))
 TEXT = Rule("a text", lambda value: isinstance(value, str))
-LABEL = Rule("a text or an object of texts", lambda value: isinstance(value, str | dict))  # it asks for nothing
-ZERO = Rule("0, all that this server can do", lambda value: type(value) in (int, float) and value == 0)
+LABEL = Rule("a text or an object of texts", lambda value: isinstance(value, str | dict))  # without effect
+ZERO = Rule("0: this server supports nothing else", lambda value: type(value) in (int, float) and value == 0)
 STOP = Rule(
-    "a text or a list of up to 4 texts, none of them empty",
+    "a non-empty text or a list of up to 4 non-empty texts",
     lambda value: value != "" and (isinstance(value, str) or (is_list(value, str) and len(value) <= 4 and all(value))),
 )
 PROMPT = Rule(
@@ -73,7 +73,7 @@ SAMPLING = {
     "model": TEXT,
     "temperature": number(0, 2),
     "top_p": number(0, 1),
-    "seed": whole(-(2**63), 2**64 - 1),  # what torch takes
+    "seed": whole(-(2**63), 2**64 - 1),  # the range of torch's seeds
     "stream": FLAG,
     "store": only(False),
     "service_tier": only("auto", "default"),
@@ -124,7 +124,7 @@ RESPONSE = SAMPLING | NO_TOOLS | {
 
 
 async def read_body(request: Request, rules: dict[str, Rule]) -> dict:
-    """The fields of a request that hold something, once each is one that its rule allows; `Refused` otherwise."""
+    """Read the fields of a request that are not null. Raises `Refused` if one breaks its rule."""
     kind = request.headers.get("content-type", "")
     if kind.partition(";")[0].strip().lower() != "application/json":
         raise Refused(f"The header Content-Type ({kind!r}) must be application/json.")
@@ -138,31 +138,33 @@ async def read_body(request: Request, rules: dict[str, Rule]) -> dict:
             raise Refused(f"The body must have at most {BODY:,} bytes.")
 
     def refuse_constant(name):
-        raise ValueError(f"{name} is not a number in JSON")  # but in Python's reader
+        raise ValueError(f"{name} is not a number in JSON")  # though Python's reader accepts it
 
     try:
         body = json.loads(data, parse_constant=refuse_constant)
         if not isinstance(body, dict):
-            raise ValueError(f"it holds {reprlib.repr(body)}, and no object")
+            raise ValueError(f"it is {reprlib.repr(body)}")
         for name, value in body.items():
             json.dumps([name, value], ensure_ascii=False).encode()
     except UnicodeEncodeError:
-        raise Refused(f"{reprlib.repr(name)} holds half a surrogate pair, which no text can: leave it out.") from None
+        raise Refused(
+            f"{reprlib.repr(name)} contains half a surrogate pair, which is not valid text: leave it out."
+        ) from None
     except (ValueError, RecursionError) as error:
-        raise Refused(f"The body must be an object in JSON: {error}.") from None
+        raise Refused(f"The body must be a JSON object: {error}.") from None
     body = {name: value for name, value in body.items() if value is not None}
     for name, value in body.items():
         if name not in rules:
-            raise Refused(f"{reprlib.repr(name)} is not a field that this server knows here: leave it out.", name)
+            raise Refused(f"{reprlib.repr(name)} is not a field that this address supports: leave it out.", name)
         if not rules[name].holds(value):
             raise Refused(f"`{name}` ({reprlib.repr(value)}) must be {rules[name].words}.", name)
     if "stream_options" in body and not body.get("stream"):
-        raise Refused("`stream_options` is for a request with `stream`: leave it out.", "stream_options")
+        raise Refused("`stream_options` is only valid with `stream`: leave it out.", "stream_options")
     return body
 
 
 def read_messages(messages: list[dict], field: str) -> list[dict]:
-    """Messages as a chat template takes them: `role`, `content` as one text, and `name` if there is one."""
+    """Convert messages to the form of chat templates: `role`, `content` as one text, and `name` if there is one."""
     plain = []
     for message in messages:
         message = {key: value for key, value in message.items() if value not in (None, [], {})}
@@ -170,7 +172,7 @@ def read_messages(messages: list[dict], field: str) -> list[dict]:
         parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
         kinds = ("text", "input_text", "output_text")
         if not all(isinstance(part, dict) and part.get("type") in kinds for part in parts):
-            raise Refused(f"`{field}` holds {reprlib.repr(message)}: the parts of a message must be text.", field)
+            raise Refused(f"`{field}` has {reprlib.repr(message)}: the parts of a message must be text.", field)
         said = [part.get("text") for part in parts]
         name = {"name": message["name"]} if "name" in message else {}
         unknown = sorted(message.keys() - {"role", "content", "name", "type", "id", "status"})
@@ -180,13 +182,14 @@ def read_messages(messages: list[dict], field: str) -> list[dict]:
             or message.get("type", "message") != "message"
         ):
             raise Refused(
-                f"`{field}` holds {reprlib.repr(message)}: a message has a `role` ({', '.join(ROLES)}), a `content` of "
-                "text and a `name` of text if any.",
+                f"`{field}` has {reprlib.repr(message)}: a message has a `role` ({', '.join(ROLES)}), a `content` of "
+                "text and, optionally, a `name` of text.",
                 field,
             )
         if unknown:
             raise Refused(
-                f"`{field}` holds a message with {reprlib.repr(unknown[0])}, which no template is given.", field
+                f"`{field}` has a message with {reprlib.repr(unknown[0])}, which is not supported: leave it out.",
+                field,
             )
         plain.append({"role": message["role"], "content": "".join(said)} | name)
     return plain

@@ -1,4 +1,4 @@
-"""The text that scripts/serve.py answers with: prompts become token ids, and one thread continues them, one after the other.
+"""Text generation for scripts/serve.py: encodes prompts and continues them in one thread, one after the other.
 
 Log probabilities are in nats, before the temperature. Shapes: V vocabulary.
 """
@@ -27,22 +27,23 @@ from transformers import (
 from hf_lstm.generation import COLDEST
 from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, letter_reader
 
-READ_AT_ONCE = 512  # tokens of a prompt whose log probabilities are asked for
+READ_AT_ONCE = 512  # tokens per forward pass over a prompt whose log probabilities are returned
 
 
 def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
     """
-    Encode a conversation in the tokenizer's chat template: the template's own markers are tokens, and what the messages
-    hold is letters, whatever it looks like. The template is rendered once more with letters for the messages' that no marker
-    has: the markers in there are its own. Where the messages hold none, the ids are those of `apply_chat_template`; else the
-    tokenizer reads the whole text too, with a sign that the text lacks for each marker of the template's own.
+    Encode a conversation with the tokenizer's chat template. Special tokens of the template become tokens; text in the
+    messages that looks like a special token stays text. To tell them apart, the template is rendered a second time,
+    with the letters of special tokens replaced in the messages: those still found belong to the template. Where the
+    messages contain none, the ids are those of `apply_chat_template`; otherwise the tokenizer reads the whole text with an
+    unused character in place of each special token of the template.
 
     Args:
-        tokenizer (`PreTrainedTokenizerFast`): One with a `chat_template`.
-        messages (`list[dict]`): With `role`, `content` and, for some, `name`, all texts.
+        tokenizer (`PreTrainedTokenizerFast`): A tokenizer with a `chat_template`.
+        messages (`list[dict]`): Messages with the texts `role`, `content` and, optionally, `name`.
 
     Raises:
-        Refused: if the template refuses the messages, or changes one that looks like a marker.
+        Refused: if the template raises an error, or changes a message that looks like a special token.
     """
     added = {token.content: token for token in tokenizer.added_tokens_decoder.values() if not token.content.isspace()}
     if tokenizer.split_special_tokens:  # as version 0.1.0 saved it: the template's markers are letters too
@@ -92,13 +93,13 @@ def encode_chat(tokenizer, messages: list[dict]) -> list[int]:
 
 
 def any_of(names: Iterable[str]) -> re.Pattern:
-    """Where one of the names stands, the longest of them."""
+    """Return a pattern that matches any of the names, the longest first."""
     return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)) or "(?!)")
 
 
 @dataclass
 class Token:
-    """A token of an answer: where its text begins and, if asked for, its log probability and the largest ones, in nats."""
+    """A token of an answer, with the offset of its text and, if requested, log probabilities in nats."""
 
     id: int
     start: int = 0
@@ -107,7 +108,7 @@ class Token:
 
 
 class Piece(NamedTuple):
-    """Text that came to one of the answers to a request, and why that ended."""
+    """New text of one of the answers to a request, and the reason if the answer is complete."""
 
     index: int
     text: str = ""
@@ -116,7 +117,7 @@ class Piece(NamedTuple):
 
 
 class Prompt(NamedTuple):
-    """What is continued: its tokens, and, if it came as a text, that and where in it each token begins."""
+    """A prompt: its token ids and, if it was given as text, the text and the offset of each token in it."""
 
     ids: list[int]
     text: str | None = None
@@ -125,7 +126,7 @@ class Prompt(NamedTuple):
 
 @dataclass
 class Job:
-    """Prompts to continue, each `n` times."""
+    """A request: prompts to continue, each `n` times."""
 
     prompts: list[Prompt]
     max_tokens: int
@@ -145,8 +146,9 @@ class Job:
 
 class Answer:
     """
-    A text that grows token by token behind an `echo` of the prompt, if any, and is shown as far as it cannot be the beginning
-    of a stop string. `cut` is where a stop string was found, `reason` why the text is complete: OpenAI's `finish_reason`.
+    An answer that grows token by token, after an `echo` of the prompt if any. Text that may be the beginning of a stop
+    string is held back. `cut` is the offset of the stop string found, `reason` OpenAI's `finish_reason` once the text
+    is complete.
     """
 
     def __init__(self, index: int, decoder, stops: list[str], echo: str, tokens: list[Token]):
@@ -173,7 +175,7 @@ class Answer:
         starts = [(self.text.find(stop, max(self.begin, before - len(stop) + 1)), stop) for stop in self.stops]
         found = [(start + len(stop), start) for start, stop in starts if start >= 0]
         if found and self.cut is None:
-            self.cut, self.reason = min(found)[1], "stop"  # the first to be complete, whatever the tokens are
+            self.cut, self.reason = min(found)[1], "stop"  # the first that is complete, independent of the tokens
 
     def _piece(self) -> Piece | None:
         end = len(self.text) if self.cut is None else self.cut
@@ -190,7 +192,7 @@ class Answer:
 
 
 class Scores(LogitsProcessor):
-    """Keeps the log probabilities of each step."""
+    """Logits processor that keeps the log probabilities of each step."""
 
     def __call__(self, input_ids, scores):
         self.logprobs = scores.log_softmax(dim=-1)
@@ -198,7 +200,7 @@ class Scores(LogitsProcessor):
 
 
 class Growth(StoppingCriteria):
-    """A function that gets the tokens of each step and says which rows are complete."""
+    """Stopping criterion that passes all tokens to a function, which returns the rows that are complete."""
 
     def __init__(self, function):
         self.function = function
@@ -209,18 +211,19 @@ class Growth(StoppingCriteria):
 
 class Writer:
     """
-    A model that continues prompts, in a thread of its own.
+    Generation with one model in one thread.
 
     Raises:
-        ValueError: if the tokenizer is slow.
+        ValueError: if the tokenizer is not a fast one.
     """
 
     def __init__(self, model, tokenizer):
         if not tokenizer.is_fast:
-            raise ValueError(f"{type(tokenizer).__name__} does not decode piece by piece: a fast tokenizer is needed.")
+            raise ValueError(f"{type(tokenizer).__name__} cannot decode incrementally: use a fast tokenizer.")
         self.model, self.tokenizer = model, tokenizer
         self.thread = ThreadPoolExecutor(1)
-        # What the model's makers chose holds, but for what cannot be streamed and what a request says itself.
+        # Keep the generation config of the model, except for what cannot be streamed and what each request sets
+        # itself.
         defaults = model.generation_config
         stops, ends = defaults.stop_strings or [], defaults.eos_token_id
         self.stops = [stops] if isinstance(stops, str) else list(stops)
@@ -229,12 +232,12 @@ class Writer:
         defaults.update(temperature=None, top_k=None, top_p=None)
 
     def encode(self, text: str) -> Prompt:
-        """Encode a text in which special tokens are tokens."""
+        """Encode a prompt, with special tokens in the text as tokens."""
         encoded = self.tokenizer(text, return_offsets_mapping=True, verbose=False)
         return Prompt(encoded["input_ids"], text, [start for start, _ in encoded["offset_mapping"]])
 
     def name(self, token: int) -> str:
-        """A token as OpenAI shows it: its text, or its bytes where they are not UTF-8; its id where another is called so."""
+        """Return a token's name in OpenAI's format: its text, its bytes if not UTF-8, or its id if the name is taken."""
         return self._names[token]
 
     @cached_property
@@ -253,7 +256,7 @@ class Writer:
         return [by_id.get(index, f"token_id:{index}") for index in range(self.model.config.vocab_size)]
 
     async def pieces(self, job: Job) -> AsyncIterator[Piece]:
-        """The answers as they are written. Closing it ends the writing."""
+        """Yield the pieces of the answers as they are generated. Closing the generator stops generation."""
         loop, queue, left = asyncio.get_running_loop(), asyncio.Queue(), threading.Event()
 
         def send(piece):
@@ -264,14 +267,14 @@ class Writer:
         try:
             while (piece := await queue.get()) is not writing:
                 yield piece
-            writing.result()  # or what went wrong
+            writing.result()  # raises the error if there was one
         finally:
             left.set()
             writing.cancel()
 
     def _write(self, job: Job, send, left: threading.Event) -> None:
         devices = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(devices, enabled=job.seed is not None):  # a seed is for its own request
+        with torch.random.fork_rng(devices, enabled=job.seed is not None):  # a seed affects its own request only
             if job.seed is not None:
                 torch.manual_seed(job.seed)
             for number, prompt in enumerate(job.prompts):
@@ -319,7 +322,7 @@ class Writer:
 
     @torch.no_grad()
     def _read(self, prompt: Prompt, job: Job) -> tuple[str, list[Token]]:
-        """The text of a prompt and its tokens, with log probabilities but for the first, which nothing predicts."""
+        """Return the text of a prompt and its tokens, with log probabilities of all but the first."""
         ids, text, starts = prompt.ids, prompt.text, prompt.starts
         if text is None:
             text, starts, decoder = "", [], StreamDecoder(self.tokenizer)
@@ -333,15 +336,15 @@ class Writer:
             for chunk in inputs.split(READ_AT_ONCE, dim=1):
                 logprobs = self.model(chunk, past_key_values=cache).logits[0].float().log_softmax(dim=-1)
                 tokens += [scored(next(following), step, job.logprobs) for step in logprobs]
-            tokens[1 : len(ids)] = []  # of these nothing was known
+            tokens[1 : len(ids)] = []  # replaced by those with log probabilities
         for token, start in zip(tokens, starts, strict=True):
             token.start = start
         return text, tokens
 
 
 def scored(token: int, logprobs: torch.Tensor, count: int) -> Token:
-    """A token with its log probability and, beside it, the `count` largest of `logprobs`, `(V,)`."""
-    logprobs = logprobs.clamp(min=-9999.0)  # JSON knows no infinity
+    """Return a token with its log probability and the `count` largest of `logprobs`, `(V,)`."""
+    logprobs = logprobs.clamp(min=-9999.0)  # JSON has no infinity
     values, indices = logprobs.topk(min(count, len(logprobs)))
     own = logprobs[token].item()
     return Token(token, logprob=own, largest=dict(zip(indices.tolist(), values.tolist(), strict=True)) | {token: own})

@@ -1,10 +1,10 @@
-"""Compare what lies beside a model's weights with the hf-lstm which is installed.
+"""Compare the files beside a model's weights with the installed hf-lstm.
 
 python scripts/verify.py --model author/model
 
-`trust_remote_code=True` runs Python files, and what JSON files name, in this repository or in another. So each file and each
-field that is not known to be harmless is printed: code with its sha256 and whether it is the same, fields that differ from
-those of a model of hf-lstm, and files that no such model needs. Nothing is run.
+`trust_remote_code=True` runs the Python files of a repository and code that its JSON files name, there or elsewhere.
+This script prints every file and field that is not known to be harmless: code with its sha256 and whether it is the
+same, fields that differ from those of an hf-lstm model, and files that no such model needs. It runs none of them.
 """
 
 import hashlib
@@ -20,14 +20,15 @@ from huggingface_hub.utils import httpx
 from transformers import GenerationConfig, HfArgumentParser
 
 import hf_lstm
-from hf_lstm.hub import FOR_OTHERS, read_json
+from hf_lstm.hub import UPLOAD_PATTERNS, read_json
 from hf_lstm.model import configuration_lstm
 from hf_lstm.model.configuration_lstm import AUTO_MAP, LSTMConfig
 from hf_lstm.model.loading_lstm import SAFETENSORS
 
-# What nobody runs: what `scripts/push.py` sends, numbers, licences, and what Git and huggingface_hub keep of a copy.
+# Files that are never run: those that `scripts/push.py` uploads, weights, licences, and the records of Git and
+# huggingface_hub.
 DATA = (
-    *FOR_OTHERS,
+    *UPLOAD_PATTERNS,
     "*.safetensors",
     "additional_chat_templates/*.jinja",
     "LICENSE*",
@@ -37,9 +38,9 @@ DATA = (
 )
 DATA += (".cache/huggingface/.gitignore", ".cache/huggingface/CACHEDIR.TAG", ".cache/huggingface/*.metadata")
 DATA += (".cache/huggingface/*.lock",)
-# What training leaves beside a model, and only training reads. Some are pickles, which are better not opened.
-LEFT = ("training_args.bin", "trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
-LEFT += ("rng_state.pth", "rng_state_*.pth", ".lock")  # the last by a run that was killed
+# Files that training leaves beside a model and only training reads. Some are pickles, which are better not opened.
+TRAINING = ("training_args.bin", "trainer_state.json", "optimizer.pt", "optimizer.bin", "scheduler.pt", "scaler.pt")
+TRAINING += ("rng_state.pth", "rng_state_*.pth", ".lock")  # the last is left by a run that was killed
 
 TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 TOKENS += ("additional_special_tokens", "extra_special_tokens")
@@ -47,7 +48,7 @@ CLASSES = [reference.split(".")[1] for name, reference in AUTO_MAP.items() if na
 
 
 def is_plain(value) -> bool:
-    """Numbers and words, or a list of such: nothing that is read as more."""
+    """Whether a value is a scalar or a list of scalars, which no reader resolves to code."""
     return not isinstance(value, dict) and (not isinstance(value, list) or all(map(is_plain, value)))
 
 
@@ -56,11 +57,11 @@ def is_number(value) -> bool:
 
 
 def is_anything(value) -> bool:
-    """What transformers takes for names, labels and templates, whatever it is: templates run in a sandbox."""
+    """Accept any value, for labels, tokens and templates: templates run in a sandbox."""
     return True
 
 
-# The fields that a file may hold, by its name, and what each must be: whatever is not here may lead elsewhere.
+# The fields that a file may have and the check of each. Any other field may lead to other code.
 FIELDS = {
     "config.json": dict.fromkeys(LSTMConfig.__annotations__, is_plain)
     | dict.fromkeys(
@@ -98,9 +99,9 @@ FIELDS = {
 
 @dataclass
 class Arguments:
-    """What to compare."""
+    """Arguments of the comparison."""
 
-    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
+    model: str = field(metadata={"help": "A model folder or a model on the Hub."})
     revision: str | None = field(default=None, metadata={"help": "The branch, tag or commit on the Hub."})
 
 
@@ -109,7 +110,7 @@ def sha256(path: Path) -> str:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Each file below a folder, as it is named there; a link is one of them, and is not followed into another folder."""
+    """Return the relative path of each file in a folder. Links are listed, and never followed."""
     paths = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir()]
     return [path.relative_to(folder).as_posix() for path in paths]
 
@@ -125,19 +126,19 @@ def main(arguments: Arguments) -> None:
         print(f"commit {folder.name}")
         names = HfApi().list_repo_files(arguments.model, revision=folder.name)
     if "config.json" not in names:
-        raise ValueError(f"{arguments.model!r} holds no config.json: name a model.")
+        raise ValueError(f"{arguments.model!r} contains no config.json: name a model.")
 
     ours = {path.name: sha256(path) for path in Path(configuration_lstm.__file__).parent.glob("*_lstm.py")}
     lines = [("missing", "-" * 64, name) for name in ours.keys() - names]
     ours["onnx/run_onnx.py"] = sha256(Path(__file__).with_name("run_onnx.py"))
     for name in names:
-        plain = re.sub(r"^checkpoint-\d+/", "", name)  # a model in the making, held to the same
+        plain = re.sub(r"^checkpoint-\d+/", "", name)  # the same rules for checkpoints
         if name.endswith(".py"):
             found = sha256(folder / name)
             lines.append(
                 ("not ours" if plain not in ours else "same" if found == ours[plain] else "differs", found, name)
             )
-        elif any(fnmatchcase(plain, pattern) for pattern in LEFT):
+        elif any(fnmatchcase(plain, pattern) for pattern in TRAINING):
             lines.append(("not read", "", name))
         elif not any(fnmatchcase(plain, pattern) for pattern in DATA):
             lines.append(("unknown", "", name))
@@ -155,19 +156,19 @@ def main(arguments: Arguments) -> None:
 
     verdicts, version = {verdict for verdict, *_ in lines}, hf_lstm.__version__
     if "not read" in verdicts:
-        print("What is not read was left by training, may be a pickle, and is not opened when the model is loaded.")
+        print("Files marked `not read` are left by training, may be pickles, and are not opened with the model.")
     if verdicts <= {"same", "not read"}:
-        print(f"All of it is the code of hf-lstm {version}.")
+        print(f"All code is that of hf-lstm {version}.")
     elif verdicts <= {"same", "not read", "unknown"}:
         sys.exit(
-            f"The code is that of hf-lstm {version}, and what is unknown above is nothing that its models need: it may lead "
-            "to other code when the model is loaded. With `import hf_lstm`, without `trust_remote_code=True`, from a copy "
-            "without these files, none of it runs."
+            f"The code is that of hf-lstm {version}. Its models do not need the files marked `unknown`, and these may "
+            "lead to other code when the model is loaded. To run none of it, load a copy without them, after "
+            "`import hf_lstm` and without `trust_remote_code=True`."
         )
     else:
         sys.exit(
-            f"This is not the code of hf-lstm {version}: it was saved by another version, or changed. With `import hf_lstm`, "
-            "and without `trust_remote_code=True`, none of it runs."
+            f"This is not the code of hf-lstm {version}: it was saved by another version, or changed. To run none of "
+            "it, load the model after `import hf_lstm` and without `trust_remote_code=True`."
         )
 
 

@@ -1,7 +1,7 @@
-"""A Hub on the loopback address, as far as huggingface_hub, transformers and Trainer use one, that fails on command.
+"""A Hub on the loopback address for huggingface_hub, transformers and Trainer, with failures on request.
 
-It speaks the HTTP interface of the installed huggingface_hub without Xet: create, whoami, preupload, LFS batch, upload and
-verify, commit, model info, tree, refs, branches, and resolve with ETags and ranges. Whoever writes needs `TOKEN`.
+It speaks the HTTP interface of the installed huggingface_hub without Xet: create, whoami, preupload, LFS batch, upload
+and verify, commit, model info, tree, refs, branches, and resolve with ETags and ranges. Writing requires `TOKEN`.
 """
 
 import base64
@@ -20,7 +20,7 @@ LFS = re.compile(r".*\.(safetensors|png|onnx|pt2|bin)$")
 
 @dataclass
 class Repository:
-    """`branches` name commits; `commits` hold all files of a commit, by path."""
+    """A repository: `branches` maps names to commits, `commits` maps ids to all files by path."""
 
     private: bool = False
     commits: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Repository:
 
 @dataclass
 class Failure:
-    """The next `times` requests whose "METHOD /path" matches `pattern` end as `kind` says."""
+    """A failure, of the given kind, of the next `times` requests whose "METHOD /path" matches `pattern`."""
 
     pattern: str
     kind: str  # "cut" in the middle of the body, "slow" by a second, or a status: "401", "429", "500"
@@ -54,7 +54,7 @@ class Hub(ThreadingHTTPServer):
     def __init__(self):
         super().__init__(("127.0.0.1", 0), Handler)
         self.repositories: dict[str, Repository] = {}
-        self.objects: dict[str, bytes] = {}  # what LFS keeps, by sha256
+        self.objects: dict[str, bytes] = {}  # LFS objects by sha256
         self.failures: list[Failure] = []
         self.requests: list[str] = []
         self.lock = threading.Lock()
@@ -69,7 +69,7 @@ class Hub(ThreadingHTTPServer):
         return repository.commits[repository.find(revision)]
 
     def handle_error(self, request, client_address):
-        """A client that went away is no error of the server."""
+        """Ignore clients that disconnect."""
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -136,7 +136,7 @@ class Handler(BaseHTTPRequestHandler):
         return self.headers.get("Authorization") == f"Bearer {TOKEN}"
 
     def repository(self, name: str, write: bool = False) -> Repository | None:
-        """The one that is meant, or `None` once it was said why not."""
+        """Return a repository, or answer with an error and return `None`."""
         repository = self.server.repositories.get(name)
         if (write or (repository and repository.private)) and not self.may_write:
             self.answer(401, {"error": "Invalid credentials in Authorization header"})
@@ -210,7 +210,7 @@ class Handler(BaseHTTPRequestHandler):
             self.server.objects[oid] = self.body
             self.answer(200, b"")
         else:
-            self.answer(400, {"error": "the content is not what its name says"})
+            self.answer(400, {"error": "the content does not match its sha256"})
 
     def verify(self):
         there = json.loads(self.body)["oid"] in self.server.objects
@@ -314,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 def object_id(path: str, content: bytes) -> str:
-    """Of a large file its sha256, of another git's own."""
+    """Return the sha256 of a large file, and the git object id of any other."""
     if LFS.match(path):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(f"blob {len(content)}\0".encode() + content).hexdigest()

@@ -1,16 +1,16 @@
-"""The equations of the LSTM language model, number by number, in Python's own float64. No tensor, no matrix product:
-whatever the package computes must agree with this, outputs, states and gradients.
+"""Reference implementation of the LSTM language model: scalar float64 arithmetic in plain Python, without tensors. The
+outputs, states and gradients of the package must agree with it.
 """
 
 import math
 
 
 class Scalar:
-    """A number that remembers what it was made of, so that the chain rule can be applied backwards."""
+    """A number with the numbers it was computed from, for reverse-mode differentiation."""
 
     def __init__(self, value, sources=()):
         self.value = float(value)
-        self.sources = sources  # pairs (Scalar, derivative of self by it)
+        self.sources = sources  # pairs (Scalar, derivative of self with respect to it)
         self.gradient = 0.0
 
     def __add__(self, other):
@@ -57,12 +57,12 @@ class Scalar:
 
 
 def scalars(numbers):
-    """Nested lists of numbers as nested lists of `Scalar`."""
+    """Convert nested lists of numbers to nested lists of `Scalar`."""
     return [scalars(number) for number in numbers] if isinstance(numbers, list) else Scalar(numbers)
 
 
 def values(nested, what="value"):
-    """The reverse; `what="gradient"` gives the derivatives."""
+    """Convert nested lists of `Scalar` to numbers, their values or (`what="gradient"`) their derivatives."""
     return [values(item, what) for item in nested] if isinstance(nested, list) else getattr(nested, what)
 
 
@@ -78,7 +78,7 @@ def linear(x, matrix):
 
 
 def lstm_step(x, h, c, W, U, b):
-    """One token through one cell: x of D numbers, h and c of H. Gates in the order i, f, g, o."""
+    """One step of one cell; x has D numbers, h and c have H. The gates have the order i, f, g, o."""
     size = len(h)
     gates = [dot(W[row], x) + dot(U[row], h) + b[row] for row in range(4 * size)]
     new_h, new_c = [], []
@@ -105,8 +105,8 @@ def swiglu(x, gate, up, down):
 
 def language_model(ids, weights, states=None):
     """
-    The logits after each token of one row, and the states after the last: pairs of h and c, one for each layer.
-    `weights` are those of `weights_of`.
+    Return the logits after each token of one row, and the state after the last: a pair of h and c for each layer.
+    `weights` come from `weights_of`.
     """
     w = {name.removeprefix("model."): weight for name, weight in weights.items()}
     layers = sum(name.endswith("hidden_gates.weight") for name in w)
@@ -141,7 +141,7 @@ def language_model(ids, weights, states=None):
 
 
 def mean_cross_entropy(logits, targets):
-    """Nats per target."""
+    """Return the mean cross-entropy in nats per target."""
     total = Scalar(0.0)
     for row, target in zip(logits, targets, strict=True):
         normaliser = Scalar(0.0)
@@ -152,5 +152,5 @@ def mean_cross_entropy(logits, targets):
 
 
 def weights_of(model):
-    """The weights of an `LSTMForCausalLM` by name, as nested lists of `Scalar`; tied matrices stand there once."""
+    """Return the weights of an `LSTMForCausalLM` by name, as nested lists of `Scalar`; tied weights occur once."""
     return {name: scalars(parameter.tolist()) for name, parameter in model.named_parameters()}

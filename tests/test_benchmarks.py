@@ -1,9 +1,9 @@
-"""What README.md says of speed is what the files of results hold."""
+"""The section on speed of README.md equals the rendering of the results."""
 
 from conftest import SCRIPTS
 
 
-def test_the_readme_says_what_the_results_say(monkeypatch):
+def test_the_readme_contains_the_rendered_results(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
     import summary
 

@@ -1,4 +1,4 @@
-"""Libraries that adapt, quantise or train language models work on this one: `pip install -e ".[clients]"`."""
+"""Libraries for adapters, quantization and training (`pip install -e ".[clients]"`)."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ IDS = make_ids(4, 12)
 TARGETS = {"gates": ["input_gates", "hidden_gates"], "all-linear": "all-linear"}
 
 
-def test_an_adapter_on_the_embedding_reads_and_writes():
+def test_lora_works_on_the_embedding():
     import peft
 
     model = make_model(torch.float32)
@@ -30,7 +30,7 @@ def test_an_adapter_on_the_embedding_reads_and_writes():
 @pytest.mark.parametrize("block", ["stacked", "tied_narrow", "residual_narrow"])
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_adapters_learn_and_travel(tmp_path, block, targets, dora):
+def test_lora_learns_and_survives_saving_and_merging(tmp_path, block, targets, dora):
     import peft
 
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=TARGETS[targets], use_dora=dora)
@@ -64,14 +64,14 @@ def test_adapters_learn_and_travel(tmp_path, block, targets, dora):
     assert merged.generate(IDS, **options).tolist() == written.tolist()
 
 
-def test_an_adapter_for_a_module_that_is_not_there_is_refused():
+def test_lora_refuses_a_module_that_does_not_exist():
     import peft
 
     with pytest.raises(ValueError, match=r"Target modules .*q_proj.* not found in the base model"):
         peft.get_peft_model(make_model(), peft.LoraConfig(target_modules=["q_proj"]))
 
 
-def test_virtual_tokens_can_be_embeddings_but_not_keys():
+def test_prompt_tuning_works_and_prefix_tuning_is_refused():
     import peft
 
     shape = {
@@ -91,7 +91,7 @@ def test_virtual_tokens_can_be_embeddings_but_not_keys():
 
 
 @pytest.mark.parametrize("block", ["stacked", "residual_narrow"])
-def test_int8_weights(block):
+def test_torchao_quantizes_a_model(block):
     torchao = pytest.importorskip("torchao.quantization")
     model = make_model(torch.float32, **CONFIGS[block] | {"hidden_size": 32, "embedding_size": 32})
     with torch.no_grad():
@@ -106,7 +106,7 @@ def test_int8_weights(block):
     assert written.shape == (4, 18)
 
 
-def test_int8_weights_from_a_folder(tmp_path):
+def test_torchao_quantizes_a_model_while_loading(tmp_path):
     torchao = pytest.importorskip("torchao.quantization")
     model = make_model(torch.float32, hidden_size=64)
     model.save_pretrained(tmp_path)
@@ -122,7 +122,7 @@ def test_int8_weights_from_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_trl_trains_packed_documents(tmp_path, packing):
+def test_trl_trains_with_and_without_packing(tmp_path, packing):
     import trl
     from datasets import Dataset
 
@@ -163,8 +163,8 @@ CHAT = (
 
 
 @pytest.mark.parametrize("chat", [False, True], ids=["text", "messages"])
-def test_a_tuned_model_stops(tmp_path, chat):
-    """TRL writes `<eos>`, and a chat template its roles, as text: what is trained on are the tokens."""
+def test_a_model_tuned_with_trl_learns_to_stop(tmp_path, chat):
+    """TRL writes `<eos>` and chat templates write roles as text; training must see their special tokens."""
     import trl
     from datasets import Dataset
 

@@ -1,4 +1,4 @@
-"""`scripts/generate.py --interactive true`: the user's lines and the model's grow one text."""
+"""`scripts/generate.py --interactive true`: the user and the model write one text in turns."""
 
 import io
 import sys
@@ -48,11 +48,11 @@ def answers(model, *pieces):
     return texts
 
 
-def test_one_text_grows(talk, model):
+def test_user_and_model_continue_one_text(talk, model):
     assert talk("the horse", " fell", "")[:3] == answers(model, "the horse", " fell", "")
 
 
-def test_it_begins_with_the_prompt(talk, model):
+def test_the_text_starts_with_the_prompt(talk, model):
     session = Session(model, TOKENIZER)
     session.feed("the man")
     list(session.stream(max_new_tokens=12, do_sample=False))
@@ -62,7 +62,7 @@ def test_it_begins_with_the_prompt(talk, model):
     assert said[0] == answers(model, "the man", "")[1]
 
 
-def test_it_is_kept_and_taken_up(talk, model, tmp_path):
+def test_a_text_can_be_saved_reset_and_loaded(talk, model, tmp_path):
     first, second, third = answers(model, "the horse", " fell", " and")
 
     said = talk(
@@ -75,22 +75,22 @@ def test_it_is_kept_and_taken_up(talk, model, tmp_path):
         second,
         "",
         first,
-        "20 tokens were read so far\n",
+        "20 tokens read so far\n",
         second,
         third,
         "",
     ]
 
 
-def test_what_is_wrong_ends_nothing(talk, model, capsys):
+def test_an_invalid_command_does_not_end_the_conversation(talk, model, capsys):
     said = talk("the horse", "/load missing", "/what", "", options=GREEDY)
 
     first, second = answers(model, "the horse", "")
     assert (said[0], said[3]) == (first, second)
-    assert said[2].startswith("What you type is read")
+    assert said[2].startswith("The model continues your text")
 
 
-def test_ctrl_c_stops_what_is_written(talk, model, monkeypatch):
+def test_ctrl_c_stops_only_the_current_answer(talk, model, monkeypatch):
     stream = Session.stream
 
     def interrupted(self, **options):
@@ -107,7 +107,7 @@ def test_ctrl_c_stops_what_is_written(talk, model, monkeypatch):
     assert said[1].strip()
 
 
-def test_what_is_not_utf_8_ends_nothing(talk, model, monkeypatch):
+def test_invalid_utf_8_does_not_end_the_conversation(talk, model, monkeypatch):
     typed = io.TextIOWrapper(io.BytesIO(b"the horse\n\xff\xfe\n/save \n fell\n"), encoding="utf-8")
     monkeypatch.setattr(io, "StringIO", lambda _: typed)
     monkeypatch.setattr(sys, "stderr", io.TextIOWrapper(io.BytesIO(), write_through=True))
@@ -119,12 +119,12 @@ def test_what_is_not_utf_8_ends_nothing(talk, model, monkeypatch):
     complaints = sys.stderr.buffer.getvalue().decode().splitlines()
     assert [complaint.split(":")[0] for complaint in complaints] == [
         "The text holds '\\udcff' at character 0, half of a surrogate pair or a byte that is not UTF-8",
-        "`path` ('') names no file",
+        "`path` ('') must be the name of a file",
     ]
 
 
 def bytes_of_version_0_1_0():
-    """Decoded by the stock streamer, a single bad byte makes U+FFFD of all that comes before the next special token."""
+    """A byte tokenizer with which one invalid byte turns all text up to the next special token into U+FFFD."""
     vocabulary = {f"<0x{byte:02X}>": 4 + byte for byte in range(256)}
     names = {"<pad>": 0, "<unk>": 1, "<bos>": 2, "<eos>": 3}
     tokenizer = Tokenizer(models.BPE(vocab=names | vocabulary, merges=[], byte_fallback=True))
@@ -133,7 +133,7 @@ def bytes_of_version_0_1_0():
 
 
 @pytest.mark.parametrize("make", [lambda: word_tokenizer([TEXT]), byte_tokenizer, bytes_of_version_0_1_0])
-def test_a_prompt_and_what_follows_are_the_whole_decoded(tmp_path, run, make):
+def test_prompt_and_answer_are_printed_as_decoded_together(tmp_path, run, make):
     tokenizer = make()
     model = make_model(torch.float32, vocab_size=len(tokenizer))
     model.generation_config.eos_token_id = None
@@ -178,7 +178,7 @@ def test_a_prompt_that_the_model_does_not_know_is_told(tmp_path, capsys, unk_tok
         assert ("does not know some characters" in capsys.readouterr().err) == told
 
 
-def test_a_prompt_that_is_not_utf_8(tmp_path, run, model, monkeypatch):
+def test_a_prompt_of_invalid_utf_8_is_refused(tmp_path, run, model, monkeypatch):
     for part in (model, TOKENIZER):
         part.save_pretrained(tmp_path)
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the \xff"), encoding="utf-8"))
@@ -187,6 +187,6 @@ def test_a_prompt_that_is_not_utf_8(tmp_path, run, model, monkeypatch):
         run("generate.py", "--model", tmp_path)
 
 
-def test_flags_that_need_the_text(run, tmp_path, talk):
-    with pytest.raises(SystemExit, match=r"`num_beams` \(4\) looks back"):
+def test_interactive_refuses_flags_that_need_the_whole_text(run, tmp_path, talk):
+    with pytest.raises(SystemExit, match=r"`num_beams` \(4\) needs the whole text"):
         talk(options=["--num_beams", "4"])

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from conftest import standard_library
 
-from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, char_tokenizer, evaluate_stream, load_corpus
+from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, char_tokenizer, evaluate_stream
 
 STEPS, ROWS, LENGTH, WIDTH = 300, 16, 64, 128
 
@@ -27,7 +28,7 @@ def loss_after_training(tokens, validation, vocab_size, **config):
 
 @pytest.mark.slow
 def test_twelve_residual_layers_learn_what_two_stacked_ones_do():
-    corpus = load_corpus()
+    corpus = standard_library()
     tokenizer = char_tokenizer(corpus["train"]["text"])
     train, validation = (TokenStream.from_documents(corpus[split], tokenizer) for split in ("train", "validation"))
     configs = {

@@ -1,7 +1,6 @@
-"""Push and load through a Hub on the loopback address: everything arrives, nothing private does, failures leave no harm.
+"""Push to and load from a Hub on the loopback address: no private data is uploaded, and failures do no harm.
 
-Everything here runs in processes of its own, with the addresses and tokens of the environment it is given, so that it
-passes with HF_HUB_OFFLINE=1 around it, too.
+Each client runs in a process with an environment of its own, so that the tests also pass with HF_HUB_OFFLINE=1.
 """
 
 import json
@@ -41,7 +40,7 @@ print(model.generate(**inputs, max_new_tokens=8, do_sample=False, eos_token_id=N
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A folder as scripts/train.py leaves it, checkpoints and all."""
+    """A folder written by scripts/train.py, with its checkpoints."""
     folder = tmp_path_factory.mktemp("runs") / "small"
     text = folder.parent / "text.txt"
     text.write_text("the horse raced past the barn fell\n" * 200)
@@ -95,7 +94,7 @@ def load(hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folder):
+def test_a_pushed_model_generates_without_hf_lstm_installed(push, load, hub, model_folder):
     for name in PRIVATE:
         (model_folder / name).write_text("secret")
 
@@ -128,34 +127,35 @@ def test_a_pushed_model_writes_where_hf_lstm_is_not(push, load, hub, model_folde
     assert str(Path.home()).encode() + b"/" not in content
 
 
-def test_what_training_leaves_is_told_from_code(run, model_folder):
+def test_verify_tells_files_of_training_from_code(run, model_folder):
     printed = run("verify.py", "--model", model_folder)
 
     for name in ("training_args.bin", "checkpoint-2/optimizer.pt", "checkpoint-2/rng_state.pth"):
         assert re.search(rf"not read \s+{name}\n", printed)
-    assert {line.split()[0] for line in printed.splitlines()[:-2]} == {"same", "not"}
-    assert f"\nAll of it is the code of hf-lstm {hf_lstm.__version__}.\n" in printed
+    assert {line.split()[0] for line in printed.splitlines()[:-2]} == {"same", "not"}  # "not read"
+    assert f"\nAll code is that of hf-lstm {hf_lstm.__version__}.\n" in printed
 
 
 @pytest.mark.slow
-def test_what_trainer_uploaded_is_taken_away(push, hub):
+def test_a_push_deletes_old_weights_and_training_args(push, hub):
     push()
     files = hub.files("author/small")
     other = {"training_args.bin": b"secret", "model-00001-of-00002.safetensors": b"old", "LICENSE": b"mine"}
+    other["kernels_lstm.py"] = b"code of version 0.1.0"
     hub.repositories["author/small"].commit("main", files | other)
 
     assert push().returncode == 0
-    assert not {"training_args.bin", "model-00001-of-00002.safetensors"} & set(hub.files("author/small"))
+    assert not (other.keys() - {"LICENSE"}) & set(hub.files("author/small"))
     assert hub.files("author/small")["LICENSE"] == b"mine"
 
 
 @pytest.fixture
 def nobody(monkeypatch):
-    """Nobody to ask: whoever does fails."""
+    """Fail on any request to the Hub."""
     monkeypatch.setattr("hf_lstm.hub.HfApi", lambda: pytest.fail("the Hub was asked"))
 
 
-def test_a_dry_run_says_what_would_go_up_and_asks_nobody(run, nobody, model_folder):
+def test_a_dry_run_lists_the_files_without_a_request(run, nobody, model_folder):
     for name in PRIVATE:
         (model_folder / name).write_text("secret")
 
@@ -178,13 +178,13 @@ def test_a_dry_run_says_what_would_go_up_and_asks_nobody(run, nobody, model_fold
     }
 
 
-def test_a_name_that_cannot_be_is_refused(run, nobody, model_folder):
+def test_an_invalid_repository_name_is_refused(run, nobody, model_folder):
     with pytest.raises(SystemExit, match=r"push\.py: Repo id must be in the form"):
         run("push.py", "--model", model_folder, "--repo", "a/b/c", "--dry_run", "true")
 
 
 @pytest.mark.slow
-def test_private_and_on_a_branch(push, load, hub):
+def test_a_model_can_be_pushed_privately_and_to_a_branch(push, load, hub):
     done = push("--private", "true", "--revision", "trial")
 
     assert done.returncode == 0, done.stderr
@@ -196,7 +196,7 @@ def test_private_and_on_a_branch(push, load, hub):
 
 
 @pytest.mark.slow
-def test_only_what_changed_is_sent_again(push, hub, model_folder):
+def test_a_second_push_sends_only_changed_files(push, hub, model_folder):
     push()
     hub.requests.clear()
     with (model_folder / "README.md").open("a") as card:
@@ -219,7 +219,7 @@ FAILURES = {
 
 @pytest.mark.slow  # huggingface_hub tries again for half a minute before it gives up
 @pytest.mark.parametrize("name", FAILURES)
-def test_a_failure_leaves_no_harm_and_the_same_command_finishes(push, load, hub, name, model_folder):
+def test_after_a_failed_upload_the_same_command_finishes_it(push, load, hub, name, model_folder):
     failure = FAILURES[name]
     hub.failures.append(Failure(failure.pattern, failure.kind, failure.times))
 
@@ -247,7 +247,7 @@ def test_a_failure_leaves_no_harm_and_the_same_command_finishes(push, load, hub,
     ],
     ids=lambda failure: f"{failure.kind} {failure.pattern}",
 )
-def test_a_passing_failure_is_waited_for(push, hub, failure):
+def test_a_temporary_failure_is_retried(push, hub, failure):
     hub.failures.append(failure)
 
     done = push()
@@ -257,7 +257,7 @@ def test_a_passing_failure_is_waited_for(push, hub, failure):
 
 
 @pytest.mark.slow
-def test_without_a_token_nothing_is_created(push, hub):
+def test_a_push_without_a_token_creates_no_repository(push, hub):
     done = push(token=None)
 
     assert done.returncode == 1
@@ -266,7 +266,7 @@ def test_without_a_token_nothing_is_created(push, hub):
 
 
 @pytest.mark.slow
-def test_a_cut_download_is_taken_up(push, load, hub):
+def test_an_interrupted_download_is_resumed(push, load, hub):
     push()
     hub.failures.append(Failure("GET .*/resolve/.*model.safetensors", "cut"))
 
@@ -286,22 +286,22 @@ def damage(name):
 DAMAGES = {}
 
 
-@damage("holds no config.json: name the folder of a saved model")
+@damage("contains no config.json: name the folder of a saved model")
 def _(folder):
     (folder / "config.json").unlink()
 
 
-@damage("holds no tokenizer.json")
+@damage("contains no tokenizer.json")
 def _(folder):
     (folder / "tokenizer.json").unlink()
 
 
-@damage("holds no README.md: write the model's card")
+@damage("contains no README.md: write a model card")
 def _(folder):
     (folder / "README.md").unlink()
 
 
-@damage("holds no model.safetensors")
+@damage("contains neither model.safetensors")
 def _(folder):
     (folder / "model.safetensors").unlink()
 
@@ -311,7 +311,7 @@ def change_config(folder, **values):
     (folder / "config.json").write_text(json.dumps(config | values))
 
 
-@damage("names the code modeling_lstm.py, which is not there")
+@damage("names the code file modeling_lstm.py, which is missing")
 def _(folder):
     (folder / "modeling_lstm.py").unlink()
 
@@ -333,7 +333,7 @@ def _(folder):
     change_config(folder, auto_map="modeling_lstm.LSTMModel")
 
 
-@damage("config.json has no `auto_map`, so that nobody")
+@damage("config.json has no `auto_map`, so the model needs an installed hf_lstm")
 def _(folder):
     change_config(folder, auto_map=None)
 
@@ -353,42 +353,42 @@ def _(folder):
     change_config(folder, auto_map={"AutoModel": "LSTMModel"})
 
 
-@damage("names the code other/model--modeling_lstm.py, which is not there")
+@damage("names the code file other/model--modeling_lstm.py, which is missing")
 def _(folder):
     change_config(folder, auto_map={"AutoModel": "other/model--modeling_lstm.LSTMModel"})
 
 
-@damage("does not fit the weights: `model.embed_tokens.weight` must have the shape [260, 20], and has [260, 16]")
+@damage("does not fit the weights: `model.embed_tokens.weight` must have the shape [260, 20] and has [260, 16]")
 def _(folder):
     change_config(folder, hidden_size=20, embedding_size=20)
 
 
-@damage("`model.layers.1.hidden_gates.weight` must have the shape [64, 16], and has None")
+@damage("`model.layers.1.hidden_gates.weight` must have the shape [64, 16] and has None")
 def _(folder):
     change_config(folder, num_hidden_layers=2)
 
 
-@damage("`model.embed_tokens.weight` must have the shape [270, 16], and has [260, 16]")
+@damage("`model.embed_tokens.weight` must have the shape [270, 16] and has [260, 16]")
 def _(folder):
     change_config(folder, vocab_size=270)
 
 
-@damage("`lm_head.weight` must have the shape [260, 16], and has None")
+@damage("`lm_head.weight` must have the shape [260, 16] and has None")
 def _(folder):
     change_config(folder, tie_word_embeddings=False)
 
 
-@damage("`embed_tokens.weight` must have the shape [260, 16], and has None")
+@damage("`embed_tokens.weight` must have the shape [260, 16] and has None")
 def _(folder):
     change_config(folder, architectures=["LSTMModel"])
 
 
-@damage("config.json describes no model (Field 'hidden_size' expected int, got str (value: 'wide'))")
+@damage("config.json does not describe a model (Field 'hidden_size' expected int, got str (value: 'wide'))")
 def _(folder):
     change_config(folder, hidden_size="wide")
 
 
-@damage("config.json describes no model (module 'torch' has no attribute 'float99')")
+@damage("config.json does not describe a model (module 'torch' has no attribute 'float99')")
 def _(folder):
     change_config(folder, dtype="float99")
 
@@ -403,7 +403,7 @@ def _(folder):
     change_config(folder, model_type="llama")
 
 
-@damage("nor all that an index of more files names")
+@damage("nor all files of an index")
 def _(folder):
     (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
@@ -435,25 +435,25 @@ def _(folder):
     (folder / "metrics.json").symlink_to("gone")
 
 
-@damage("config.json is no JSON")
+@damage("config.json is not valid JSON")
 def _(folder):
     (folder / "config.json").write_text("{")
 
 
-@damage("is no safetensors file, or was cut off")
+@damage("is not a valid safetensors file, or is truncated")
 def _(folder):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
 
 
-@damage("that are none (NaN or infinity)")
+@damage("contains NaN or infinite values")
 def _(folder):
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.input_gates.bias"][3] = float("nan")
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@damage("holds numbers in `model.layers.0.input_gates.weight` that are none")
+@damage("`model.layers.0.input_gates.weight` in ")
 def _(folder):
     weights = load_file(folder / "model.safetensors")
     name = "model.layers.0.input_gates.weight"
@@ -461,52 +461,52 @@ def _(folder):
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@damage("of a type (torch.float4_e2m1fn_x2) that torch cannot look into")
+@damage("has a dtype (torch.float4_e2m1fn_x2) whose values torch cannot check")
 def _(folder):
     save_file({"x": torch.zeros(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, folder / "model.safetensors")
 
 
-@damage("README.md is no UTF-8")
+@damage("README.md is not valid UTF-8")
 def _(folder):
     (folder / "README.md").write_bytes("Zoë".encode("latin-1"))
 
 
-@damage("learning_curve.png holds b'eXIf' beside its picture")
+@damage("learning_curve.png has the chunk b'eXIf'")
 def _(folder):
     picture = (folder / "learning_curve.png").read_bytes()
     (folder / "learning_curve.png").write_bytes(picture[:33] + chunk(b"eXIf", b"secret") + picture[33:])
 
 
-@damage("learning_curve.png is no whole PNG picture, or holds more")
+@damage("learning_curve.png is not a complete PNG picture, or has data after it")
 def _(folder):
     with (folder / "learning_curve.png").open("ab") as file:
         file.write(b"more")
 
 
-@damage("holds what looks like an access token (hf_ttt...)")
+@damage("seems to contain an access token (hf_ttt...)")
 def _(folder):
     (folder / "run.json").write_text(json.dumps({"command": f"--hub_token {TOKEN}"}))
 
 
-@damage("what looks like an access token (github...)")
+@damage("seems to contain an access token (github...)")
 def _(folder):
     (folder / "run.json").write_text(json.dumps({"command": "github_pat_" + "a" * 40}))
 
 
-@damage("a folder of this machine: take it out")
+@damage("a folder of this machine: remove it")
 def _(folder):
     (folder / "metrics.json").write_text(json.dumps({"file": str(folder.resolve() / "text.txt")}))
 
 
 @pytest.mark.parametrize("message", DAMAGES)
-def test_what_must_not_go_up_is_refused(model_folder, message):
+def test_damaged_or_private_files_are_not_uploaded(model_folder, message):
     DAMAGES[message](model_folder)
 
     with pytest.raises(ValueError, match=re.escape(message)):
         files_to_push(model_folder)
 
 
-def test_weights_of_8_bits_go_up(model_folder):
+def test_8_bit_weights_can_be_uploaded(model_folder):
     weights = load_file(model_folder / "model.safetensors")
     weights = {name: weight.to(torch.float8_e5m2) for name, weight in weights.items()}
     save_file(weights, model_folder / "model.safetensors", metadata={"format": "pt"})
@@ -515,7 +515,7 @@ def test_weights_of_8_bits_go_up(model_folder):
 
 
 @pytest.mark.parametrize("kind", ["base", "sharded", "untied", "residual_narrow"])
-def test_each_model_fits_its_config(tmp_path, kind):
+def test_saved_models_fit_their_config(tmp_path, kind):
     model = make_model(torch.float32, vocab_size=260, **CONFIGS.get(kind, {}))
     (model.model if kind == "base" else model).save_pretrained(
         tmp_path, max_shard_size="2KB" if kind == "sharded" else "1GB"
@@ -528,19 +528,19 @@ def test_each_model_fits_its_config(tmp_path, kind):
     assert len(weights) > 1 if kind == "sharded" else weights == ["model.safetensors"]
 
 
-def test_a_config_that_fetches_code_fetches_none_when_it_goes_up(model_folder):
+def test_checking_a_config_downloads_no_kernel(model_folder):
     change_config(model_folder, attn_implementation="someone/kernel")
 
     assert model_folder / "config.json" in files_to_push(model_folder)
 
 
 def chunk(kind, content):
-    """A part of a PNG picture."""
+    """A chunk of a PNG."""
     return len(content).to_bytes(4) + kind + content + zlib.crc32(kind + content).to_bytes(4)
 
 
 def write_into(folder, place, text):
-    """As another program would, and then as the place writes any text."""
+    """Write a text into a file in the format of that file."""
     if place == "the weights":
         weights = load_file(folder / "model.safetensors")
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt", "comment": text})
@@ -562,17 +562,17 @@ PLACES += ["the weights", "the picture", "onnx/step.onnx"]
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("text", ["key: glpat-" + "a1" * 10, "in {home}/text"])
-def test_every_file_that_says_something_is_looked_through(model_folder, monkeypatch, place, text):
+def test_every_file_is_searched_for_tokens_and_paths(model_folder, monkeypatch, place, text):
     monkeypatch.setenv("HOME", "/home/me")
     write_into(model_folder, place, text.format(home="/home/me"))
 
     with pytest.raises(
-        ValueError, match=r"\.(md|json|py|jinja|safetensors|png|onnx) (holds what looks|names /home/me)"
+        ValueError, match=r"\.(md|json|py|jinja|safetensors|png|onnx) (seems to contain|contains /home/me)"
     ):
         files_to_push(model_folder)
 
 
-# Put together here, so that nobody's scanner takes this file for a leak.
+# Assembled here, so that no secret scanner reports this file.
 LETTERS = "Ab1" * 20
 TOKENS = ["glpat-" + LETTERS[:20], "xoxb-" + "1" * 12 + "-" + LETTERS[:24], "xapp-1-" + LETTERS[:30]]
 TOKENS += ["AIza" + LETTERS[:35], "npm_" + LETTERS[:36], "sk-ant-api03-" + "a_b-" * 20, "sk-proj-" + "a_b-" * 20]
@@ -594,8 +594,8 @@ TOKENS += [
 
 
 @pytest.mark.parametrize("token", TOKENS, ids=lambda token: token[:20])
-def test_no_token_or_key_goes_up(tmp_path, token):
-    with pytest.raises(ValueError, match=r"README\.md holds what looks like an access token"):
+def test_access_tokens_and_keys_are_found(tmp_path, token):
+    with pytest.raises(ValueError, match=r"README\.md seems to contain an access token"):
         check_text(f"It was trained with {token}, which is mine.", tmp_path / "README.md", tmp_path)
 
 
@@ -636,22 +636,22 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize(("home", "text"), [(home, text) for home in HOMES for text in HOMES[home]])
-def test_no_place_of_this_machine_goes_up(tmp_path, monkeypatch, home, text):
+def test_paths_of_this_machine_are_found(tmp_path, monkeypatch, home, text):
     monkeypatch.setenv("HOME", home)
 
-    with pytest.raises(ValueError, match=re.escape(f"README.md names {home}, a folder of this machine")):
+    with pytest.raises(ValueError, match=re.escape(f"README.md contains {home}, a folder of this machine")):
         check_text(f"Read {text} first.", tmp_path / "README.md", tmp_path)
 
 
 @pytest.mark.parametrize(("home", "text"), [(home, text) for home in HARMLESS for text in HARMLESS[home]])
-def test_other_places_may_be_named(tmp_path, monkeypatch, home, text):
+def test_other_paths_are_allowed(tmp_path, monkeypatch, home, text):
     monkeypatch.setenv("HOME", home)
 
     check_text(f"Read {text} first.", tmp_path / "README.md", tmp_path)
 
 
-def test_a_vocabulary_of_source_code_goes_up(tmp_path, monkeypatch):
-    """Python's own library speaks of homes, of /root and of keys."""
+def test_a_vocabulary_of_source_code_is_allowed(tmp_path, monkeypatch):
+    """The standard library of Python contains home folders, /root and the names of keys."""
     monkeypatch.setenv("HOME", "/root")
     words = "/ /home /root /root/ root sk- hf_ token= -----BEGIN secrets.token_hex password"
     text = [Path(posixpath.__file__).read_text(), words]
@@ -660,15 +660,15 @@ def test_a_vocabulary_of_source_code_goes_up(tmp_path, monkeypatch):
         check_text(tokenizer.backend_tokenizer.to_str(), tmp_path / "tokenizer.json", tmp_path)
 
 
-def test_what_is_refused_asks_nobody(run, nobody, model_folder):
+def test_an_incomplete_model_is_refused_without_a_request(run, nobody, model_folder):
     (model_folder / "README.md").unlink()
 
-    with pytest.raises(SystemExit, match=r"push.py: .* holds no README\.md"):
+    with pytest.raises(SystemExit, match=r"push.py: .* contains no README\.md"):
         run("push.py", "--model", model_folder, "--repo", "author/small")
 
 
 @pytest.mark.slow
-def test_a_model_saved_by_hand_goes_up(push, hub, tmp_path):
+def test_a_model_saved_without_train_py_can_be_pushed(push, hub, tmp_path):
     folder = tmp_path / "by hand"
     make_model(torch.float32, vocab_size=260).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""One command trains, publishes and is loaded elsewhere; the stock Trainer publishes what loads; the code can be checked."""
+"""Training with a push to the Hub, and verification of the code beside a model."""
 
 import hashlib
 import json
@@ -49,7 +49,7 @@ def hub():
 
 @pytest.fixture
 def call(hub, tmp_path):
-    """Runs something in a folder of its own, with the Hub as the only address there is."""
+    """Run a command in a folder of its own, with the Hub as the only server."""
 
     def call(*command, token=TOKEN, folder=tmp_path):
         environment = environment_of(hub, tmp_path, token) | {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
@@ -66,7 +66,7 @@ def call(hub, tmp_path):
     return call
 
 
-def test_one_command_trains_and_publishes_and_another_process_writes(call, hub, tmp_path):
+def test_one_command_trains_and_publishes_a_model_that_others_can_load(call, hub, tmp_path):
     options = ("--license", "apache-2.0", "--language", "en", "--data_license", "public domain")
     trained = call(SCRIPTS / "train.py", *FLAGS.split(), *options)
 
@@ -92,7 +92,7 @@ def test_one_command_trains_and_publishes_and_another_process_writes(call, hub, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("callback", ["with", "without"])
-def test_every_push_of_the_stock_trainer_brings_the_code(call, hub, callback):
+def test_every_push_of_the_stock_trainer_uploads_the_code(call, hub, callback):
     done = call("-c", STOCK, callback)
 
     assert done.returncode == 0, done.stderr
@@ -100,7 +100,7 @@ def test_every_push_of_the_stock_trainer_brings_the_code(call, hub, callback):
     assert len(pushed) >= 2
     code = {path.name for path in (Path(hf_lstm.__file__).parent / "model").glob("*_lstm.py")}
     whole = [code <= files.keys() for files in pushed]
-    assert whole[0] == (callback == "with")  # without it would be whole too: then the callback is not needed any more
+    assert whole[0] == (callback == "with")  # if this fails without the callback, it is no longer needed
     assert whole[-1]
 
 
@@ -113,7 +113,7 @@ def test_every_push_of_the_stock_trainer_brings_the_code(call, hub, callback):
         (["--language", "English"], "must be a code of ISO 639"),
     ],
 )
-def test_what_must_not_be_given_is_refused(flags, message):
+def test_invalid_hub_arguments_are_refused(flags, message):
     with pytest.raises(SystemExit) as refused:
         run_script("train.py", *FLAGS.split(), *flags)
 
@@ -122,7 +122,7 @@ def test_what_must_not_be_given_is_refused(flags, message):
 
 
 @pytest.mark.slow
-def test_without_a_token_nothing_is_trained(call, hub, tmp_path):
+def test_a_missing_token_is_reported_before_training(call, hub, tmp_path):
     done = call(SCRIPTS / "train.py", *FLAGS.split(), token=None)
 
     assert done.returncode == 1
@@ -133,7 +133,7 @@ def test_without_a_token_nothing_is_trained(call, hub, tmp_path):
 
 
 @pytest.mark.slow  # huggingface_hub tries again for half a minute before it gives up
-def test_a_model_that_could_not_be_published_is_saved(call, hub, tmp_path):
+def test_a_model_is_saved_if_its_upload_fails(call, hub, tmp_path):
     hub.failures.append(Failure("POST .*/commit/", "500", 20))
 
     done = call(SCRIPTS / "train.py", *FLAGS.split())
@@ -153,25 +153,25 @@ def saved(tmp_path):
     return tmp_path / "model"
 
 
-def test_the_code_beside_a_model_can_be_checked(run, saved):
-    shutil.copytree(saved, saved / "checkpoint-2")  # as training leaves it: nobody's model is loaded from there
+def test_verify_accepts_a_saved_model(run, saved):
+    shutil.copytree(saved, saved / "checkpoint-2")
     printed = run("verify.py", "--model", saved)
 
     for path in saved.glob("*.py"):
         assert f"same      {hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}" in printed
-    assert f"All of it is the code of hf-lstm {hf_lstm.__version__}." in printed
+    assert f"All code is that of hf-lstm {hf_lstm.__version__}." in printed
 
 
-def test_links_are_what_they_lead_to_as_in_the_cache_of_the_hub(run, saved, tmp_path):
+def test_verify_follows_links_to_files_as_in_the_hub_cache(run, saved, tmp_path):
     snapshot = tmp_path / "snapshot"
     snapshot.mkdir()
     for number, path in enumerate(saved.iterdir()):
         (snapshot / path.name).symlink_to(path.rename(saved / f"{number}"))
 
-    assert "All of it is the code of hf-lstm" in run("verify.py", "--model", snapshot)
+    assert "All code is that of hf-lstm" in run("verify.py", "--model", snapshot)
 
 
-def test_all_that_a_model_of_hf_lstm_may_hold_is_known(run, saved):
+def test_verify_knows_every_file_and_field_of_an_hf_lstm_model(run, saved):
     tokenizer = hf_lstm.byte_tokenizer()
     tokenizer.add_special_tokens({"extra_special_tokens": ["<user>"]})
     tokenizer.chat_template = "{{ messages[0].content }}"
@@ -190,7 +190,7 @@ def test_all_that_a_model_of_hf_lstm_may_hold_is_known(run, saved):
 
     assert (saved / "model.safetensors.index.json").exists()
     assert re.search(r"same      \w{64}  onnx/run_onnx\.py", printed)
-    assert printed.splitlines()[-1] == f"All of it is the code of hf-lstm {hf_lstm.__version__}."
+    assert printed.splitlines()[-1] == f"All code is that of hf-lstm {hf_lstm.__version__}."
 
 
 def change(folder):
@@ -203,7 +203,7 @@ def add(folder):
 
 
 def take_away(folder):
-    (folder / "kernels_lstm.py").unlink()
+    (folder / "recurrence_lstm.py").unlink()
 
 
 def point_elsewhere(folder):
@@ -234,7 +234,7 @@ def set_field(folder, name, field, value):
 CODE = {
     change: r"differs   \w{64}  cache_lstm\.py",
     add: r"not ours  \w{64}  more_lstm\.py",
-    take_away: r"missing   -{64}  kernels_lstm\.py",
+    take_away: r"missing   -{64}  recurrence_lstm\.py",
     point_elsewhere: r"differs   \s+auto_map of config\.json",
     hide_in_a_checkpoint: r"differs   \w{64}  checkpoint-2/cache_lstm\.py",
     change_the_runner: r"differs   \w{64}  onnx/run_onnx\.py",
@@ -242,7 +242,7 @@ CODE = {
 
 
 @pytest.mark.parametrize("damage", CODE, ids=lambda damage: damage.__name__)
-def test_other_code_is_named(capsys, saved, damage):
+def test_verify_reports_changed_code(capsys, saved, damage):
     damage(saved)
 
     with pytest.raises(SystemExit, match="This is not the code of hf-lstm"):
@@ -254,7 +254,7 @@ def test_other_code_is_named(capsys, saved, damage):
 @pytest.mark.parametrize(
     "name", ["__init__.py", "custom_generate/generate.py", "onnx/more.py", "sub/cache_lstm.py", "checkpoint-2/x.py"]
 )
-def test_code_anywhere_else_is_named(capsys, saved, name):
+def test_verify_reports_code_in_other_places(capsys, saved, name):
     write(saved, name, "import os\n")
 
     with pytest.raises(SystemExit, match="This is not the code of hf-lstm"):
@@ -294,7 +294,7 @@ LEADING = [
 
 
 @pytest.mark.parametrize(("name", "field", "value"), LEADING)
-def test_a_field_that_may_lead_elsewhere_is_named(capsys, saved, name, field, value):
+def test_verify_reports_fields_that_may_lead_to_other_code(capsys, saved, name, field, value):
     set_field(saved, name, field, value)
 
     with pytest.raises(SystemExit, match="This is not the code of hf-lstm"):
@@ -314,8 +314,8 @@ UNKNOWN += [
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_a_file_that_no_model_of_hf_lstm_needs_is_named(capsys, saved, name):
-    """An adapter's config leads to whatever repository it names, and that one's code is run."""
+def test_verify_reports_files_that_no_hf_lstm_model_needs(capsys, saved, name):
+    """For example, the config of an adapter names another repository, whose code is run."""
     write(saved, name, {"base_model_name_or_path": "someone/else"})
 
     with pytest.raises(SystemExit, match=r"The code is that of hf-lstm .* may lead to other code"):
@@ -324,7 +324,7 @@ def test_a_file_that_no_model_of_hf_lstm_needs_is_named(capsys, saved, name):
     assert re.search(rf"unknown   \s+{re.escape(name)}\n", capsys.readouterr().out)
 
 
-def test_a_link_to_another_folder_is_named(capsys, saved, tmp_path):
+def test_verify_reports_links_to_other_folders(capsys, saved, tmp_path):
     write(tmp_path, "elsewhere/generate.py", "import os\n")
     (saved / "custom_generate").symlink_to(tmp_path / "elsewhere")
 
@@ -334,15 +334,15 @@ def test_a_link_to_another_folder_is_named(capsys, saved, tmp_path):
     assert re.search(r"unknown   \s+custom_generate\n", capsys.readouterr().out)
 
 
-def test_a_damaged_file_is_named(saved):
+def test_verify_reports_damaged_files(saved):
     (saved / "tokenizer_config.json").write_text("{")
 
-    with pytest.raises(SystemExit, match=r"verify\.py: .*tokenizer_config\.json is no JSON"):
+    with pytest.raises(SystemExit, match=r"verify\.py: .*tokenizer_config\.json is not valid JSON"):
         run_script("verify.py", "--model", saved)
 
 
 @pytest.mark.slow
-def test_the_code_on_the_hub_can_be_checked(call, hub):
+def test_verify_checks_a_model_on_the_hub(call, hub):
     trained = call(SCRIPTS / "train.py", *FLAGS.split())
     assert trained.returncode == 0, trained.stderr
 
@@ -350,8 +350,8 @@ def test_the_code_on_the_hub_can_be_checked(call, hub):
     nowhere = call(SCRIPTS / "verify.py", "--model", "author/other", token=None)
 
     assert there.returncode == 0, there.stderr
-    assert "All of it is the code of hf-lstm" in there.stdout
+    assert "All code is that of hf-lstm" in there.stdout
     assert f"commit {hub.repositories['author/small'].branches['main']}" in there.stdout
     assert nowhere.returncode == 1
-    assert "\nverify.py: " in "\n" + nowhere.stderr  # other libraries may have their say before
+    assert "\nverify.py: " in "\n" + nowhere.stderr  # other libraries may print before
     assert "Traceback" not in nowhere.stderr

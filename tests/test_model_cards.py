@@ -1,4 +1,4 @@
-"""The cards of the recipes are what their runs said of themselves, and README.md repeats their figures."""
+"""Model cards of the recipes: rendered from their runs, and quoted in README.md."""
 
 import json
 
@@ -11,12 +11,12 @@ ROOT = SCRIPTS.parent
 RUNS = sorted((ROOT / "model_cards").glob("*.json"))
 
 
-def test_there_are_cards():
+def test_recipes_have_cards():
     assert {path.stem for path in RUNS} >= {"quickstart", "shakespeare_cpu", "tang", "residual"}
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_a_card_is_rendered_from_its_run(path):
+def test_a_card_equals_the_rendering_of_its_run(path):
     run = json.loads(path.read_text(encoding="utf-8"))
 
     card = render_model_card(run, f"{path.stem}.png")
@@ -29,7 +29,7 @@ def test_a_card_is_rendered_from_its_run(path):
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_the_readme_repeats_the_figures_of_the_card(path):
+def test_the_readme_quotes_the_losses_of_the_card(path):
     run = json.loads(path.read_text(encoding="utf-8"))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
 

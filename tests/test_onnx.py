@@ -1,4 +1,4 @@
-"""Exported graphs compute what the model computes, at any size, and write without it."""
+"""Exported ONNX graphs agree with the model and generate without it."""
 
 import json
 import runpy
@@ -34,7 +34,7 @@ def test_the_graphs_agree_with_the_model(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["stacked", "residual_narrow"])
-def test_one_graph_goes_on_where_the_other_ended(name, tmp_path):
+def test_the_state_of_one_graph_continues_in_the_other(name, tmp_path):
     model = byte_model(**CONFIGS[name])
     step, chunk = (onnxruntime.InferenceSession(path) for path in export_onnx(model, byte_tokenizer(), tmp_path))
     ids = torch.randint(260, (2, 12))
@@ -48,8 +48,7 @@ def test_one_graph_goes_on_where_the_other_ended(name, tmp_path):
     assert abs(logits - expected).max() < 1e-5 * abs(expected).max()
 
 
-def test_an_output_layer_of_its_own(tmp_path):
-    """Set by hand, whatever the config says of it, and with a bias."""
+def test_an_untied_output_layer_with_a_bias_is_exported(tmp_path):
     model = byte_model()
     model.lm_head = torch.nn.Linear(12, 260)
 
@@ -57,7 +56,7 @@ def test_an_output_layer_of_its_own(tmp_path):
         assert difference(model, path) < 1e-4
 
 
-def test_eight_bits(tmp_path):
+def test_8_bit_graphs_are_small_and_close_to_the_model(tmp_path):
     model = byte_model(hidden_size=256)
     with torch.no_grad():
         model.lm_head.weight.mul_(0.02)
@@ -78,7 +77,7 @@ def test_an_activation_without_an_operator_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("act", ["relu", "tanh"])
-def test_other_activations(act, tmp_path):
+def test_other_activations_are_exported(act, tmp_path):
     model = byte_model(**CONFIGS["residual_narrow"] | {"hidden_act": act})
 
     assert difference(model, export_onnx(model, byte_tokenizer(), tmp_path)[0]) < 1e-3
@@ -92,7 +91,7 @@ TEXT = "the cat sat on the mat, 東風吹雁上\n" * 3
     [(char_tokenizer, torch.float32), (lambda texts: bpe_tokenizer(texts, 280), torch.bfloat16)],
     ids=["char", "bpe"],
 )
-def test_the_folder_writes_by_itself(make, dtype, tmp_path, run):
+def test_run_onnx_generates_from_the_exported_folder(make, dtype, tmp_path, run):
     tokenizer = make([TEXT])
     tokenizer.add_tokens(["the user says", "東風"])
     model = make_model(dtype, vocab_size=len(tokenizer))
@@ -105,21 +104,21 @@ def test_the_folder_writes_by_itself(make, dtype, tmp_path, run):
 
     assert "chunk_int8.onnx, 0.0 MB" in printed
     nats = [float(line.split()[-4]) for line in printed.splitlines() if line.startswith("written to")]
-    assert max(nats[:2]) < 1e-3  # in float32, whatever the model is in
+    assert max(nats[:2]) < 1e-3  # in float32, whatever the dtype of the model
     metadata = onnxruntime.InferenceSession(folder / "step.onnx").get_modelmeta().custom_metadata_map
-    assert json.loads(metadata["ends"]) == []  # as the model was saved
+    assert json.loads(metadata["ends"]) == []  # from the saved generation config
     for prompt, code in (("the cat 東", 0), ("the dog", 0 if make is not char_tokenizer else 1)):
         wrote = subprocess.run([sys.executable, folder / "run_onnx.py", folder, prompt], capture_output=True)
         assert wrote.returncode == code
-        if code:  # and never goes on with a token of no text
-            assert b"the model has no token that 'dog' begins with" in wrote.stderr
+        if code:  # a token without text is never used
+            assert b"the model has no token for the beginning of 'dog'" in wrote.stderr
         else:
             assert wrote.stdout.strip()
     asked = subprocess.run(
         [sys.executable, folder / "run_onnx.py", folder, b"?!\xff"], capture_output=True, timeout=60
     )
     assert asked.returncode == (1 if make is char_tokenizer else 0)
-    assert b"Traceback" not in asked.stderr  # the last byte is no UTF-8
+    assert b"Traceback" not in asked.stderr  # the last byte is not valid UTF-8
 
 
 @pytest.mark.parametrize("prompt", ["the quick", " the\n\nquick\tthe ", "\nquick  fox"])
@@ -142,7 +141,7 @@ def test_a_prompt_of_words_begins_without_a_space(tmp_path, monkeypatch, capfdbi
     assert read[0] == [tokenizer(prompt)["input_ids"]]
 
 
-def test_the_runner_needs_little():
+def test_run_onnx_needs_only_numpy_and_onnxruntime():
     lines = (SCRIPTS / "run_onnx.py").read_text().splitlines()
 
     assert len(lines) < 50

@@ -1,4 +1,4 @@
-"""`scripts/serve.py` answers OpenAI's client with what `generate()` writes, and says what is wrong to whom it concerns."""
+"""`scripts/serve.py` answers OpenAI's client with the text of `generate()` and refuses invalid requests."""
 
 import asyncio
 import importlib
@@ -34,7 +34,7 @@ LIMIT = 100_000
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The modules of the server, which are no longer there for others."""
+    """The modules of the server, removed again after the tests."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.syspath_prepend(SCRIPTS)
         modules = SimpleNamespace(
@@ -106,7 +106,7 @@ def ask(client, folder):
 
 @pytest.fixture
 def post(app):
-    """Sends a body as it is, without a network."""
+    """Send an unchecked body, without a network."""
     client = testclient.TestClient(app, raise_server_exceptions=False)
 
     def post(body, path="/v1/completions", **headers):
@@ -118,7 +118,7 @@ def post(app):
 
 @pytest.fixture
 def serve_also(scripts, tmp_path):
-    """Serves another tokenizer, and a model for it."""
+    """Serve another tokenizer, with a model for it."""
 
     def serve_also(tokenizer, **defaults):
         model = save(tmp_path, tokenizer)
@@ -133,7 +133,7 @@ def serve_also(scripts, tmp_path):
 
 
 def generated(model, prompt=TEXT, tokens=20, tokenizer=TOKENIZER):
-    """What follows the prompt in the text of the whole."""
+    """The text after the prompt, decoded together with it."""
     inputs = tokenizer(prompt, return_tensors="pt")
     ids = model.generate(**inputs, max_new_tokens=tokens, do_sample=False)[0]
     whole = tokenizer.decode(ids, skip_special_tokens=True)
@@ -143,15 +143,15 @@ def generated(model, prompt=TEXT, tokens=20, tokenizer=TOKENIZER):
 
 
 def streamed(parts, index=0):
-    """The pieces of one answer and why it ended."""
+    """The pieces of one answer and its finish reason."""
     choices = [choice for part in parts for choice in part.choices if choice.index == index]
     return [choice.text for choice in choices if choice.text], choices[-1].finish_reason
 
 
-# ---- What it answers ----
+# ---- Completions ----
 
 
-def test_it_answers_what_generate_writes(ask, model):
+def test_a_completion_is_the_text_of_generate(ask, model):
     answer = ask()
 
     assert answer.choices[0].text == generated(model)
@@ -159,7 +159,7 @@ def test_it_answers_what_generate_writes(ask, model):
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(TEXT), 20)
 
 
-def test_it_streams(ask, model):
+def test_a_streamed_completion_is_the_same_text(ask, model):
     parts = list(ask(stream=True, max_tokens=50, stream_options={"include_usage": True}))
 
     texts, reason = streamed(parts)
@@ -168,13 +168,13 @@ def test_it_streams(ask, model):
     assert parts[-1].usage.completion_tokens == 50
 
 
-def test_it_draws_unless_the_temperature_is_0(ask):
+def test_the_default_temperature_samples(ask):
     texts = {ask(seed=seed, temperature=None, max_tokens=30).choices[0].text for seed in (1, 2, 2)}
 
     assert len(texts) == 2
 
 
-def test_a_seed_is_for_its_own_request_alone(ask):
+def test_a_seed_affects_only_its_own_request(ask):
     texts = set()
     for _ in range(2):
         ask(seed=1, temperature=1, max_tokens=1)
@@ -183,7 +183,7 @@ def test_a_seed_is_for_its_own_request_alone(ask):
     assert len(texts) == 2
 
 
-def test_clients_at_once_get_what_each_gets_alone(ask, model):
+def test_concurrent_clients_get_the_same_answers_as_alone(ask, model):
     prompts = [TEXT[:length] for length in range(1, 13)]
 
     with ThreadPoolExecutor(6) as pool:
@@ -192,7 +192,7 @@ def test_clients_at_once_get_what_each_gets_alone(ask, model):
     assert [answer.choices[0].text for answer in answers] == [generated(model, prompt) for prompt in prompts]
 
 
-def test_several_prompts_and_several_answers(ask, model):
+def test_a_request_can_have_several_prompts_and_answers(ask, model):
     prompts = [TEXT, TOKENIZER("the boat")["input_ids"]]
 
     greedy = ask([TEXT, "the boat"], n=2)
@@ -205,7 +205,7 @@ def test_several_prompts_and_several_answers(ask, model):
     assert len({choice.text for choice in drawn.choices}) == 3
 
 
-def test_several_answers_are_streamed(ask):
+def test_several_answers_can_be_streamed(ask):
     options = {"n": 2, "temperature": 1, "seed": 5, "stop": ["e", "a"], "max_tokens": 200}
 
     whole = ask(**options)
@@ -216,8 +216,8 @@ def test_several_answers_are_streamed(ask):
         assert ("".join(texts), reason) == (choice.text, choice.finish_reason)
 
 
-def test_echo_and_logprobs_say_what_the_model_expects(ask, model):
-    """As lm-evaluation-harness asks to score a text: the prompt's own tokens too."""
+def test_echo_and_logprobs_return_log_probabilities_of_prompt_and_answer(ask, model):
+    """The request of lm-evaluation-harness that scores a text."""
     ids = TOKENIZER(TEXT)["input_ids"]
 
     answer = ask(ids, max_tokens=1, echo=True, logprobs=2).choices[0]
@@ -251,14 +251,14 @@ def test_tokens_have_names_of_their_own(scripts):
     assert len(set(names)) == len(names)
 
 
-def test_echo_alone_reads_and_writes_nothing(ask):
+def test_echo_without_new_tokens_returns_the_prompt(ask):
     answer = ask(max_tokens=0, echo=True)
 
     assert (answer.choices[0].text, answer.choices[0].finish_reason) == (TEXT, "length")
     assert answer.usage.completion_tokens == 0
 
 
-def test_an_end_token_ends_an_answer(serve_also):
+def test_an_eos_token_ends_an_answer(serve_also):
     model, client = serve_also(TOKENIZER)
     first = generated(model, "the", 3)[0]
     model, client = serve_also(
@@ -291,7 +291,7 @@ def test_a_stop_string_is_not_part_of_the_answer(ask, model):
         assert ("".join(texts), reason) == (expected, "stop")
 
 
-def test_a_stop_string_with_the_last_token_is_a_stop(ask, model):
+def test_a_stop_string_in_the_last_token_gives_the_reason_stop(ask, model):
     text = generated(model)
     length = text.index(text[0:2]) + 2
 
@@ -310,7 +310,7 @@ def test_a_stop_string_with_the_last_token_is_a_stop(ask, model):
     ],
     ids=lambda value: "".join(value) if value else "None",
 )
-def test_pieces_wait_while_they_may_be_a_stop_string(scripts, pieces, stops, shown, reason):
+def test_text_that_may_become_a_stop_string_is_held_back(scripts, pieces, stops, shown, reason):
     decoder = SimpleNamespace(step=lambda token: pieces[token], end=lambda: "")
     answer = scripts.serve_writer.Answer(0, decoder, stops, "", [])
 
@@ -320,7 +320,7 @@ def test_pieces_wait_while_they_may_be_a_stop_string(scripts, pieces, stops, sho
     assert sent[-1].reason == reason
 
 
-def test_a_text_that_could_have_become_a_stop_string_is_said_at_the_end(scripts):
+def test_held_back_text_is_sent_at_the_end(scripts):
     answer = scripts.serve_writer.Answer(
         0, SimpleNamespace(step=lambda token: "ab", end=lambda: "\ufffd"), ["abc"], "", []
     )
@@ -329,11 +329,11 @@ def test_a_text_that_could_have_become_a_stop_string_is_said_at_the_end(scripts)
     assert answer.finish("length").text == "ab\ufffd"
 
 
-# ---- Every tokenizer ----
+# ---- Tokenizers ----
 
 
 def make_byte_fallback():
-    """The bytes of version 0.1.0, whose decoder gives up a whole run for one bad byte."""
+    """The byte tokenizer of version 0.1.0, whose decoder drops a whole run for one invalid byte."""
     names = ["<pad>", "<unk>", "<bos>", "<eos>", *(f"<0x{byte:02X}>" for byte in range(256))]
     tokenizer = Tokenizer(models.BPE(vocab={name: id for id, name in enumerate(names)}, merges=[], byte_fallback=True))
     tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
@@ -360,7 +360,7 @@ WORDS = ["roses are red violets are blue\nsugar is sweet"]
     ],
     ids=["words", "unicode words", "bpe", "Chinese", "bytes", "bytes of 0.1.0"],
 )
-def test_prompt_and_answer_are_the_text_of_the_whole(serve_also, tokenizer, prompt, decode):
+def test_prompt_and_answer_are_the_text_decoded_together(serve_also, tokenizer, prompt, decode):
     model, client = serve_also(tokenizer)
     inputs = tokenizer(prompt, return_tensors="pt")
     torch.manual_seed(0)
@@ -378,11 +378,11 @@ def test_prompt_and_answer_are_the_text_of_the_whole(serve_also, tokenizer, prom
     assert (stopped.text, stopped.finish_reason) == (answer.choices[0].text.partition(stop)[0], "stop")
 
 
-# ---- What it refuses ----
+# ---- Invalid requests ----
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_wrong_is_said_to_whom_it_concerns(ask, stream):
+def test_an_invalid_request_does_not_disturb_others(ask, stream):
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(ask, max_tokens=200)
 
@@ -441,7 +441,7 @@ WRONG = {
     [(field, value) for field, values in WRONG.items() for value in values],
     ids=lambda value: ascii(value)[:20],
 )
-def test_what_it_cannot_do_is_refused_in_words(post, field, value):
+def test_invalid_fields_are_refused_with_a_message(post, field, value):
     answer = post({"prompt": "the", "max_tokens": 2} | {field: value})
 
     error = answer.json()["error"]
@@ -452,7 +452,7 @@ def test_what_it_cannot_do_is_refused_in_words(post, field, value):
         assert field in error["message"]
 
 
-def test_what_changes_nothing_is_accepted(post, model):
+def test_neutral_values_are_accepted(post, model):
     neutral = {"n": 1, "best_of": 1, "echo": False, "presence_penalty": 0.0, "frequency_penalty": 0, "logit_bias": {}}
     neutral |= {"suffix": None, "stop": None, "logprobs": None, "user": "me", "metadata": {"a": "b"}, "stream": False}
 
@@ -470,14 +470,14 @@ def test_what_changes_nothing_is_accepted(post, model):
     [
         (b"", "Expecting value"),
         (b"{", "Expecting property name"),
-        (b"[]", "it holds []"),
-        (b'"the"', "it holds 'the'"),
-        (b"null", "it holds None"),
-        (b"\xff\xfe\xff", "must be an object in JSON"),
+        (b"[]", "it is []"),
+        (b'"the"', "it is 'the'"),
+        (b"null", "it is None"),
+        (b"\xff\xfe\xff", "must be a JSON object"),
         (b'{"prompt": "a", "temperature": NaN}', "NaN is not a number"),
         (b'{"prompt": "a", "temperature": -Infinity}', "-Infinity is not a number"),
         (b'{"prompt": "a", "temperature": 1e999}', "(inf) must be"),
-        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "must be an object in JSON"),
+        (b'{"prompt": "a", "seed": ' + b"9" * 5000 + b"}", "must be a JSON object"),
         (b'{"prompt": ' + b"[" * 100_000, "recursion"),
         (b'{"prompt": ' + b"[" * 500 + b"]" * 500 + b"}", "`prompt`"),
         (b'{"prompt": "\xed\xa0\x80"}', "half a surrogate"),
@@ -485,7 +485,7 @@ def test_what_changes_nothing_is_accepted(post, model):
     ],
     ids=lambda value: str(value)[:20],
 )
-def test_a_malformed_body_is_refused_in_words(post, body, says):
+def test_a_malformed_body_is_refused_with_a_message(post, body, says):
     answer = post(body)
 
     assert answer.status_code == 400
@@ -493,7 +493,7 @@ def test_a_malformed_body_is_refused_in_words(post, body, says):
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
-def test_a_body_of_another_kind_is_refused(post, kind):
+def test_another_content_type_is_refused(post, kind):
     answer = post({"prompt": "the"}, **{"content-type": kind})
 
     assert answer.status_code == 400
@@ -511,27 +511,27 @@ def test_a_packed_body_is_refused(post, coding):
 @pytest.mark.parametrize(
     "path", ["/v1/embeddings", "/v1/audio/transcriptions", "/load_model", "/reset", "/docs", "/%ff"]
 )
-def test_other_addresses_are_not_there(post, path):
+def test_other_addresses_return_404(post, path):
     answer = post({"model": "another/model"}, path)
 
     assert answer.status_code == 404
     assert "POST to /v1/completions" in answer.json()["error"]["message"]
 
 
-def test_what_fails_is_said_in_the_stream_too(post, app, monkeypatch, caplog):
+def test_a_failure_is_reported_in_the_answer_and_in_the_stream(post, app, monkeypatch, caplog):
     monkeypatch.setattr("hf_lstm.LSTMForCausalLM.generate", lambda *_, **__: 1 / 0)
 
     whole = post({"prompt": "the"})
     stream = post({"prompt": "the", "stream": True})
 
-    assert (whole.status_code, whole.json()["error"]["message"]) == (500, "The answer failed: division by zero")
-    assert '"message": "The answer failed: division by zero"' in stream.text
+    assert (whole.status_code, whole.json()["error"]["message"]) == (500, "Generation failed: division by zero")
+    assert '"message": "Generation failed: division by zero"' in stream.text
 
 
-# ---- Clients that leave ----
+# ---- Clients that disconnect ----
 
 
-def test_a_client_that_leaves_stops_the_writing(ask):
+def test_generation_stops_when_the_client_of_a_stream_disconnects(ask):
     stream = ask(stream=True, max_tokens=LIMIT - 1000)
     next(iter(stream))
     stream.close()
@@ -542,7 +542,7 @@ def test_a_client_that_leaves_stops_the_writing(ask):
     assert monotonic() - start < 10  # all of it takes minutes
 
 
-def test_a_client_that_leaves_a_whole_answer_stops_the_writing(client, folder, ask):
+def test_generation_stops_when_the_client_of_an_answer_disconnects(client, folder, ask):
     with pytest.raises(openai.APITimeoutError):
         client.with_options(timeout=0.3).completions.create(model=str(folder), prompt=TEXT, max_tokens=LIMIT - 1000)
     start = monotonic()
@@ -552,8 +552,8 @@ def test_a_client_that_leaves_a_whole_answer_stops_the_writing(client, folder, a
     assert monotonic() - start < 10
 
 
-def test_a_stream_that_waits_to_be_sent_ends_with_its_client(scripts):
-    """Nobody is told of the end there: the writing would go on until the garbage is collected."""
+def test_a_stream_waiting_to_be_sent_ends_when_its_client_disconnects(scripts):
+    """Otherwise generation would go on until the generator is garbage-collected."""
     ended = []
 
     async def written():
@@ -599,14 +599,14 @@ def test_a_client_that_leaves_before_its_request_is_whole(app):
 
 
 def said(ids, tokenizer):
-    """What each token stands for."""
+    """The names of token ids."""
     return tokenizer.convert_ids_to_tokens(ids)
 
 
 @pytest.mark.parametrize("change", ["m.content", "m.content | trim | upper"])
 @pytest.mark.parametrize("words", [False, True])
-def test_a_conversation_is_encoded_as_the_stock_template_does(scripts, change, words):
-    """Which a model was tuned with: no token may be cut where a message begins."""
+def test_a_conversation_is_encoded_like_apply_chat_template(scripts, change, words):
+    """The model was tuned with that encoding: the start of a message must not split a token."""
     tokenizer = bpe_tokenizer(["user : hello there\nassistant : HELLO"] * 9, 300) if words else make_chat_tokenizer()
     template = (
         "{% for m in messages %}{{ m.role }} : {{ m.content }}\n<eos>{% endfor %}assistant :" if words else TEMPLATE
@@ -632,7 +632,7 @@ def test_a_conversation_is_encoded_as_the_stock_template_does(scripts, change, w
         (TEMPLATE, ["\U000f0000<eos>\U000f0001"], ["?<eos>?"]),
     ],
 )
-def test_what_a_message_holds_is_letters(scripts, template, contents, letters):
+def test_special_tokens_in_messages_are_encoded_as_text(scripts, template, contents, letters):
     tokenizer = make_chat_tokenizer()
     tokenizer.chat_template = template
     messages = [{"role": "user", "content": content} for content in contents]
@@ -656,7 +656,7 @@ def chat(serve_also):
     return serve_also(make_chat_tokenizer())
 
 
-def test_messages_are_answered(chat, scripts):
+def test_chat_completions_and_responses_answer_messages(chat, scripts):
     model, client = chat
     tokenizer, name = make_chat_tokenizer(), client_model(client)
     messages = [{"role": "user", "content": [{"type": "text", "text": "<eos>"}, {"type": "text", "text": " hi"}]}]
@@ -681,7 +681,7 @@ def test_messages_are_answered(chat, scripts):
     assert events[-1].response.output_text == text
 
 
-def test_instructions_come_first(chat, scripts):
+def test_instructions_become_the_system_message(chat, scripts):
     _, client = chat
     messages = [{"role": "system", "content": "be kind"}, {"role": "user", "content": "hi"}]
 
@@ -736,7 +736,7 @@ USER = {"role": "user", "content": "hi"}
     ],
     ids=lambda value: ascii(value)[:60],
 )
-def test_messages_that_it_cannot_answer_are_refused_in_words(chat_post, path, body):
+def test_unsupported_messages_are_refused_with_a_message(chat_post, path, body):
     answer = chat_post(path, body)
 
     assert (answer.status_code, answer.json()["error"]["type"]) == (400, "invalid_request_error")
@@ -752,7 +752,7 @@ def chat_post(scripts, tmp_path_factory):
     return lambda path, body: client.post(f"/v1/{path}", content=json.dumps(body).encode(), headers=headers)
 
 
-def test_a_template_that_refuses_is_heard(scripts):
+def test_an_error_of_the_chat_template_is_reported(scripts):
     tokenizer = make_chat_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('only one turn') }}"
 
@@ -763,21 +763,21 @@ def test_a_template_that_refuses_is_heard(scripts):
 @pytest.mark.parametrize(
     ("path", "body"), [("chat/completions", {"messages": [USER]}), ("responses", {"input": "hi"})]
 )
-def test_messages_need_a_template(post, path, body):
+def test_messages_without_a_chat_template_are_refused(post, path, body):
     answer = post(body, f"/v1/{path}")
 
     assert answer.status_code == 400
-    assert "no chat template: ask /v1/completions" in answer.json()["error"]["message"]
+    assert "no chat template: use /v1/completions" in answer.json()["error"]["message"]
 
 
-# ---- What it serves ----
+# ---- The model ----
 
 
-def test_a_prompt_holds_special_tokens(ask):
+def test_special_tokens_in_a_prompt_are_tokens(ask):
     assert ask("<bos>the", max_tokens=1).usage.prompt_tokens == 4
 
 
-def test_a_tokenizer_that_does_not_fit(scripts, tmp_path):
+def test_a_tokenizer_of_another_model_is_refused(scripts, tmp_path):
     save(tmp_path, TOKENIZER)
     byte_tokenizer().save_pretrained(tmp_path)
 
@@ -785,6 +785,6 @@ def test_a_tokenizer_that_does_not_fit(scripts, tmp_path):
         scripts.serve.make_app(scripts.serve.Arguments(model=str(tmp_path), device="cpu"))
 
 
-def test_a_limit_that_holds_nothing(run):
+def test_a_limit_below_two_tokens_is_refused(run):
     with pytest.raises(SystemExit, match="`limit` \\(1\\) must be at least 2"):
         run("serve.py", "--model", "any", "--limit", "1")

@@ -1,4 +1,4 @@
-"""The one-token step as a file of torch's own, for any number of rows."""
+"""The one-token step exported with torch.export, for any number of rows."""
 
 import subprocess
 import sys
@@ -13,7 +13,7 @@ from hf_lstm.convert.torch_export import Step, difference, export_step
 
 
 @pytest.mark.parametrize("name", ["tied_narrow", "residual_narrow"])
-def test_the_file_computes_what_the_model_does(name, tmp_path):
+def test_the_exported_step_agrees_with_the_model(name, tmp_path):
     model = make_model(**CONFIGS[name])
 
     step = torch.export.load(export_step(model, tmp_path / "new" / "step.pt2")).module()
@@ -31,8 +31,8 @@ def test_the_file_computes_what_the_model_does(name, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_half_precision_step_takes_what_it_hands_on(dtype, tmp_path):
-    """h in half, c in float32."""
+def test_a_half_precision_step_accepts_its_own_state(dtype, tmp_path):
+    """h is in half precision, c in float32."""
     model = make_model(dtype, num_hidden_layers=1)
 
     path = export_step(model, tmp_path / "step.pt2")
@@ -44,16 +44,16 @@ def test_a_half_precision_step_takes_what_it_hands_on(dtype, tmp_path):
 @pytest.mark.parametrize(
     ("found", "dtype", "message"),
     [
-        (0.1, torch.float32, r"differ from the model's by 0\.1 nats, more than rounding does \(0\.0035\)"),
+        (0.1, torch.float32, r"differ from the model's by 0\.1 nats, more than rounding explains \(0\.0035\)"),
         (float("nan"), None, "differ from the model's by nan nats"),
         (
             RuntimeError("dtype mismatch!\nat line 3"),
             torch.float16,
-            "could not be run and is removed: dtype mismatch!$",
+            "could not be run and was removed: dtype mismatch!$",
         ),
     ],
 )
-def test_a_file_that_computes_something_else_is_removed(found, dtype, message, tmp_path):
+def test_a_file_that_differs_from_its_model_is_removed(found, dtype, message, tmp_path):
     def difference():
         if isinstance(found, Exception):
             raise found
@@ -70,7 +70,7 @@ def test_a_file_that_computes_something_else_is_removed(found, dtype, message, t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_it_runs_where_the_package_is_not(dtype, tmp_path, run):
+def test_the_exported_step_runs_without_the_package(dtype, tmp_path, run):
     make_model(getattr(torch, dtype)).save_pretrained(tmp_path / "model")
 
     printed = run("convert.py", "--to", "torch", "--model", tmp_path / "model", "--output_dir", tmp_path)

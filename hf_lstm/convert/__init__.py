@@ -1,1 +1,1 @@
-"""Models in other formats: one file for each."""
+"""Conversion to other formats, one module per format."""

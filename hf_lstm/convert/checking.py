@@ -1,4 +1,4 @@
-"""Whether a converted file computes what the model does, over several calls that hand the state on."""
+"""Comparison of converted files with their model, over several calls with carried state."""
 
 import math
 from collections.abc import Callable
@@ -7,19 +7,21 @@ from pathlib import Path
 import torch
 from transformers import DynamicCache
 
+from hf_lstm.model.modeling_lstm import LSTMForCausalLM
+
 
 @torch.no_grad()
 def largest_difference(
-    model, read: Callable[[torch.LongTensor], torch.Tensor], chunk_length: int, rows: int, length: int
+    model: LSTMForCausalLM, read: Callable[[torch.Tensor], torch.Tensor], chunk_length: int, rows: int, length: int
 ) -> float:
     """
-    The largest difference, in nats, of the log-probabilities of what `read` gives and of the model's.
+    Return the largest difference, in nats, between the log-probabilities of `read` and those of the model.
 
     Args:
         model (`LSTMForCausalLM`): The model.
-        read (`Callable`): Takes the next tokens `(rows, T)`, keeps its state, and gives logits `(rows, T, V)`.
-        chunk_length (`int`): Tokens of a call, T.
-        rows, length (`int`): The number of random tokens.
+        read (`Callable`): Maps the next tokens `(rows, T)` to logits `(rows, T, V)` and keeps its state.
+        chunk_length (`int`): Number of tokens per call, T.
+        rows, length (`int`): Shape of the random tokens.
     """
     ids = torch.randint(model.config.vocab_size, (rows, length), generator=torch.Generator().manual_seed(0))
     cache, largest = DynamicCache(config=model.config), []
@@ -32,29 +34,27 @@ def largest_difference(
 
 def check_file(path: Path, difference: Callable[[], float], dtype: torch.dtype | None) -> float:
     """
-    The difference of a file from its model, in nats; a file that is wrong is removed.
+    Return the difference between a file and its model, in nats, and remove a file that is wrong.
 
     Args:
         path (`Path`): The file.
-        difference (`Callable`): Runs it and gives the largest difference.
+        difference (`Callable`): Runs the file and returns the largest difference.
         dtype (`torch.dtype`, *optional*):
-            What it computes in, half of whose digits have to agree; without it, as in 8 bits, any number will do.
+            Data type of the file: half of its digits must agree. Without it, as for 8 bits, any finite value passes.
 
     Raises:
-        ValueError: if the file cannot be run, or computes something else.
+        ValueError: if the file cannot be run or the difference is too large.
     """
     limit = math.inf if dtype is None else 10 * math.sqrt(torch.finfo(dtype).eps)
     try:
         found = difference()
-    except Exception as error:  # of the libraries that run it
+    except Exception as error:  # raised by the library that runs the file
         path.unlink()
-        raise ValueError(
-            f"{path} was written, could not be run and is removed: {str(error).splitlines()[0]}"
-        ) from error
+        raise ValueError(f"{path} could not be run and was removed: {str(error).splitlines()[0]}") from error
     if not (math.isfinite(found) and found <= limit):
         path.unlink()
         raise ValueError(
-            f"{path} was written and is removed: its log-probabilities differ from the model's by {found:.2g} nats, more than "
-            f"rounding does ({limit:.2g}), so it holds another model than this one."
+            f"{path} was removed: its log-probabilities differ from the model's by {found:.2g} nats, more than "
+            f"rounding explains ({limit:.2g})."
         )
     return found

@@ -1,45 +1,51 @@
-"""A model as ONNX graphs, which run without Python, torch and this package.
+"""Export to ONNX graphs, which run without Python, torch and this package.
 
-Both graphs take `input_ids (B, T)` and the state, `h_0, c_0, h_1, ...` of shape `(B, H)`, and give `logits (B, T, V)` and
-the state after them, `next_h_0, next_c_0, ...`. step.onnx reads one token of each row, by matrix products; chunk.onnx reads
-any number, by ONNX's own LSTM. They are built here node by node, since torch's exporters fix the length.
+Both graphs map `input_ids (B, T)` and the state, `h_0, c_0, h_1, ...` of shape `(B, H)`, to `logits (B, T, V)` and the
+next state, `next_h_0, next_c_0, ...`. step.onnx reads one token per row with matrix products; chunk.onnx reads any
+number with the LSTM operator of ONNX. The graphs are built node by node, because the exporters of torch fix the
+length.
 
-A graph's metadata holds `tokens`, what each id adds to a text, in bytes (a JSON list of Latin-1 strings), and `ends`, the
-ids that end a document.
+The metadata of a graph contains `tokens`, the bytes that each id adds to a text (a JSON list of Latin-1 strings), and
+`ends`, the ids that end a document.
 """
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy
 import onnx
 import torch
 from onnx import TensorProto, helper, numpy_helper
+from torch import nn
+from transformers import PreTrainedTokenizerFast
 
+from hf_lstm.model.modeling_lstm import GatedMLP, LSTMForCausalLM, LSTMLayer
 from hf_lstm.tokenizers import bytes_of_tokens
 
 from .checking import largest_difference
 
-OPSET, IR_VERSION = 17, 8  # from 2022: whoever runs ONNX runs these
-ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}  # silu is made of one
+OPSET, IR_VERSION = 17, 8  # of 2022, supported by every current runtime
+ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}  # silu is composed of Sigmoid and Mul
 
 
-def export_onnx(model, tokenizer, folder: str | Path) -> list[Path]:
+def export_onnx(model: LSTMForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: str | Path) -> list[Path]:
     """
-    Write step.onnx and chunk.onnx, in float32.
+    Write step.onnx and chunk.onnx in float32, and return their paths.
 
     Args:
         model (`LSTMForCausalLM`): The model.
-        tokenizer (`PreTrainedTokenizerBase`): Its tokenizer, a fast one.
-        folder (`str` or `Path`): Where to; it is made if need be.
+        tokenizer (`PreTrainedTokenizerFast`): Its tokenizer.
+        folder (`str` or `Path`): The output folder, created if it does not exist.
 
     Raises:
-        ValueError: if ONNX has no operator for the activation of the model's MLP, or its softmax is adaptive.
+        ValueError: if the activation of the model's MLP has no ONNX operator here, or the model has an adaptive
+            softmax.
     """
     if model.config.adaptive_softmax_cutoffs is not None:
         raise ValueError(
-            f"`adaptive_softmax_cutoffs` ({model.config.adaptive_softmax_cutoffs}) makes an output layer that has no graph "
-            "here: train a model without it, or export it by torch (`--to torch`)."
+            f"`adaptive_softmax_cutoffs` ({model.config.adaptive_softmax_cutoffs}) has no ONNX graph: train a model "
+            "without it, or export with torch (`--to torch`)."
         )
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +65,10 @@ def export_onnx(model, tokenizer, folder: str | Path) -> list[Path]:
 
 def quantize_onnx(path: str | Path) -> Path:
     """
-    Write the graph with its matrices in 8 bits beside it, NAME_int8.onnx, and return where that is. What is multiplied
-    with them is brought to 8 bits on the way; what adds up, the state and the gates, stays float32.
+    Quantize the matrices of a graph to 8 bits, write the result beside it as NAME_int8.onnx, and return its path. The
+    other factor of each product is quantized at run time; sums, gates and the state stay float32.
     """
-    from onnxruntime.quantization import QuantType, quantize_dynamic  # it writes to the log when it is imported
+    from onnxruntime.quantization import QuantType, quantize_dynamic  # writes to the log when it is imported
 
     path = Path(path)
     quantized = path.with_name(f"{path.stem}_int8.onnx")
@@ -70,17 +76,17 @@ def quantize_onnx(path: str | Path) -> Path:
     return quantized
 
 
-def difference(model, path: str | Path, rows: int = 3, length: int = 9) -> float:
+def difference(model: LSTMForCausalLM, path: str | Path, rows: int = 3, length: int = 9) -> float:
     """
-    The largest difference, in nats, of the log-probabilities of a graph's file and of the model, over random tokens and
-    the state that follows them. A model in half precision rounds, and its graph in float32 does not.
+    Return the largest difference, in nats, between the log-probabilities of a graph and of the model, over random
+    tokens with carried state. A model in half precision differs more, because its graph computes in float32.
     """
     from onnxruntime import InferenceSession
 
     session = InferenceSession(path)
     state = {part.name: numpy.zeros((rows, part.shape[1]), numpy.float32) for part in session.get_inputs()[1:]}
 
-    def read(ids):
+    def read(ids: torch.Tensor) -> torch.Tensor:
         logits, *following = session.run(None, {"input_ids": ids.numpy(), **state})
         state.update(zip(state, following, strict=True))
         return torch.from_numpy(logits)
@@ -89,12 +95,12 @@ def difference(model, path: str | Path, rows: int = 3, length: int = 9) -> float
     return largest_difference(model, read, 1 if one_token else length // 2, rows, length)
 
 
-def onnx_graph(model, one_token: bool) -> onnx.ModelProto:
-    """The graph that reads one token of each row, or any number."""
+def onnx_graph(model: LSTMForCausalLM, one_token: bool) -> onnx.ModelProto:
+    """Build the graph that reads one token per row, or any number of tokens."""
     config, layers = model.config, model.model.layers
     graph = _Graph()
     length = 1 if one_token else "tokens"
-    x = graph.transpose(graph.embedding(model, "input_ids"), [2, 1, 0])  # (T, B, D), as ONNX's LSTM reads
+    x = graph.transpose(graph.embedding(model, "input_ids"), [2, 1, 0])  # (T, B, D), the layout of ONNX's LSTM
     x = graph.linear(x, model.model.in_proj, "in_proj")
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["rows", length])]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", length, config.vocab_size])]
@@ -121,12 +127,13 @@ def onnx_graph(model, one_token: bool) -> onnx.ModelProto:
 
 
 class _Graph:
-    """Nodes and weights; a call adds a node and gives the name of what comes out of it."""
+    """Nodes and weights of a graph. A call adds a node and returns the name of its first output."""
 
-    def __init__(self):
-        self.nodes, self.weights = [], {}
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: dict[str, onnx.TensorProto] = {}
 
-    def __call__(self, operator: str, *inputs: str, outputs: list[str] | None = None, **attributes) -> str:
+    def __call__(self, operator: str, *inputs: str, outputs: list[str] | None = None, **attributes: Any) -> str:
         outputs = outputs or [f"{operator}_{len(self.nodes)}"]
         self.nodes.append(helper.make_node(operator, inputs, outputs, outputs[0], **attributes))
         return outputs[0]
@@ -144,29 +151,29 @@ class _Graph:
     def transpose(self, x: str, order: list[int]) -> str:
         return self("Transpose", x, perm=order)
 
-    def embedding(self, model, ids: str) -> str:
-        """(D, B, T): columns of the output layer's matrix where that is the same, so that the file holds it once."""
+    def embedding(self, model: LSTMForCausalLM, ids: str) -> str:
+        """Add the embedding, `(D, B, T)`. Tied weights are columns of the output layer's matrix, stored once."""
         weight = model.model.embed_tokens.weight
         name = "lm_head" if weight is model.lm_head.weight else "embed_tokens"
         return self("Gather", self.weight(name, weight.T), ids, axis=1)
 
-    def linear(self, x: str, module: torch.nn.Module, name: str, outputs: list[str] | None = None) -> str:
-        if isinstance(module, torch.nn.Identity):
+    def linear(self, x: str, module: nn.Linear | nn.Identity, name: str, outputs: list[str] | None = None) -> str:
+        if isinstance(module, nn.Identity):
             return x
         if module.bias is None:
             return self("MatMul", x, self.weight(name, module.weight.T), outputs=outputs)
         product = self("MatMul", x, self.weight(name, module.weight.T))
         return self("Add", product, self.weight(f"{name}.bias", module.bias), outputs=outputs)
 
-    def rms_norm(self, x: str, module: torch.nn.Module, name: str) -> str:
+    def rms_norm(self, x: str, module: nn.RMSNorm, name: str) -> str:
         mean = self("ReduceMean", self("Mul", x, x), axes=[-1])
         root = self("Sqrt", self("Add", mean, self.weight(f"{name}.eps", torch.tensor(module.eps))))
         return self("Mul", self("Div", x, root), self.weight(name, module.weight))
 
-    def gated_mlp(self, x: str, mlp: torch.nn.Module, act: str, name: str) -> str:
+    def gated_mlp(self, x: str, mlp: GatedMLP, act: str, name: str) -> str:
         if act not in ("silu", "swish", *ACTIVATIONS):
             raise ValueError(
-                f"`hidden_act` ({act!r}) has no operator in ONNX here: silu, {', '.join(ACTIVATIONS)} have one."
+                f"`hidden_act` ({act!r}) cannot be exported: it must be one of silu, {', '.join(ACTIVATIONS)}."
             )
         x = self.rms_norm(x, mlp.norm, f"{name}.norm")
         gate = self.linear(x, mlp.gate_proj, f"{name}.gate_proj")
@@ -174,8 +181,8 @@ class _Graph:
         x = self("Mul", gate, self.linear(x, mlp.up_proj, f"{name}.up_proj"))
         return self.linear(x, mlp.down_proj, f"{name}.down_proj")
 
-    def cell(self, x: str, state: list[str], following: list[str], layer, name: str) -> str:
-        """The equations of modeling_lstm.py for one token, W and U side by side in one product; x is (1, B, D)."""
+    def cell(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
+        """Add one step: the equations of modeling_lstm.py with W and U joined in one product; x is `(1, B, D)`."""
         h, c = state
         weights = torch.cat([layer.input_gates.weight, layer.hidden_gates.weight], dim=1).T  # (D + H, 4 H)
         read = self("Concat", self("Squeeze", x, self.integers(0)), h, axis=-1)
@@ -189,8 +196,8 @@ class _Graph:
         self("Mul", self("Sigmoid", o), self("Tanh", following[1]), outputs=[following[0]])
         return self("Unsqueeze", following[0], self.integers(0))
 
-    def lstm(self, x: str, state: list[str], following: list[str], layer, name: str) -> str:
-        """x of shape (T, B, D) by one operator, which has its gates in the order i, o, f, g."""
+    def lstm(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
+        """Add ONNX's LSTM, whose gates have the order i, o, f, g; x is `(T, B, D)`."""
         first = self.integers(0)
         start = [self("Unsqueeze", part, first) for part in state]
         bias = torch.cat([_iofg(layer.input_gates.bias), torch.zeros_like(layer.input_gates.bias)])
@@ -207,5 +214,6 @@ class _Graph:
 
 
 def _iofg(gates: torch.Tensor) -> torch.Tensor:
+    """Reorder the rows of the gates from i, f, g, o."""
     i, f, g, o = gates.detach().chunk(4)
     return torch.cat([i, o, f, g])

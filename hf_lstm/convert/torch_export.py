@@ -1,42 +1,50 @@
-"""The one-token step as torch.export's file: it is loaded by `torch.export.load` where this package is not installed."""
+"""Export of the one-token step with `torch.export`; `torch.export.load` reads the file without this package."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import DynamicCache
+
+from hf_lstm.model.modeling_lstm import LSTMForCausalLM
 
 from .checking import largest_difference
 
 
 class Step(nn.Module):
     """
-    `(input_ids (B, 1), [h, c, ...] (B, H) of each layer)` to `(logits (B, 1, V), [h, c, ...])`. As in the model, h has the
-    type of the weights, and c float32 where that is a half.
+    One step: `input_ids (B, 1)` and the state `[h, c, ...]`, `(B, H)` for each layer, to `logits (B, 1, V)` and the
+    next state. h has the dtype of the weights; c is float32 if that is a half-precision dtype.
     """
 
-    def __init__(self, model):
+    def __init__(self, model: LSTMForCausalLM):
         super().__init__()
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, state: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         cache = DynamicCache(config=self.model.config)
-        for layer, h, c in zip(cache.layers, state[::2], state[1::2], strict=True):
+        for layer, h, c in zip(_layers(cache), state[::2], state[1::2], strict=True):
             layer.update(h, c)
         logits = self.model(input_ids, past_key_values=cache).logits
-        return logits, [part for layer in cache.layers for part in layer.get_state()]
+        return logits, [part for layer in _layers(cache) for part in layer.get_state()]
 
     @torch.no_grad()
     def zero_state(self, rows: int) -> list[torch.Tensor]:
-        """The state that a text begins from, in the types that the model itself hands on."""
+        """Return the zero state of `rows` sequences, in the dtypes of the model's own cache."""
         cache = DynamicCache(config=self.model.config)
         self.model(torch.zeros(rows, 1, dtype=torch.long, device=self.model.device), past_key_values=cache)
-        return [torch.zeros_like(part) for layer in cache.layers for part in layer.get_state()]
+        return [torch.zeros_like(part) for layer in _layers(cache) for part in layer.get_state()]
 
 
-def export_step(model, path: str | Path) -> Path:
+def _layers(cache: DynamicCache) -> list[Any]:
+    """Return the layers of a cache, which transformers types as its own classes."""
+    return cache.layers
+
+
+def export_step(model: LSTMForCausalLM, path: str | Path) -> Path:
     """
-    Write the step of an `LSTMForCausalLM`, for any number of rows.
+    Write the step of a model, for any number of rows, and return its path.
 
     Raises:
         OSError: if the file cannot be written.
@@ -52,14 +60,14 @@ def export_step(model, path: str | Path) -> Path:
     return path
 
 
-def difference(model, path: str | Path, rows: int = 3, length: int = 9) -> float:
+def difference(model: LSTMForCausalLM, path: str | Path, rows: int = 3, length: int = 9) -> float:
     """
-    The largest difference, in nats, of the log-probabilities of a file's step and of the model, over random tokens and
-    the state that follows them.
+    Return the largest difference, in nats, between the log-probabilities of an exported step and of the model, over
+    random tokens with carried state.
     """
     step, state = torch.export.load(path).module(), Step(model).zero_state(rows)
 
-    def read(ids):
+    def read(ids: torch.Tensor) -> torch.Tensor:
         logits, state[:] = step(ids.to(model.device), state)
         return logits
 

@@ -1,9 +1,9 @@
-"""Time how fast models of one size write: ours, GPT-2 and Mamba of transformers, and what none can be faster than.
+"""Time text generation of models of one size: ours, GPT-2 and Mamba of transformers, and lower bounds.
 
 python scripts/benchmarks/decode.py --model runs/shakespeare_deep --file tinyshakespeare.txt
 
-All have 3.9 to 4.3 million parameters and the same vocabulary of 69; the contestants take turns in one process, and medians are
-reported. Without --model the weights are random and the perplexity in 8 bits is not measured.
+All have 3.9 to 4.3 million parameters and the same vocabulary of 69. The contestants take turns in one process, and
+medians are reported. Without --model the weights are random and the perplexity in 8 bits is not measured.
 """
 
 import tempfile
@@ -37,7 +37,7 @@ from transformers.utils import logging
 from hf_lstm import LSTMConfig, LSTMForCausalLM, Session, TokenStream, char_tokenizer, evaluate_stream, load_corpus
 from hf_lstm.convert.onnx import export_onnx, quantize_onnx
 
-TOKENIZER = char_tokenizer([bytes(range(33, 98)).decode()])  # as many characters as Shakespeare has
+TOKENIZER = char_tokenizer([bytes(range(33, 98)).decode()])  # the number of characters of Shakespeare
 VOCABULARY = len(TOKENIZER)
 PROMPTS = [16, 64, 256, 1024, 4096, 16384]
 LONG = 100_000
@@ -46,16 +46,16 @@ LONG = 100_000
 @dataclass
 class Arguments:
     model: str | None = field(
-        default=None, metadata={"help": "A trained model of two layers of 512, for the int8 rows."}
+        default=None, metadata={"help": "A trained model with two layers of 512, for the perplexity in 8 bits."}
     )
-    file: str | None = field(default=None, metadata={"help": "The text whose validation part it is tested on."})
-    tokens: int = field(default=200, metadata={"help": "Tokens written each time."})
-    rounds: int = field(default=7, metadata={"help": "Times that each contestant is timed."})
-    long: int = field(default=LONG, metadata={"help": "Tokens of the long text whose time and memory are watched."})
+    file: str | None = field(default=None, metadata={"help": "The text with whose validation split it is tested."})
+    tokens: int = field(default=200, metadata={"help": "Tokens per generation."})
+    rounds: int = field(default=7, metadata={"help": "Number of timings of each contestant."})
+    long: int = field(default=LONG, metadata={"help": "Tokens of the long text."})
 
 
 class Empty(PreTrainedModel, GenerationMixin):
-    """A model that computes nothing: what is left is what `generate()` itself costs."""
+    """A model that computes nothing, to measure the cost of `generate()` itself."""
 
     config_class = LSTMConfig
 
@@ -82,7 +82,7 @@ def competitors() -> dict:
 
 
 def parameters(model) -> int:
-    """Without a Transformer's table of positions, which only says how long a text may get."""
+    """Count the parameters, except for position embeddings, which only set the maximum length of a text."""
     return sum(part.numel() for name, part in model.named_parameters() if "wpe" not in name)
 
 
@@ -92,7 +92,7 @@ def generate(model, ids: torch.Tensor, tokens: int) -> None:
 
 @torch.inference_mode()
 def bare_cells(model, tokens: int) -> None:
-    """The equations of the layers alone, token after token, on one row."""
+    """Run only the equations of the layers, one token at a time, on one row."""
     states = [(torch.zeros(1, size), torch.zeros(1, size)) for size in model.config.cell_sizes]
     x = torch.zeros(1, model.config.embedding_size)
     for _ in range(tokens):
@@ -106,14 +106,14 @@ def bare_cells(model, tokens: int) -> None:
 
 @torch.inference_mode()
 def read_weights(model, tokens: int) -> None:
-    """Each weight once a token, added up."""
+    """Sum all weights once per token."""
     for _ in range(tokens):
         for parameter in model.parameters():
             parameter.sum()
 
 
 def session_text(model, tokens: int) -> None:
-    """The loop of a `Session`, which draws nothing."""
+    """Generate greedily with a `Session`."""
     session = Session(model, TOKENIZER)
     session.feed("A")
     for _ in session.stream(max_new_tokens=tokens, do_sample=False):
@@ -121,7 +121,7 @@ def session_text(model, tokens: int) -> None:
 
 
 class Onnx:
-    """The loop around an exported step: greedy, one row."""
+    """Greedy generation of one row with an exported step."""
 
     def __init__(self, path: Path):
         options = onnxruntime.SessionOptions()
@@ -138,7 +138,7 @@ class Onnx:
             state, ids = dict(zip(state, following, strict=True)), logits[:, -1:].argmax(axis=-1)
 
     def loss(self, ids: numpy.ndarray) -> float:
-        """Nats per token of a text, read in chunks."""
+        """Return the loss of a text in nats per token, read in chunks."""
         total, state = 0.0, self.zeros
         for start in range(0, len(ids) - 1, 1024):
             read, targets = ids[start : start + 1024][: len(ids) - 1 - start], ids[start + 1 : start + 1025]
@@ -157,7 +157,7 @@ def seconds(call, *arguments) -> float:
 
 
 def turns(contestants: dict, rounds: int, unit: str = "ms", scale: float = 1000) -> dict[str, float]:
-    """The median of each one's times, the first round left out."""
+    """Time the contestants in turns and return the median of each, without the first round."""
     times = {name: [] for name in contestants}
     for _ in range(rounds + 1):
         for name, call in contestants.items():
@@ -169,14 +169,14 @@ def turns(contestants: dict, rounds: int, unit: str = "ms", scale: float = 1000)
 
 
 def resident() -> float:
-    """Megabytes of this process that lie in memory."""
+    """Return the resident memory of this process in megabytes."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * 4096 / 1e6
 
 
 @torch.inference_mode()
 def long_text(model, tokens: int, loop: str) -> dict[str, list[float]]:
-    """Milliseconds per token and megabytes of growth, after each hundredth of the way."""
+    """Measure milliseconds per token and memory growth in megabytes at each hundredth of the text."""
     every, taken, grown = tokens // 100, [], []
 
     def note(count):
@@ -187,7 +187,7 @@ def long_text(model, tokens: int, loop: str) -> dict[str, list[float]]:
             start = perf_counter()
 
     class Watch:
-        count = -1  # the prompt comes first
+        count = -1  # the first call brings the prompt
 
         def put(self, _):
             self.count += 1
@@ -213,7 +213,7 @@ def long_text(model, tokens: int, loop: str) -> dict[str, list[float]]:
 
 
 def long_session(model, tokens: int) -> dict[str, list[float]]:
-    """The same of a `Session`."""
+    """Measure the same for a `Session`."""
     every, taken, grown = tokens // 100, [], []
     session = Session(model, TOKENIZER)
     session.feed("A")
@@ -227,7 +227,7 @@ def long_session(model, tokens: int) -> dict[str, list[float]]:
 
 
 def late_of_early(model, tokens: int, rounds: int) -> dict[str, float]:
-    """How long 500 tokens take after so many, over the time after 1,000: both in turns, since the machine's own speed changes."""
+    """Compare the time of 500 tokens after `tokens` tokens with that after 1,000, in turns."""
     lengths, ratios = [1000, tokens], {}
     for name, write in ways_to_write(model, TOKENIZER, states_after(model, lengths), 500).items():
         contestants = {f"{name}, after {length:,}": partial(write, length) for length in lengths}

@@ -1,4 +1,4 @@
-"""Writing on after so many tokens, in the three ways there are: what a text's length costs."""
+"""Generation after texts of different lengths, by the model itself, a `Session` and `generate()`."""
 
 import copy
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from hf_lstm import Session
 
 @torch.inference_mode()
 def states_after(model, lengths: list[int]) -> dict[int, DynamicCache]:
-    """The states after so many random tokens, read in chunks."""
+    """Return the state after each number of random tokens, read in chunks."""
     read, states = DynamicCache(config=model.config), {}
     for length in lengths:
         ids = torch.randint(4, model.config.vocab_size, (1, length - read.get_seq_length()))
@@ -22,7 +22,7 @@ def states_after(model, lengths: list[int]) -> dict[int, DynamicCache]:
 
 
 def ways_to_write(model, tokenizer, states: dict[int, DynamicCache], tokens: int) -> dict[str, Callable[[int], None]]:
-    """Calls that write so many tokens after one of the states: by the model itself, by a `Session`, by `generate()`."""
+    """Return functions that generate `tokens` tokens after one of the states, by name."""
     session = Session(model, tokenizer)
 
     @torch.inference_mode()

@@ -1,9 +1,9 @@
-"""What training with a large vocabulary takes of memory, all logits held and in chunks, and what a text that grows takes.
+"""Measure the memory of training with a large vocabulary, with and without chunks, and of the state of a growing text.
 
 python scripts/benchmarks/memory.py
 
-Each way of training runs in a process of its own, since what the system says of a process is the most it ever held; what was
-held after the imports is taken off. The ways take turns.
+Each training runs in a process of its own, because the system reports the peak memory of a process; the memory after
+the imports is subtracted. The variants take turns.
 """
 
 import json
@@ -27,24 +27,24 @@ LENGTHS = [16, 256, 1024, 4096]
 
 @dataclass
 class Arguments:
-    vocab_size: int = field(default=50_000, metadata={"help": "Tokens of the vocabulary."})
+    vocab_size: int = field(default=50_000, metadata={"help": "Size of the vocabulary."})
     hidden_size: int = field(default=512, metadata={"help": "Width of the two layers."})
-    rows: int = field(default=32, metadata={"help": "Rows of a batch."})
-    tokens: int = field(default=128, metadata={"help": "Tokens of a row."})
-    chunk_size: int = field(default=512, metadata={"help": "Tokens whose logits are held at a time."})
-    rounds: int = field(default=3, metadata={"help": "Processes of each way."})
-    steps: int = field(default=3, metadata={"help": "Steps in each of them, after one that is not timed."})
-    way: str | None = field(default=None, metadata={"help": "Of a child process: `plain` or `chunked`."})
+    rows: int = field(default=32, metadata={"help": "Rows per batch."})
+    tokens: int = field(default=128, metadata={"help": "Tokens per row."})
+    chunk_size: int = field(default=512, metadata={"help": "Tokens whose logits are in memory at a time."})
+    rounds: int = field(default=3, metadata={"help": "Processes per variant."})
+    steps: int = field(default=3, metadata={"help": "Timed steps per process, after one that is not timed."})
+    way: str | None = field(default=None, metadata={"help": "Set in child processes: `plain` or `chunked`."})
 
 
 def held(kind: str) -> float:
-    """Megabytes of this process in memory: now (`VmRSS`), or at most so far (`VmHWM`)."""
+    """Return the memory of this process in megabytes: current (`VmRSS`) or peak (`VmHWM`)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(kind)).split()[1]) / 1024
 
 
 def train(arguments: Arguments) -> None:
-    """A child: prints what its steps took."""
+    """Train in a child process and print the memory, time and losses as JSON."""
     before = held("VmRSS")
     torch.manual_seed(0)
     config = LSTMConfig(
@@ -68,7 +68,7 @@ def train(arguments: Arguments) -> None:
 
 
 def compare_losses(arguments: Arguments) -> dict:
-    """Both ways in turns."""
+    """Run both variants in turns."""
     runs = {"plain": [], "chunked": []}
     for _ in range(arguments.rounds):
         for way, found in runs.items():
@@ -89,7 +89,7 @@ def compare_losses(arguments: Arguments) -> dict:
 
 
 def tensors_of(value):
-    """All tensors that a state holds."""
+    """Yield all tensors of a state."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, (list, tuple, dict)):
@@ -101,7 +101,7 @@ def tensors_of(value):
 
 @torch.inference_mode()
 def states() -> dict[str, dict[str, int]]:
-    """Bytes that a model of some 4 million parameters keeps of one text, by its length."""
+    """Return the bytes of the state of one text, by its length, for models of about 4 million parameters."""
     sizes = {"vocab_size": 69}
     models = {
         "LSTM": LSTMForCausalLM(LSTMConfig(**sizes)),
@@ -142,7 +142,7 @@ def main(arguments: Arguments) -> None:
     result = {name: value for name, value in vars(arguments).items() if name not in ("way", "rounds")}
     print(f"A step of {arguments.rows} x {arguments.tokens} tokens, vocabulary of {arguments.vocab_size:,}:")
     result["loss"] = compare_losses(arguments)
-    print("What is kept of a text:")
+    print("State of a text:")
     result["state_bytes"] = states()
     draw(result)
     write_result("memory_cpu", result)

@@ -1,4 +1,4 @@
-"""Short documents packed into one row, against the same documents padded into a batch: seconds per training step.
+"""Compare the training step of documents packed into one row with that of the same documents as a padded batch.
 
 python scripts/benchmarks/packing.py
 """

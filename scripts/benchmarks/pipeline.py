@@ -1,9 +1,9 @@
-"""How many tokens a second the data pipeline delivers, against how many the Shakespeare recipe trains on.
+"""Compare the tokens per second of the data pipeline with those of training in the Shakespeare recipe.
 
 python scripts/benchmarks/pipeline.py
 
-Both take the batches that Trainer would: the recipe's lanes, of a text that was tokenized before. On a GPU the model is
-that of the recipe shakespeare_gpu, on a CPU that of shakespeare_cpu.
+Both use the batches of Trainer: lanes of a text that is already tokenized. The model is that of the recipe
+shakespeare_gpu on a GPU and that of shakespeare_cpu on a CPU.
 """
 
 import itertools
@@ -11,17 +11,19 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from runpy import run_path
 
 import torch
 from record import write_result
 from transformers import Trainer, default_data_collator
 
 from hf_lstm import LaneDataset, LSTMConfig, LSTMForCausalLM, TokenStream, char_tokenizer
-from hf_lstm.data import load_documents, standard_library
+from hf_lstm.data import load_documents
 from hf_lstm.training import LSTMTrainingArguments
 
+STANDARD_LIBRARY = Path(__file__).parents[1] / "standard_library.py"
 ROUNDS, STEPS = 9, 20
-RECIPES = {  # model, lanes, tokens of a step
+RECIPES = {  # model, lanes, tokens per lane and step
     "cpu": ({"hidden_size": 512, "num_hidden_layers": 1, "output_dropout": 0.3}, 16, 64),
     "cuda": ({"hidden_size": 768, "num_hidden_layers": 2, "hidden_dropout": 0.3, "weight_dropout": 0.4}, 64, 128),
 }
@@ -31,8 +33,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config, lanes, length = RECIPES[device]
     with tempfile.TemporaryDirectory() as folder:
+        library = run_path(STANDARD_LIBRARY)["standard_library"]()
         path = Path(folder) / "text.txt"
-        path.write_text("".join(itertools.chain(*standard_library().values())), encoding="utf-8")
+        path.write_text("".join(text for rows in library.values() for text in rows["text"]), encoding="utf-8")
         rows = load_documents(path)["train"]
         tokenizer = char_tokenizer(rows["text"])
         stream = TokenStream.from_documents(rows, tokenizer)

@@ -1,8 +1,9 @@
-"""Train recipes one after the other, and keep their cards under model_cards/.
+"""Train recipes one after the other and store their cards in model_cards/.
 
 python scripts/benchmarks/recipes.py quickstart shakespeare_cpu tang residual
 
-The corpora lie in the current folder, as in README.md. Without a recipe, the cards are rendered anew from what is known.
+The corpora must be in the current folder, as in README.md. Without a recipe, the cards are rendered again from their
+JSON.
 """
 
 import json
@@ -18,7 +19,7 @@ CARDS = ROOT / "model_cards"
 
 
 def train(recipe: str) -> None:
-    """Train it in runs/, and take from there what its card is made of."""
+    """Train a recipe in runs/ and copy the files of its card."""
     folder = Path("runs") / recipe
     script, arguments = ROOT / "scripts" / "train.py", f"scripts/recipes/{recipe}.args"
     subprocess.run([sys.executable, script, "--recipe", arguments, "--output_dir", folder], check=True)

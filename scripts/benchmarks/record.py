@@ -1,4 +1,4 @@
-"""How a benchmark's result is kept: with the machine and the commit that it was measured on."""
+"""Storage of benchmark results, with the machine and the commit of the measurement."""
 
 import json
 import platform
@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_result(name: str, result: dict, folder: Path = RESULTS) -> None:
-    """Write `name`.json into a folder, and say so."""
+    """Write a result to `name`.json in a folder."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""What regularisation adds to a training step: weight-drop, locked dropout and the activation penalties together.
+"""Measure what weight-drop, locked dropout and activation penalties together cost in a training step.
 
 python scripts/benchmarks/regularization_cost.py
 """
@@ -27,7 +27,7 @@ REGULARIZATION = {
 
 
 def seconds(model, optimizer, ids) -> float:
-    """Of a whole step, the optimizer's included."""
+    """Time one training step, with that of the optimizer."""
     start = time.perf_counter()
     model(input_ids=ids[:, :-1], shift_labels=ids[:, 1:].contiguous()).loss.backward()
     optimizer.step()

@@ -1,9 +1,9 @@
-"""What each regulariser of AWD-LSTM is worth on little text: test perplexity with all of them, without each, and without any.
+"""Ablation of the regularisers of AWD-LSTM on little text: test perplexity with all, without each and without any.
 
 python scripts/benchmarks/regularizers.py --train_file wikitext-2/valid.txt --test_file wikitext-2/test.txt
 
-Trained on the validation file of WikiText-2, whose last tenth is kept to choose the best epoch, and tested on its test
-file: "WT2-small", which says nothing about WikiText-2 itself.
+The models are trained on the validation file of WikiText-2, whose last tenth is used to choose the best epoch, and
+tested on its test file. The results of this "WT2-small" do not transfer to WikiText-2 itself.
 """
 
 import argparse
@@ -38,7 +38,7 @@ LANES, BPTT = 20, 35
 
 
 def variants() -> dict[str, dict]:
-    """The settings of each run, by its name in the table."""
+    """Return the settings of each run by its name in the table."""
     every = {name: value for settings in REGULARIZERS.values() for name, value in settings.items()}
     without = {
         f"without {left_out}": {name: value for name, value in every.items() if name not in settings}
@@ -90,9 +90,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--test_file", required=True)
-    parser.add_argument("--min_frequency", type=int, default=5, help="times a word must occur to be in the vocabulary")
+    parser.add_argument("--min_frequency", type=int, default=5, help="minimum frequency of words in the vocabulary")
     parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--only", nargs="+", choices=variants(), help="rows of the table; all by default")
+    parser.add_argument("--only", nargs="+", choices=variants(), help="rows of the table (default: all)")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 

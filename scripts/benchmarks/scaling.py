@@ -1,9 +1,9 @@
-"""How the cost of training and writing grows: with tokens, width, depth, vocabulary, the length of a text, and processes.
+"""Measure how training and generation scale with tokens, width, depth, vocabulary, length of the text and processes.
 
 python scripts/benchmarks/scaling.py
 
-Along each axis the sizes take turns, and an exponent is fitted to the medians: time ~ size ^ exponent. From the widths follows
-what a billion tokens would take on this machine.
+On each axis the sizes take turns, and an exponent is fitted to the medians: time ~ size ^ exponent. The times by width
+give an estimate of the time for a billion tokens on this machine.
 """
 
 import json
@@ -35,19 +35,19 @@ AXES = {
     "num_hidden_layers": [1, 2, 4, 8],
     "vocab_size": [1000, 4000, 16_000, 64_000],
 }
-STEPS = 60  # of each number of processes
+STEPS = 60  # for each number of processes
 LENGTHS = [1000, 10_000, 100_000]
 TOKENIZER = char_tokenizer([bytes(range(33, 98)).decode()])
 
 
 @dataclass
 class Arguments:
-    rounds: int = field(default=5, metadata={"help": "Times that each size is timed."})
-    processes: bool = field(default=True, metadata={"help": "Whether two processes are compared with one."})
+    rounds: int = field(default=5, metadata={"help": "Number of timings of each size."})
+    processes: bool = field(default=True, metadata={"help": "Whether to compare two processes with one."})
 
 
 class Training:
-    """A model and its optimizer, called for some steps."""
+    """A model and its optimizer; a call trains for some steps."""
 
     def __init__(self, **changes):
         torch.manual_seed(0)
@@ -63,7 +63,7 @@ class Training:
 
 
 def medians(calls: dict, rounds: int) -> dict[int, float]:
-    """Seconds of each call; the first round is not counted."""
+    """Time the calls in turns and return the median of each in seconds, without the first round."""
     times = {size: [] for size in calls}
     for _ in range(rounds + 1):
         for size, call in calls.items():
@@ -94,7 +94,7 @@ def training_axis(axis: str, rounds: int) -> dict:
 
 
 def writing_axes(rounds: int) -> dict:
-    """Time of 300 tokens after so many."""
+    """Time the generation of 300 tokens after texts of different lengths."""
     torch.manual_seed(0)
     model = LSTMForCausalLM(LSTMConfig(**BASE | {"num_hidden_layers": 2})).eval()
     model.generation_config.eos_token_id = None
@@ -106,14 +106,14 @@ def writing_axes(rounds: int) -> dict:
 
 
 def processes() -> dict[str, float]:
-    """Tokens per second of scripts/train.py in one process and in two, each of one thread, with as many lanes in all."""
+    """Measure tokens per second of scripts/train.py with one and with two processes of one thread."""
     train, rates = Path(__file__).parent.parent / "train.py", {}
     with tempfile.TemporaryDirectory() as folder:
         text = Path(folder) / "text.txt"
         text.write_text("".join(chr(33 + value % 64) for value in torch.randint(0, 64, (200_000,)).tolist()))
         for count in (1, 2):
             command = [sys.executable]
-            if count > 1:  # `--multi_gpu` is what starts several processes by torchrun; the script itself uses no GPU
+            if count > 1:  # `--multi_gpu` starts several processes with torchrun; the script itself uses no GPU
                 command += ["-m", "accelerate.commands.launch", "--multi_gpu", f"--num_processes={count}"]
                 command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
             flags = f"--train_file {text} --output_dir {folder}/{count} --hidden_size 512 --max_steps {STEPS} --use_cpu true"

@@ -1,4 +1,4 @@
-"""Write the README's section on speed from the results of the benchmarks: no figure stands there that no file holds.
+"""Write the section on speed of README.md from the results of the benchmarks, so that each figure has a source.
 
 python scripts/benchmarks/summary.py
 """
@@ -134,7 +134,7 @@ def scaling() -> str:
 
 
 def render() -> str:
-    """The section, between its two marks."""
+    """Return the section between its two markers."""
     return f"{BEGIN}\n{training()}\n{writing()}\n{memory()}\n{scaling()}\n{END}"
 
 

@@ -1,9 +1,9 @@
-"""A large text file becomes lanes: how long it takes, and how much memory, the first time and the second.
+"""Measure the time and memory of turning a large text file into lanes, in a first and a second run.
 
 python scripts/benchmarks/tokenization.py --megabytes 1000
 
-The text is made up, of words as frequent as those of a language. Memory is what the processes have for themselves
-(RssAnon of all of them): pages of files that are mapped, which the system takes back when it needs them, do not count.
+The text is random, with the word frequencies of a language. Memory is the sum of RssAnon over all processes, which
+excludes pages of mapped files: the system can reclaim those.
 """
 
 import argparse
@@ -23,7 +23,7 @@ VOCAB_SIZE = 4096
 
 
 def write_text(path: Path, megabytes: int, seed: int = 0) -> None:
-    """Lines of words whose frequency falls with their rank (Zipf's law), a million bytes at a time."""
+    """Write lines of words whose frequency falls with their rank (Zipf's law), a million bytes at a time."""
     generator = numpy.random.default_rng(seed)
     letters = numpy.array(list("etaoinshrdlucmfwypvbgkqjxz"))
     chances = numpy.exp(-numpy.arange(26) / 8)
@@ -43,7 +43,7 @@ def write_text(path: Path, megabytes: int, seed: int = 0) -> None:
 
 
 def measure(name: str, path: Path) -> None:
-    """One run, in a process of its own; prints what it took as JSON."""
+    """Do one run in this process and print the times as JSON."""
     from hf_lstm import LaneDataset, TokenStream, bpe_tokenizer, byte_tokenizer
     from hf_lstm.data import load_documents
 
@@ -76,18 +76,18 @@ def measure(name: str, path: Path) -> None:
 
 
 def anonymous_bytes(process: int) -> int:
-    """Of a process and all below it."""
+    """Return the anonymous memory of a process and its descendants in bytes."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return 0
     own = [int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("RssAnon")]
     return sum(own) + sum(anonymous_bytes(int(child)) for child in children)
 
 
 def run(name: str, path: Path, cache: Path) -> dict:
-    """One run and the most memory that it had."""
+    """Do one run in a child process and return its result with its peak memory."""
     command = [sys.executable, __file__, "--measure", name, "--file", str(path)]
     environment = os.environ | {"HF_DATASETS_CACHE": str(cache), "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)

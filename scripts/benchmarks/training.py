@@ -1,9 +1,9 @@
-"""How fast models of one size learn: ours in the stock Trainer and in a bare loop, torch's own LSTM, GPT-2 and Mamba.
+"""Time training of models of one size: ours in the stock Trainer and in a bare loop, torch's LSTM, GPT-2 and Mamba.
 
 python scripts/benchmarks/training.py
 
-After each step of the Trainer the others take one of their own on the same tokens, all in one process; medians of the steps
-are reported. All use AdamW, clip the gradient's norm to 1, and the LSTMs carry their state from step to step.
+After each step of the Trainer the others do a step on the same tokens, all in one process, and medians of the steps
+are reported. All use AdamW and clip the norm of the gradient to 1. The LSTMs carry their state from step to step.
 """
 
 import tempfile
@@ -33,7 +33,7 @@ from transformers.utils import logging
 from hf_lstm import LaneDataset, LSTMConfig, LSTMForCausalLM
 from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback
 
-VOCABULARY = 69  # as many characters as Shakespeare has
+VOCABULARY = 69  # the number of characters of Shakespeare
 SHAPES = {  # rows, tokens, width, layers
     "recipe": (16, 64, 512, 1),
     "two layers": (16, 64, 512, 2),
@@ -42,20 +42,20 @@ SHAPES = {  # rows, tokens, width, layers
     "longer": (16, 256, 512, 1),
     "larger batch": (32, 128, 512, 2),
 }
-TRANSFORMERS = {  # of as many parameters: layers and width of GPT-2, and of Mamba
+TRANSFORMERS = {  # with as many parameters: layers, width and heads of GPT-2; layers and width of Mamba
     "recipe": ((4, 208, 4), (4, 280)),
-    "larger batch": ((5, 264, 4), None),  # Mamba would take minutes a step
+    "larger batch": ((5, 264, 4), None),  # a step of Mamba would take minutes
 }
 
 
 @dataclass
 class Arguments:
-    steps: int = field(default=25, metadata={"help": "Steps that are timed, after five that are not."})
-    slow_steps: int = field(default=3, metadata={"help": "Of GPT-2 and Mamba, which differ by more than the noise."})
+    steps: int = field(default=25, metadata={"help": "Timed steps, after five that are not timed."})
+    slow_steps: int = field(default=3, metadata={"help": "Timed steps of GPT-2 and Mamba."})
 
 
 class TorchLSTM(nn.Module):
-    """What one writes by hand: the same layers, the embedding as output layer."""
+    """The same model written with `nn.LSTM` and tied embeddings."""
 
     def __init__(self, width: int, layers: int):
         super().__init__()
@@ -71,7 +71,7 @@ class TorchLSTM(nn.Module):
 
 
 class OurLSTM(nn.Module):
-    """Our model in the same loop."""
+    """Our model for the same loop."""
 
     def __init__(self, config: LSTMConfig):
         super().__init__()
@@ -94,7 +94,7 @@ class Stateless(nn.Module):
 
 
 class Loop:
-    """The bare loop of a step."""
+    """A bare training loop."""
 
     def __init__(self, model: nn.Module):
         self.model, self.times = model.train(), []
@@ -110,7 +110,7 @@ class Loop:
 
 
 class Turns(TrainerCallback):
-    """After each step of the Trainer, one of every other; what lies between is the Trainer's own."""
+    """Callback that runs a step of every loop after each step of the Trainer, and times the Trainer between them."""
 
     def __init__(self, loops: dict[str, Loop], slow: dict[str, Loop], batches, slow_steps: int):
         self.loops, self.slow, self.batches, self.slow_steps = loops, slow, batches, slow_steps
@@ -143,7 +143,7 @@ def measure(name: str, steps: int, slow_steps: int) -> dict:
     if name in TRANSFORMERS:
         (depth, size, heads), mamba = TRANSFORMERS[name]
         gpt2 = GPT2Config(vocab_size=VOCABULARY, n_positions=tokens, n_embd=size, n_layer=depth, n_head=heads)
-        gpt2.resid_pdrop = gpt2.embd_pdrop = gpt2.attn_pdrop = 0.0  # as the others
+        gpt2.resid_pdrop = gpt2.embd_pdrop = gpt2.attn_pdrop = 0.0  # like the others
         slow = {"GPT-2": Loop(Stateless(GPT2LMHeadModel(gpt2)))}
         if mamba is not None:
             config_of_mamba = MambaConfig(vocab_size=VOCABULARY, num_hidden_layers=mamba[0], hidden_size=mamba[1])

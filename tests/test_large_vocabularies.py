@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from transformers import AutoModel, AutoModelForCausalLM, Trainer, TrainingArguments
 
 from hf_lstm import evaluate_stream
-from hf_lstm.model.loss_lstm import loss_without_logits
+from hf_lstm.model.training_lstm import loss_without_logits
 from hf_lstm.training.arguments import check_penalties
 
 IDS = make_ids(3, 8)

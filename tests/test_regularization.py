@@ -7,8 +7,8 @@ from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from transformers import DynamicCache
 
-from hf_lstm.model import modeling_lstm, regularization_lstm
-from hf_lstm.model.regularization_lstm import locked_dropout, weight_dropout, word_dropout
+from hf_lstm.model import modeling_lstm, training_lstm
+from hf_lstm.model.training_lstm import locked_dropout, weight_dropout, word_dropout
 
 IDS = make_ids(3, 8)
 DROPOUTS = {
@@ -24,9 +24,9 @@ PENALTIES = {"activation_regularization": 2.0, "temporal_activation_regularizati
 @pytest.fixture
 def masks(monkeypatch):
     """What is kept in each dropout of a forward, in the order of their drawing."""
-    drawn, draw = [], regularization_lstm._dropout_mask
+    drawn, draw = [], training_lstm._dropout_mask
     monkeypatch.setattr(
-        regularization_lstm, "_dropout_mask", lambda *arguments: (drawn.append(draw(*arguments)), drawn[-1])[1]
+        training_lstm, "_dropout_mask", lambda *arguments: (drawn.append(draw(*arguments)), drawn[-1])[1]
     )
     return drawn
 

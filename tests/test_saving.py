@@ -177,8 +177,8 @@ def test_models_load_where_hf_lstm_is_not_installed(tmp_path):
 def test_code_of_version_0_1_0_does_not_stay_in_a_folder(tmp_path):
     """Its files had other names, which a model that is saved again no longer needs."""
     make_model().save_pretrained(tmp_path)
-    for name in ("decoding_lstm.py", "kernels_lstm.py", "outputs_lstm.py", "segments_lstm.py", "mine_lstm.py"):
-        (tmp_path / name).write_text("")
+    for name in ("decoding", "kernels", "loss", "outputs", "regularization", "segments", "mine"):
+        (tmp_path / f"{name}_lstm.py").write_text("")
 
     make_model().save_pretrained(tmp_path)
 

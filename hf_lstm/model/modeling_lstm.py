@@ -209,15 +209,16 @@ class LSTMModel(LSTMPreTrainedModel):
         super().__init__(config)
         embedding_size = cast(int, config.embedding_size)  # `None` stands for a default until the config is complete
         self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
-        self.in_proj: nn.Module = nn.Identity()
-        self.out_proj: nn.Module = nn.Identity()
-        self.norm: nn.Module = nn.Identity()
+        # An optimizer's checkpoint knows parameters by their order, which is therefore the same in every version.
         if config.block_type == "residual":
             self.layers = nn.ModuleList(ResidualLSTMLayer(config) for _ in range(config.num_hidden_layers))
-            self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.norm: nn.Module = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
             sizes = itertools.pairwise([embedding_size, *config.cell_sizes])
             self.layers = nn.ModuleList(LSTMLayer(*pair, config) for pair in sizes)
+            self.norm = nn.Identity()
+        self.in_proj: nn.Module = nn.Identity()
+        self.out_proj: nn.Module = nn.Identity()
         if config.block_type == "residual" and embedding_size != config.hidden_size:
             self.in_proj = linear(embedding_size, config.hidden_size)
             if config.tie_word_embeddings:
@@ -283,8 +284,7 @@ class LSTMModel(LSTMPreTrainedModel):
         cell_sizes = [layer.hidden_gates.in_features for layer in layers]
         cache_layers = prepare_cache_layers(past_key_values, x.shape[0], len(self.layers), cell_sizes)
         reading, documents = find_reading(x, cache_layers and cache_layers[0], *limits)
-        x = locked_dropout(x, self.config.input_dropout if self.training else 0)
-        x = self.in_proj(x)
+        x = self.in_proj(locked_dropout(x, self.config.input_dropout if self.training else 0))
         for index, layer in enumerate(layers):
             cache_layer = None if cache_layers is None else cache_layers[index]
             if self.training and index > 0 and self.config.block_type == "stacked":

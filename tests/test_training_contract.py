@@ -125,7 +125,8 @@ def test_a_layer_is_never_split(model):
     assert set(model._no_split_modules) == {type(layer).__name__ for layer in model.model.layers}
 
 
-PRECISION = {torch.bfloat16: 3e-2, torch.float16: 4e-3, torch.float32: 1e-5}  # of the largest logit
+# Of the norm of the logits: the error of a single one is that of the few rows where rounding is amplified most.
+PRECISION = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
@@ -138,7 +139,7 @@ def test_low_precision_weights_give_close_logits_and_float32_cells(dtype, kernel
 
     assert logits.dtype == dtype
     assert all(parameter.grad.dtype == dtype and parameter.grad.isfinite().all() for parameter in low.parameters())
-    assert (logits.double() - expected).abs().max() < PRECISION[dtype] * expected.abs().max()
+    assert (logits.double() - expected).norm() < PRECISION[dtype] * expected.norm()
     cache = low(IDS, use_cache=True).past_key_values
     assert {layer.values.dtype for layer in cache.layers} == {torch.float32}
     written = low.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
@@ -178,7 +179,7 @@ def test_autocast_on_a_cpu_gives_close_logits(model, kernel, length):
         output.loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
-    assert (output.logits.float() - expected).abs().max() < 3e-2 * expected.abs().max()
+    assert (output.logits.float() - expected).norm() < PRECISION[torch.bfloat16] * expected.norm()
     assert {layer.values.dtype for layer in cache.layers} == {torch.float32}
 
 

@@ -166,7 +166,7 @@ def test_a_temperature_near_0_takes_the_most_probable_token(tmp_path, run, model
 
 @pytest.mark.parametrize("unk_token", ["[UNK]", None])
 def test_a_prompt_that_the_model_does_not_know_is_told(tmp_path, capsys, unk_token):
-    """Whatever the wrapper calls unknown, and also where nothing stands for it."""
+    """The tokenizer's wrapper names no unknown token, and its model may have none either."""
     vocabulary = {letter: index for index, letter in enumerate(["[UNK]", *"the"])}
     backend = Tokenizer(models.BPE(vocabulary, merges=[], unk_token=unk_token))
     PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<eos>").save_pretrained(tmp_path)

@@ -279,7 +279,7 @@ def fast(model, cut, **names):
 @pytest.mark.parametrize("names", [{}, {"unk_token": "<unk>"}], ids=["none", "another"])
 @pytest.mark.parametrize("kind", ["words", "pieces", "unigrams"])
 def test_the_unknown_token_is_the_one_that_the_model_has(kind, names, warnings):
-    """Whatever the wrapper calls it."""
+    """The tokenizer's wrapper may name another unknown token, or none."""
     words = ["[UNK]", "the", "fox", "<eos>"]
     vocabulary = {word: index for index, word in enumerate(words)}
     model = {

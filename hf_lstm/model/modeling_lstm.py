@@ -39,7 +39,7 @@ from .cache_lstm import initial_state, prepare_cache_layers, rows_that_read
 from .configuration_lstm import LSTMConfig
 from .generation_lstm import LSTMGenerationMixin, take_plain_step
 from .loading_lstm import StrictLoading
-from .recurrence_lstm import Recurrence, Segments, Steps, find_reading, hold, is_untouched, run_lstm
+from .recurrence_lstm import Reading, Recurrence, find_reading, hold, is_untouched, run_lstm
 from .training_lstm import (
     AdaptiveSoftmax,
     activation_penalty,
@@ -94,7 +94,7 @@ class LSTMLayer(GradientCheckpointingLayer):
         x: torch.Tensor,
         h: torch.Tensor,
         c: torch.Tensor,
-        reading: Segments | Steps | None = None,
+        reading: Reading | None = None,
         record: bool = False,
     ) -> Recurrence:
         """
@@ -126,7 +126,7 @@ class ResidualLSTMLayer(LSTMLayer):
         x: torch.Tensor,
         h: torch.Tensor,
         c: torch.Tensor,
-        reading: Segments | Steps | None = None,
+        reading: Reading | None = None,
         record: bool = False,
     ) -> Recurrence:
         """See [`LSTMLayer`]; x and `outputs` are the residual stream, `(B, T, H)`."""

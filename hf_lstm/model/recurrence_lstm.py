@@ -50,7 +50,7 @@ def run_lstm(
     c: torch.Tensor,
     input_gates: nn.Module,
     hidden_gates: nn.Module,
-    reading: "Rows | Segments | Steps | None" = None,
+    reading: "Rows | Reading | None" = None,
     record: bool = False,
     hidden_weight: torch.Tensor | None = None,
 ) -> Recurrence:
@@ -87,7 +87,7 @@ def select_kernel(
     x: torch.Tensor,
     h: torch.Tensor,
     c: torch.Tensor,
-    reading: "Rows | Segments | Steps",
+    reading: "Rows | Reading",
     record: bool,
     input_gates: nn.Module,
     hidden_gates: nn.Module,
@@ -212,6 +212,10 @@ class Steps:
         return self.restarts | (self.real & (self.real.long().cumsum(1) == 1))
 
 
+Reading = Segments | Steps
+"""Tokens to read in rows with padding or several documents."""
+
+
 def hold(x: torch.Tensor, held: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     """
     Repeat `x` `(B, T, ...)` of the last real token over padding, and `held` `(B, ...)` before the first. `real`
@@ -229,7 +233,7 @@ def find_reading(
     position_ids: torch.Tensor | None = None,
     seq_idx: torch.Tensor | None = None,
     cu_seq_lens: torch.Tensor | None = None,
-) -> "tuple[Segments | Steps | None, torch.Tensor | None]":
+) -> "tuple[Reading | None, torch.Tensor | None]":
     """
     Find which tokens of `x` `(B, T, D)` to read, and where documents start: where `position_ids` is 0, where `seq_idx`
     changes, and at each of `cu_seq_lens[:-1]`.

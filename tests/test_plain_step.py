@@ -41,7 +41,7 @@ def taken(monkeypatch):
 @pytest.fixture
 def through_modules(monkeypatch):
     """Call it, and from then on every step is taken through the modules."""
-    return lambda: monkeypatch.setattr(modeling_lstm, "take_plain_step", lambda *arguments: None)
+    return lambda: monkeypatch.setattr(modeling_lstm, "take_plain_step", lambda *_, **__: None)
 
 
 SIZES = [
@@ -193,11 +193,11 @@ ANYTHING_ELSE = [
 @pytest.mark.parametrize("change", ANYTHING_ELSE)
 def test_a_model_of_another_kind_takes_no_plain_step(change, taken):
     model = make_model()
-    assert PlainStep.is_possible(model.model, LSTMModel, LSTMLayer)
+    assert PlainStep.is_possible(model.model, {LSTMModel, LSTMLayer})
 
     change(model)
 
-    assert not PlainStep.is_possible(model.model, LSTMModel, LSTMLayer)
+    assert not PlainStep.is_possible(model.model, {LSTMModel, LSTMLayer})
 
 
 def inside_in_training(model):

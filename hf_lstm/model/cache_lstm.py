@@ -10,7 +10,7 @@ import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from .recurrence_lstm import UNKNOWN, at_least_float32
+from .recurrence_lstm import UNKNOWN, at_least_float32, hold
 
 LAYER_TYPE = "hf_lstm"
 KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN}
@@ -63,6 +63,13 @@ class LSTMCacheLayer(CacheLayerMixin):
         """Return (h, c), each `(B, H)`, or `None` before the first token."""
         return None if self.keys is None or self.values is None else (self.keys, self.values)
 
+    def initial_state(self, x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return h and c `(B, size)` before the layer reads `x` `(B, T, D)`: its state, or zeros."""
+        if (state := self.get_state()) is not None:
+            return state[0].to(x.device), state[1].to(x.device)
+        h = x.new_zeros(x.shape[0], size)
+        return h, h.to(at_least_float32(h.dtype))
+
     def update(  # type: ignore[override]  # the tensors have their own names here
         self,
         h: torch.Tensor,
@@ -89,6 +96,10 @@ class LSTMCacheLayer(CacheLayerMixin):
         self._set("values", c)
         self.cumulative_length += num_tokens
         return self.keys, self.values  # type: ignore[return-value]  # `setattr` has set them
+
+    def hold(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+        """Repeat the output `x` `(B, T, D)` of the last real token, of this call or an earlier one, over padding."""
+        return hold(x, x.new_zeros(x.shape[0], x.shape[2]) if self.held is None else self.held.to(x), real)
 
     def remember(
         self, num_tokens: int, held: torch.Tensor | None = None, document: torch.Tensor | None = None
@@ -253,21 +264,11 @@ def rows_that_read(cache: Cache | None) -> torch.Tensor | None:
     return None if state is None else (state[0] != 0).any(dim=1)
 
 
-def initial_state(cache_layer: LSTMCacheLayer | None, x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return h and c `(B, size)` before a layer reads `x` `(B, T, D)`: those of its cache, or zeros."""
-    state = None if cache_layer is None else cache_layer.get_state()
-    if state is not None:
-        h, c = state
-        return h.to(x.device), c.to(x.device)
-    h = x.new_zeros(x.shape[0], size)
-    return h, h.to(at_least_float32(h.dtype))
-
-
 def prepare_cache_layers(
     cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int]
-) -> list[LSTMCacheLayer] | None:
+) -> list[LSTMCacheLayer]:
     """
-    Return the layers of a cache, creating them for an empty `DynamicCache()`, after checking rows and widths.
+    Return the layers of a cache, after checking rows and widths; new ones without a cache or for an empty one.
 
     Args:
         cache (`Cache`, *optional*): The `past_key_values` of a forward.
@@ -279,7 +280,7 @@ def prepare_cache_layers(
         ValueError: if the cache is not that of an LSTM, or its state belongs to another model or number of rows.
     """
     if cache is None:
-        return None
+        return [LSTMCacheLayer() for _ in range(num_layers)]
     if not isinstance(cache, Cache):
         raise ValueError(
             f"`past_key_values` ({type(cache).__name__}) must be a transformers `Cache`, "

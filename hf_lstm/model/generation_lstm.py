@@ -48,7 +48,7 @@ class PlainStep:
         self.key, self.count, self.copy = self._key(), 0, None
 
     @classmethod
-    def is_possible(cls, model: Any, model_type: type, layer_type: type) -> bool:
+    def is_possible(cls, model: Any, kinds: set[type]) -> bool:
         """Return whether a model is on a CPU, in evaluation mode, and computes only embeddings and plain LSTM layers."""
         between = (model.in_proj, model.norm, model.out_proj)
         gates = [gate for layer in model.layers for gate in (layer.input_gates, layer.hidden_gates)]
@@ -57,8 +57,7 @@ class PlainStep:
             and not model.config.output_hidden_states
             and len(model.layers) == model.config.num_hidden_layers
             and not any(module.training for module in model.modules())
-            and is_untouched(model, model_type)
-            and all(is_untouched(layer, layer_type) for layer in model.layers)
+            and all(is_untouched(module, kinds) for module in (model, *model.layers))
             and is_plain(model.embed_tokens, nn.Embedding)
             and model.embed_tokens.max_norm is None
             and all(is_plain(module, nn.Identity) for module in between)
@@ -129,7 +128,12 @@ class PlainStep:
 
 
 def take_plain_step(
-    model: Any, kinds: tuple[type, type], input_ids: torch.Tensor | None, cache: Cache | None, others: tuple = ()
+    model: Any,
+    kinds: set[type],
+    input_ids: torch.Tensor | None,
+    cache: Cache | None,
+    others: tuple = (),
+    head: nn.Module | None = None,
 ) -> torch.Tensor | None:
     """
     Take a [`PlainStep`] if it computes the same as the modules: one real token of every row after a state, on a CPU,
@@ -137,11 +141,11 @@ def take_plain_step(
 
     Args:
         model (`LSTMModel`): The model.
-        kinds (`tuple[type, type]`):
-            The classes of model and layer whose forward it replaces, which excludes subclasses.
+        kinds (`set[type]`): The classes whose forward it replaces, which excludes subclasses.
         input_ids (`torch.LongTensor` of shape `(B, 1)`): The tokens.
         cache (`Cache`): The state, updated in place.
         others (`tuple`): The other arguments of a forward.
+        head (`LSTMForCausalLM`, *optional*): The model around it, if its forward is replaced too.
 
     Returns:
         h of the last layer, `(B, H)`; `None` if the modules must compute it.
@@ -157,10 +161,12 @@ def take_plain_step(
         return None
     if not all(other is None or other is False for other in others):
         return None
+    if head is not None and not is_untouched(head, kinds):
+        return None
     first: Any = cache.layers[0]
     step = getattr(first, "plain_step", None) or (model._plain_step and model._plain_step())
     if step is None or not step.holds(model):
-        if not PlainStep.is_possible(model, *kinds):
+        if not PlainStep.is_possible(model, kinds):
             return None
         step = PlainStep(model)
         model._plain_step = weakref.ref(step)

@@ -35,21 +35,12 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .cache_lstm import initial_state, prepare_cache_layers, rows_that_read
+from .cache_lstm import prepare_cache_layers, rows_that_read
 from .configuration_lstm import LSTMConfig
 from .generation_lstm import LSTMGenerationMixin, take_plain_step
 from .loading_lstm import StrictLoading
-from .recurrence_lstm import Reading, Recurrence, find_reading, hold, is_untouched, run_lstm
-from .training_lstm import (
-    AdaptiveSoftmax,
-    activation_penalty,
-    find_targets,
-    locked_dropout,
-    loss_without_logits,
-    temporal_change,
-    weight_dropout,
-    word_dropout,
-)
+from .recurrence_lstm import Reading, Recurrence, find_reading, run_lstm
+from .training_lstm import AdaptiveSoftmax, compute_losses, locked_dropout, weight_dropout, word_dropout
 
 
 @dataclass
@@ -58,12 +49,11 @@ class LSTMModelOutputWithPast(BaseModelOutputWithPast):
     Outputs of [`LSTMModel`].
 
     Args:
-        temporal_change (`torch.FloatTensor` of shape `(B, T)`, *optional*):
-            While training with temporal activation regularization: the mean of (x_t - x_{t-1})² over the features of
-            `last_hidden_state`, 0 at the first token of each document.
+        document_starts (`torch.BoolTensor` of shape `(B, T)`, *optional*):
+            While training, where rows are padded or hold several documents: whether a document starts with each token.
     """
 
-    temporal_change: torch.Tensor | None = None
+    document_starts: torch.Tensor | None = None
 
 
 @dataclass
@@ -270,7 +260,7 @@ class LSTMModel(LSTMPreTrainedModel):
         """
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         asked = (inputs_embeds, *limits, *kwargs.values())
-        h = take_plain_step(self, (LSTMModel, LSTMLayer), input_ids, past_key_values, asked)
+        h = take_plain_step(self, {LSTMModel, LSTMLayer}, input_ids, past_key_values, asked)
         if h is not None:
             return LSTMModelOutputWithPast(last_hidden_state=h[:, None], past_key_values=past_key_values)
         self._check_arguments(input_ids, inputs_embeds, kwargs.get("output_attentions"))
@@ -283,22 +273,24 @@ class LSTMModel(LSTMPreTrainedModel):
         layers = self._layers_in_use()
         cell_sizes = [layer.hidden_gates.in_features for layer in layers]
         cache_layers = prepare_cache_layers(past_key_values, x.shape[0], len(self.layers), cell_sizes)
-        reading, documents = find_reading(x, cache_layers and cache_layers[0], *limits)
+        reading, documents = find_reading(x, cache_layers[0], *limits)
         x = self.in_proj(locked_dropout(x, self.config.input_dropout if self.training else 0))
-        for index, layer in enumerate(layers):
-            cache_layer = None if cache_layers is None else cache_layers[index]
-            if self.training and index > 0 and self.config.block_type == "stacked":
+        is_residual = self.config.block_type == "residual"
+        for index, (layer, cache_layer, size) in enumerate(zip(layers, cache_layers, cell_sizes, strict=False)):
+            if self.training and index > 0 and not is_residual:
                 x = locked_dropout(x, self.config.hidden_dropout)
-            record = cache_layer is not None and cache_layer.record_past
-            x, h, c, past_h, past_c = layer(x, *initial_state(cache_layer, x, cell_sizes[index]), reading, record)
-            if cache_layer is not None:
-                cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=(past_h, past_c))
+            h, c = cache_layer.initial_state(x, size)
+            x, h, c, past_h, past_c = layer(x, h, c, reading, cache_layer.record_past)
+            cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=(past_h, past_c))
         x = self.out_proj(self.norm(x))
-        x = self._hold_output(x, reading, cache_layers, documents)
-        change = None
-        if self.training and self.config.temporal_activation_regularization > 0:
-            change = temporal_change(x, None if reading is None else reading.firsts)
-        return LSTMModelOutputWithPast(last_hidden_state=x, past_key_values=past_key_values, temporal_change=change)
+        if is_residual and reading is not None:  # in a stacked model h, the last output, stays over padding
+            x = cache_layers[0].hold(x, reading.real)
+        cache_layers[0].remember(x.shape[1], held=x if is_residual else None, document=documents)
+        return LSTMModelOutputWithPast(
+            last_hidden_state=x,
+            past_key_values=past_key_values,
+            document_starts=reading.firsts if self.training and reading is not None else None,
+        )
 
     def _check_arguments(self, input_ids, inputs_embeds, output_attentions: bool | None) -> None:
         if self.config.output_attentions if output_attentions is None else output_attentions:
@@ -334,16 +326,6 @@ class LSTMModel(LSTMPreTrainedModel):
                 "`assistant_early_exit` needs cells of equal width."
             )
         return layers
-
-    def _hold_output(self, x, reading, cache_layers, documents):
-        """Repeat the last output over padding and store it in the cache; a stacked model has it in its state already."""
-        is_residual = self.config.block_type == "residual"
-        if reading is not None and is_residual:
-            held = None if cache_layers is None else cache_layers[0].held
-            x = hold(x, x.new_zeros(x.shape[0], x.shape[2]) if held is None else held.to(x), reading.real)
-        if cache_layers is not None:
-            cache_layers[0].remember(x.shape[1], held=x if is_residual else None, document=documents)
-        return x
 
 
 class LSTMForCausalLM(LSTMPreTrainedModel, LSTMGenerationMixin):
@@ -421,26 +403,20 @@ class LSTMForCausalLM(LSTMPreTrainedModel, LSTMGenerationMixin):
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         hidden = outputs.last_hidden_state[:, kept]
         hidden = locked_dropout(hidden, self.config.output_dropout if self.training else 0)
+        has_labels = labels is not None or kwargs.get("shift_labels") is not None
         logits = loss = regularization_loss = None
-        length = outputs.last_hidden_state.shape[1]
-        targets = kwargs["shift_labels"] = find_targets(labels, length, kept, attention_mask, read_before, **kwargs)
-        if self.training and targets is not None and self.config.trains_without_logits:
-            loss = loss_without_logits(hidden, self.lm_head, targets, self.config.loss_chunk_size, **kwargs)
-        else:
+        if not (self.training and has_labels and self.config.trains_without_logits):
             logits = self.lm_head(hidden)
-            if targets is not None:
-                loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        if self.training and targets is not None:
-            change = None if outputs.temporal_change is None else outputs.temporal_change[:, kept]
-            regularization_loss = activation_penalty(hidden, change, self.config, targets, **kwargs)
-        if loss is not None and regularization_loss is not None:
-            loss = loss + (regularization_loss - regularization_loss.detach())  # adds its gradient and not its value
+        if has_labels:
+            loss, regularization_loss = compute_losses(
+                self, outputs, hidden, logits, labels, kept, attention_mask, read_before, **kwargs
+            )
         return LSTMCausalLMOutputWithPast(
             loss=loss,
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
-            regularization_loss=regularization_loss.detach() if regularization_loss is not None else None,
+            regularization_loss=regularization_loss,
         )
 
     def next_logits(self, input_ids: torch.Tensor, past_key_values: Cache) -> torch.Tensor:
@@ -449,10 +425,10 @@ class LSTMForCausalLM(LSTMPreTrainedModel, LSTMGenerationMixin):
         one token on a CPU.
         """
         input_ids = input_ids.to(self.model.embed_tokens.weight.device)
-        if is_untouched(self, LSTMForCausalLM):  # a subclass or wrapper may do more in its forward
-            hidden = take_plain_step(self.model, (LSTMModel, LSTMLayer), input_ids, past_key_values)
-            if hidden is not None:
-                return self.lm_head(hidden)
+        kinds = {LSTMForCausalLM, LSTMModel, LSTMLayer}
+        hidden = take_plain_step(self.model, kinds, input_ids, past_key_values, head=self)
+        if hidden is not None:
+            return self.lm_head(hidden)
         return self(input_ids, past_key_values=past_key_values, logits_to_keep=1).logits[:, -1]
 
     def resize_token_embeddings(self, *args, **kwargs):

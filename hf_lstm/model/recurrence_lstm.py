@@ -240,7 +240,7 @@ def find_reading(
 
     Args:
         x (`(B, T, D)`): Input.
-        cache_layer (`LSTMCacheLayer`, *optional*): First layer of the carried state.
+        cache_layer (`LSTMCacheLayer`): First layer of the carried state.
         attention_mask, position_ids, seq_idx, cu_seq_lens (*optional*): See [`LSTMModel`].
 
     Returns:
@@ -253,8 +253,7 @@ def find_reading(
     if attention_mask is position_ids is seq_idx is cu_seq_lens is None:
         return None, None
     shape, device = x.shape[:2], x.device
-    carried = cache_layer is not None and cache_layer.is_initialized
-    document = cache_layer.document if carried else None
+    carried, document = cache_layer.is_initialized, cache_layer.document
     real = _real(attention_mask, shape, carried, device)
     restarts = torch.zeros(shape, dtype=torch.bool, device=device)
     if cu_seq_lens is not None:
@@ -474,14 +473,14 @@ def at_least_float32(dtype: torch.dtype) -> torch.dtype:
 def is_plain(module: nn.Module, kind: type = nn.Linear) -> bool:
     """Return whether a module only applies its weights: no adapter, quantiser, pruning, offloading or hook."""
     weight = type(getattr(module, "weight", None))
-    return is_untouched(module, kind) and weight in (nn.Parameter, torch.Tensor, type(None))
+    return is_untouched(module, {kind}) and weight in (nn.Parameter, torch.Tensor, type(None))
 
 
-def is_untouched(module: nn.Module, kind: type) -> bool:
-    """Return whether calling a module runs the forward of its class and nothing else."""
+def is_untouched(module: nn.Module, kinds: set[type]) -> bool:
+    """Return whether calling a module runs the forward of one of the classes and nothing else."""
     own = vars(module)
     return (
-        type(module) is kind
+        type(module) in kinds
         and "forward" not in own  # accelerate replaces it where weights are offloaded
         and own.get("_compiled_call_impl") is None
         and not (own["_forward_hooks"] or own["_forward_pre_hooks"])

@@ -15,6 +15,7 @@ Shapes: B batch, T tokens of this call, D a width, V vocabulary; N tokens in all
 
 import math
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -22,6 +23,45 @@ from torch.nn import functional as F
 
 from .configuration_lstm import LSTMConfig
 from .recurrence_lstm import at_least_float32, is_plain, is_transformed
+
+
+def compute_losses(
+    model: Any,
+    outputs: Any,
+    hidden: torch.Tensor,
+    logits: torch.Tensor | None,
+    labels: torch.Tensor | None,
+    kept: slice | torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    read_before: torch.Tensor | None,
+    **kwargs,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """
+    Compute the cross-entropy, and while training the activation regularization, whose gradient is added to it.
+
+    Args:
+        model (`LSTMForCausalLM`): The model.
+        outputs (`LSTMModelOutputWithPast`): Outputs of its layers.
+        hidden (`(B, T, D)`): Input of the output layer.
+        logits (`(B, T, V)`, *optional*): Its output; without it, see [`loss_without_logits`].
+        labels, kept, attention_mask, read_before, shift_labels: See [`find_targets`].
+
+    Returns:
+        The loss and, if the config asks for it, the regularization loss, each `()`.
+    """
+    config, x = model.config, outputs.last_hidden_state
+    targets = kwargs["shift_labels"] = find_targets(labels, x.shape[1], kept, attention_mask, read_before, **kwargs)
+    if logits is None:
+        loss = loss_without_logits(hidden, model.lm_head, targets, config.loss_chunk_size, **kwargs)
+    else:
+        loss = model.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
+    change = None
+    if model.training and config.temporal_activation_regularization > 0:
+        change = temporal_change(x, outputs.document_starts)[:, kept]
+    penalty = activation_penalty(hidden, change, config, targets, **kwargs) if model.training else None
+    if penalty is None:
+        return loss, None
+    return loss + (penalty - penalty.detach()), penalty.detach()  # adds its gradient and not its value
 
 
 def word_dropout(embeds: torch.Tensor, input_ids: torch.Tensor, vocab_size: int, p: float) -> torch.Tensor:
@@ -128,13 +168,13 @@ def find_targets(
     shift_labels: torch.Tensor | None = None,
     ignore_index: int = -100,
     **kwargs,
-) -> torch.Tensor | None:
+) -> torch.Tensor:
     """
     Return the target of each position: the token after it. A token is not a target if no real token of its row comes
     before it, such as the first one after padding on the left, since nothing predicts it.
 
     Args:
-        labels (`(B, T)`, *optional*): The tokens themselves.
+        labels (`(B, T)`, *optional*): The tokens themselves; needed without `shift_labels`.
         length (`int`): T.
         kept (`slice` or `torch.Tensor`): The positions to return targets for.
         attention_mask (`(B, T)`, *optional*): 0 marks padding; of a wider one, the last `T` columns are used.
@@ -143,12 +183,10 @@ def find_targets(
         ignore_index (`int`, defaults to -100): The value that marks positions without a target.
 
     Returns:
-        `(B, T)`, of the positions kept; `None` without labels.
+        `(B, T)`, of the positions kept.
     """
     if shift_labels is None:
-        if labels is None:
-            return None
-        shift_labels = F.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+        shift_labels = F.pad(cast(torch.Tensor, labels), (0, 1), value=ignore_index)[:, 1:]
     # `shift_labels` may already be cut to the kept positions.
     targets = shift_labels[:, kept] if shift_labels.shape[1] == length else shift_labels
     targets = targets.contiguous()  # transformers' loss flattens it with `view`

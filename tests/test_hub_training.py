@@ -4,13 +4,12 @@ import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import SCRIPTS, TEXT, make_model, run_script
 from hub import TOKEN, Failure, Hub
+from processes import run_program
 from test_hub import environment_of
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -53,14 +52,7 @@ def call(hub, tmp_path):
 
     def call(*command, token=TOKEN, folder=tmp_path):
         environment = environment_of(hub, tmp_path, token) | {"HF_DATASETS_CACHE": str(tmp_path / "datasets")}
-        return subprocess.run(
-            [sys.executable, *map(str, command)],
-            cwd=folder,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=180,
-        )
+        return run_program(*command, folder=folder, environment=environment)
 
     (tmp_path / "text.txt").write_text(TEXT * 4)
     return call
@@ -85,7 +77,7 @@ def test_one_command_trains_and_publishes_a_model_that_others_can_load(call, hub
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     hide = 'import sys\nsys.modules["hf_lstm"] = None\n'
-    wrote = call("-c", hide + SNIPPET.search(card)[1], token=None, folder=elsewhere)
+    wrote = call(hide + SNIPPET.search(card)[1], token=None, folder=elsewhere)
     assert wrote.returncode == 0, wrote.stderr
     assert wrote.stdout.strip()
 
@@ -93,7 +85,7 @@ def test_one_command_trains_and_publishes_a_model_that_others_can_load(call, hub
 @pytest.mark.slow
 @pytest.mark.parametrize("callback", ["with", "without"])
 def test_every_push_of_the_stock_trainer_uploads_the_code(call, hub, callback):
-    done = call("-c", STOCK, callback)
+    done = call(STOCK, callback)
 
     assert done.returncode == 0, done.stderr
     pushed = [files for files in hub.repositories["author/stock"].commits.values() if "config.json" in files]

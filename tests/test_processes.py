@@ -10,6 +10,7 @@ import lanes_script
 import pytest
 import torch
 from conftest import SCRIPTS, SMALL, make_model
+from processes import run_ranks
 from safetensors.torch import load_file
 
 STEP = 4  # whose checkpoint is looked at
@@ -24,8 +25,8 @@ def launch_two(folder, *command):
 
 
 def train_in_two(folder, **options):
-    ran = launch_two(folder, lanes_script.__file__, folder, json.dumps(options | {"processes": 2}))
-    assert ran.returncode == 0, ran.stderr
+    ran, other = run_ranks(Path(lanes_script.__file__), folder, json.dumps(options | {"processes": 2}))
+    assert (ran.returncode, other.returncode) == (0, 0), ran.stderr + other.stderr
     return json.loads([line for line in ran.stdout.splitlines() if line.startswith('{"train"')][-1])
 
 

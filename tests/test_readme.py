@@ -1,13 +1,11 @@
 """Every Python block of the README runs as it stands, and says what the README says it says."""
 
-import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from conftest import run_script
+from processes import Program
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -41,42 +39,16 @@ def test_every_block_is_known():
     assert len(BLOCKS) == len(EXPECTED)
 
 
-# Each block in a process of its own, which begins with the libraries imported and hf_lstm not.
-RUN_BLOCKS = """
-import json, os, sys, traceback
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer
-for index, block in enumerate(json.load(sys.stdin)):
-    child = os.fork()
-    if child == 0:
-        os.dup2(os.open(f"printed{index}", os.O_WRONLY | os.O_CREAT), 1)
-        os.dup2(os.open(f"errors{index}", os.O_WRONLY | os.O_CREAT), 2)
-        try:
-            exec(block, {"__name__": "__main__"})
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-        sys.stdout.flush()
-        os._exit(0)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-
-
 @pytest.fixture(scope="module")
 def ran(folder):
-    """For each block how it ended, what it printed, and what it said of errors."""
-    command = [sys.executable, "-c", RUN_BLOCKS]
-    codes = subprocess.run(command, cwd=folder, input=json.dumps(BLOCKS), capture_output=True, text=True, check=True)
-    return [
-        (code, (folder / f"printed{index}").read_text(), (folder / f"errors{index}").read_text())
-        for index, code in enumerate(codes.stdout.split())
-    ]
+    """How each block ended and what it printed, one after the other in the same folder."""
+    return [Program(block, folder=folder).wait() for block in BLOCKS]
 
 
 @pytest.mark.parametrize("index", range(len(EXPECTED)))
 def test_blocks_run_and_print_what_they_should(ran, index):
-    code, printed, errors = ran[index]
-
-    assert code == "0", errors
+    assert ran[index].returncode == 0, ran[index].stderr
+    printed = ran[index].stdout
     for line in EXPECTED[index]:
         assert line in printed
     if index in LAST_NUMBERS:

@@ -1,8 +1,8 @@
 """A run that was killed goes on as if it had not been: bit-equal losses and weights."""
 
 import os
+import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import make_ids, make_model
 from datasets import Dataset
+from processes import Program
 from safetensors.torch import load_file, save_file
 from test_tbptt import BPTT, LANES, make_trainer
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
@@ -65,17 +66,31 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
-    """A folder with a run for each kill, and what a run that is not killed logs and learns."""
+    """A folder with a run for each kill."""
     folder = tmp_path_factory.mktemp("killed")
-    subprocess.run([sys.executable, SCRIPT, folder], capture_output=True, check=True)
-    return folder, run(folder / "whole")
+    runs = [Program(SCRIPT, folder / name, kill) for name, kill in KILLS.items()]
+    assert [run.wait().returncode for run in runs] == [-signal.SIGKILL] * len(KILLS)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that is not killed, and what it logs and learns."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *run(folder)
+
+
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of that folder, to be changed."""
+    return Path(shutil.copytree(whole[0], tmp_path / "finished"))
 
 
 @pytest.mark.parametrize(
     ("kill", "resumed"), [("between steps", 4), ("in the middle of a save", 4), ("just after a save", 8)]
 )
-def test_a_killed_run_resumes_bit_equal(killed, kill, resumed):
-    folder, (expected_logs, expected_weights) = killed
+def test_a_killed_run_resumes_bit_equal(killed, whole, kill, resumed):
+    folder, (_, expected_logs, expected_weights) = killed, whole
 
     checkpoint = last_complete_checkpoint(folder / kill)
     logs, weights = run(folder / kill, resume=str(checkpoint))
@@ -88,28 +103,26 @@ def test_a_killed_run_resumes_bit_equal(killed, kill, resumed):
         assert torch.equal(weights[name], weight), name
 
 
-def test_an_incomplete_checkpoint_is_skipped_and_named(tmp_path, monkeypatch):
-    run(tmp_path)
+def test_an_incomplete_checkpoint_is_skipped_and_named(finished, tmp_path, monkeypatch):
     warnings = []
     monkeypatch.setattr("hf_lstm.training.checkpoints.logger.warning", warnings.append)
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-12"
+    assert last_complete_checkpoint(finished).name == "checkpoint-12"
 
-    (tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors").unlink()
+    (finished / "checkpoint-12" / "lstm_state_rank0.safetensors").unlink()
 
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+    assert last_complete_checkpoint(finished).name == "checkpoint-8"
     assert warnings == [
-        f"{tmp_path / 'checkpoint-12'} is not complete and is skipped: the run was stopped while it was written."
+        f"{finished / 'checkpoint-12'} is not complete and is skipped: the run was stopped while it was written."
     ]
     assert last_complete_checkpoint(tmp_path / "nothing") is None
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "model.safetensors"])
-def test_a_checkpoint_that_is_being_deleted_is_skipped(tmp_path, name):
+def test_a_checkpoint_that_is_being_deleted_is_skipped(finished, name):
     """Trainer would go on without an optimizer's state, and say nothing."""
-    run(tmp_path)
-    (tmp_path / "checkpoint-12" / name).unlink()
+    (finished / "checkpoint-12" / name).unlink()
 
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+    assert last_complete_checkpoint(finished).name == "checkpoint-8"
 
 
 def test_the_state_of_another_step_is_refused(tmp_path):
@@ -121,18 +134,15 @@ def test_the_state_of_another_step_is_refused(tmp_path):
         run(tmp_path, resume=second, resume_from_checkpoint=first, max_steps=16, logging_steps=100)
 
 
-def test_a_checkpoint_without_the_state_of_a_process_is_skipped(tmp_path):
-    run(tmp_path)
-    path = tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors"
+def test_a_checkpoint_without_the_state_of_a_process_is_skipped(finished):
+    path = finished / "checkpoint-12" / "lstm_state_rank0.safetensors"
     save_file(load_file(path), path, metadata={"world_size": "2", "lanes": str(LANES)})
 
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+    assert last_complete_checkpoint(finished).name == "checkpoint-8"
 
 
-def test_the_carried_state_is_in_the_checkpoint(tmp_path):
-    run(tmp_path)
-
-    state = load_file(tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors")
+def test_the_carried_state_is_in_the_checkpoint(whole):
+    state = load_file(whole[0] / "checkpoint-12" / "lstm_state_rank0.safetensors")
 
     assert {name: tuple(tensor.shape) for name, tensor in state.items()} == {
         f"layers.{layer}.{name}": (LANES, 12) for layer in range(2) for name in "hc"
@@ -141,14 +151,13 @@ def test_the_carried_state_is_in_the_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("what", ["missing", "broken"])
-def test_a_checkpoint_without_a_state_is_refused(tmp_path, what):
-    run(tmp_path)
-    path = tmp_path / "checkpoint-12" / "lstm_state_rank0.safetensors"
+def test_a_checkpoint_without_a_state_is_refused(finished, what):
+    path = finished / "checkpoint-12" / "lstm_state_rank0.safetensors"
     path.unlink() if what == "missing" else path.write_bytes(b"broken")
 
-    assert last_complete_checkpoint(tmp_path).name == "checkpoint-8"
+    assert last_complete_checkpoint(finished).name == "checkpoint-8"
     with pytest.raises(ValueError, match="cannot be resumed without a carried state"):
-        run(tmp_path, resume=str(tmp_path / "checkpoint-12"))
+        run(finished, resume=str(finished / "checkpoint-12"))
 
 
 @pytest.mark.parametrize(
@@ -161,18 +170,16 @@ def test_a_checkpoint_without_a_state_is_refused(tmp_path, what):
     ],
     ids=["chunks", "length", "text", "lanes"],
 )
-def test_a_checkpoint_of_other_lanes_is_refused(tmp_path, dataset, options, message):
-    run(tmp_path)
-
+def test_a_checkpoint_of_other_lanes_is_refused(finished, dataset, options, message):
     with pytest.raises(ValueError, match=message):
-        run(tmp_path, resume=str(tmp_path / "checkpoint-8"), dataset=dataset, **options)
+        run(finished, resume=str(finished / "checkpoint-8"), dataset=dataset, **options)
 
 
-def test_a_checkpoint_outside_output_dir_must_be_named_in_the_arguments(tmp_path):
+def test_a_checkpoint_outside_output_dir_must_be_named_in_the_arguments(whole, tmp_path):
     """Trainer does not tell callbacks the path that `train()` was given."""
-    expected, _ = run(tmp_path / "one")
+    folder, expected, _ = whole
     run(tmp_path / "two", learning_rate=0.5)
-    checkpoint = str(tmp_path / "one" / "checkpoint-8")
+    checkpoint = str(folder / "checkpoint-8")
 
     with pytest.raises(ValueError, match="belongs to another run than the weights do"):
         run(tmp_path / "two", resume=checkpoint)
@@ -290,11 +297,4 @@ def test_a_state_that_is_not_written_leaves_nothing_behind(tmp_path, monkeypatch
 
 
 if __name__ == "__main__":
-    for name, kill in KILLS.items():
-        child = os.fork()  # each begins as this process is now: with all that is imported, and nothing computed
-        if child == 0:
-            run(Path(sys.argv[1]) / name, kill=kill)
-            os._exit(1)  # it was not killed
-        _, status = os.waitpid(child, 0)
-        if os.WTERMSIG(status) != signal.SIGKILL:
-            sys.exit(f"{kill}: ended with {status}")
+    run(Path(sys.argv[1]), kill=sys.argv[2])

@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONFIGS, make_ids, make_model
+from processes import run_program
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, pipeline
 
@@ -156,9 +155,8 @@ def test_models_load_where_hf_lstm_is_not_installed(tmp_path):
     byte_tokenizer().save_pretrained(folder)
     environment = {"PATH": "", "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     environment["MKL_CBWR"] = os.environ["MKL_CBWR"]
-    command = [sys.executable, "-c", ELSEWHERE, folder, copy, str(IDS.tolist())]
 
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment)
+    ran = run_program(ELSEWHERE, folder, copy, IDS.tolist(), environment=environment)
 
     assert ran.returncode == 0, ran.stderr
     logits, beams, texts = eval(ran.stdout.splitlines()[-1])

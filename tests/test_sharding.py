@@ -1,22 +1,17 @@
 """Parameters shared out among processes by torch's `fully_shard` train as whole ones do."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import run_ranks
 
 
 @pytest.fixture(scope="module")
 def runs():
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command.append(str(Path(__file__).parent / "sharding_script.py"))
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=180)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    first, second = run_ranks(Path(__file__).parent / "sharding_script.py")
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr + second.stderr
+    return json.loads(first.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("model", ["stacked", "residual", "chunked", "untied"])

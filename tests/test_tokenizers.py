@@ -2,8 +2,6 @@
 
 import copy
 import random
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain, pairwise, product
 
@@ -11,6 +9,7 @@ import numpy
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from processes import run_program
 from tokenizers import AddedToken, Tokenizer, decoders, models
 from tokenizers.normalizers import NFC
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -412,7 +411,7 @@ def test_saved_tokenizers_need_no_code_of_ours(tmp_path):
         "print('hf_lstm' in sys.modules)"
     )
 
-    printed = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    printed = run_program(program).stdout
 
     expected = [f"{[tokenizer(text)['input_ids'] for text in TEXTS]} left" for tokenizer in made.values()]
     assert printed.splitlines() == [*expected, "False"]

@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-STYLE, TYPES, TESTS = [["ruff", "check", "."], ["ruff", "format", "--check", "."]], [["mypy"]], [["pytest", "-q"]]
+STYLE, TYPES = [["ruff", "check", "."], ["ruff", "format", "--check", "."]], [["mypy"]]
+TESTS = [["pytest", "-q", "-n", "2", "--dist", "loadfile"]]  # a file's tests share what is trained for them
 
 
 def commands(types: bool) -> list[list[str]]:

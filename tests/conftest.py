@@ -123,9 +123,15 @@ def standard_library(*arguments):
     return runpy.run_path(str(SCRIPTS / "standard_library.py"))["standard_library"](*arguments)
 
 
-def run_script(name, *arguments):
-    """A script in this process, which spares the import of torch."""
+def run_script(name, *arguments, shortened=True):
+    """
+    A script in this process, which spares the import of torch. Unless told otherwise, training draws no curve, which
+    takes half a second, and its samples are 20 tokens long.
+    """
     with pytest.MonkeyPatch.context() as monkeypatch:
+        if shortened:
+            monkeypatch.setattr("hf_lstm.training.report.draw_learning_curve", lambda history, path: path.touch())
+            monkeypatch.setattr("hf_lstm.training.report.SAMPLE_LENGTH", 20)
         monkeypatch.syspath_prepend(SCRIPTS)  # where the script itself would look
         monkeypatch.setattr(sys, "argv", [str(SCRIPTS / name), *map(str, arguments)])
         runpy.run_path(str(SCRIPTS / name), run_name="__main__")
@@ -135,9 +141,9 @@ def run_script(name, *arguments):
 def run(capsys):
     """Runs a script and gives what it printed."""
 
-    def run(name, *arguments):
+    def run(name, *arguments, **options):
         capsys.readouterr()
-        run_script(name, *arguments)
+        run_script(name, *arguments, **options)
         return capsys.readouterr().out
 
     return run

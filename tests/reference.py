@@ -50,6 +50,8 @@ class Scalar:
                 seen.add(id(node))
                 stack.append((node, True))
                 stack.extend((source, False) for source, _ in node.sources)
+        for node in order:
+            node.gradient = 0.0
         self.gradient = 1.0
         for node in reversed(order):
             for source, derivative in node.sources:
@@ -64,6 +66,18 @@ def scalars(numbers):
 def values(nested, what="value"):
     """Convert nested lists of `Scalar` to numbers, their values or (`what="gradient"`) their derivatives."""
     return [values(item, what) for item in nested] if isinstance(nested, list) else getattr(nested, what)
+
+
+def _flatten(nested):
+    return [scalar for item in nested for scalar in _flatten(item)] if isinstance(nested, list) else [nested]
+
+
+def gradients(result, weights):
+    """Return the derivatives of `result` with respect to `weights`, as numbers, by the names of the weights."""
+    for scalar in _flatten(list(weights.values())):
+        scalar.gradient = 0.0
+    result.backward()
+    return {name: values(weight, "gradient") for name, weight in weights.items()}
 
 
 def dot(a, b):

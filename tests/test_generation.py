@@ -1,8 +1,10 @@
 """generate() with the state equals generate() without it, and a padded batch equals each row alone."""
 
+from itertools import product
+
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import CONFIGS, make_ids, make_model
 from transformers import DynamicCache, StaticCache
 
 IDS = make_ids(3, 6)
@@ -23,12 +25,21 @@ def generate(model, ids, mask=None, **options):
     return model.generate(ids, attention_mask=mask, max_new_tokens=12, eos_token_id=None, **options)
 
 
-@pytest.mark.parametrize(
-    "cache", [{}, {"cache_implementation": "static"}, {"cache_implementation": "offloaded"}], ids=str
-)
-@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
-@pytest.mark.parametrize("strategy", STRATEGIES)
-def test_cached_equals_uncached(model, strategy, mask, cache):
+CACHES = {
+    "dynamic": {},
+    "static": {"cache_implementation": "static"},
+    "offloaded": {"cache_implementation": "offloaded"},
+}
+# Each pair of a config, a strategy, a mask and a cache occurs at least once.
+CACHED = [
+    (config, strategy, masked, list(CACHES)[(c + s + masked) % len(CACHES)])
+    for (c, config), (s, strategy), masked in product(enumerate(CONFIGS), enumerate(STRATEGIES), (False, True))
+]
+
+
+@pytest.mark.parametrize(("config", "strategy", "masked", "cache"), CACHED)
+def test_cached_equals_uncached(config, strategy, masked, cache):
+    model, mask, cache = make_model(**CONFIGS[config]), MASK if masked else None, CACHES[cache]
     expected = generate(model, IDS, mask, use_cache=False, **STRATEGIES[strategy])
 
     actual = generate(model, IDS, mask, **STRATEGIES[strategy], **cache)

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import CONFIGS, make_ids, make_model
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import LogitsProcessor
@@ -13,6 +13,9 @@ from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenize
 
 IDS = make_ids(2, 6)
 MASK = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+
+
+COMPILED = [("tied_narrow", "eager"), ("residual_narrow", "eager")]  # of all configs, in fast tests
 
 
 def generate(model, ids=IDS, mask=None, **options):
@@ -46,8 +49,15 @@ PROCESSORS = [
 ]
 
 
-@pytest.mark.parametrize("options", [{"do_sample": True, **w} for w in WARPERS] + PROCESSORS, ids=str)
-@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize(
+    ("options", "beams"),
+    [
+        pytest.param(options, beams, marks=[pytest.mark.slow] if beams != (1, 3)[index % 2] else [])
+        for index, options in enumerate([{"do_sample": True, **warper} for warper in WARPERS] + PROCESSORS)
+        for beams in (1, 3)
+    ],
+    ids=str,
+)
 def test_processors_and_warpers(options, beams):
     model = make_model()
     expected = generate(model, mask=MASK, use_cache=False, num_beams=beams, **options)
@@ -55,8 +65,7 @@ def test_processors_and_warpers(options, beams):
     assert generate(model, mask=MASK, num_beams=beams, **options).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-@pytest.mark.parametrize("drafts", [1, 3, 10])
+@pytest.mark.parametrize(("drafts", "do_sample"), [(1, False), (3, True), (10, False)])
 def test_prompt_lookup_takes_wrong_drafts_back(model, do_sample, drafts):
     ids = torch.tensor([[5, 6, 7, 8, 5, 6, 7, 9, 5, 6]])  # what follows 5 6 is easily mistaken
     options = {"do_sample": do_sample, "max_new_tokens": 40}
@@ -190,8 +199,16 @@ def test_scores_and_hidden_states_are_those_of_the_text(model, options):
         torch.testing.assert_close(scores.sum(dim=1) / 7, result.sequences_scores, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
-def test_compiled_decoding_is_one_graph(model, backend):
+@pytest.mark.parametrize(
+    ("config", "backend"),
+    [
+        pytest.param(config, backend, marks=[pytest.mark.slow] if (config, backend) not in COMPILED else [])
+        for config in CONFIGS
+        for backend in ("eager", "aot_eager")
+    ],
+)
+def test_compiled_decoding_is_one_graph(config, backend):
+    model = make_model(**CONFIGS[config])
     expected = generate(model)
     from transformers import CompileConfig
 

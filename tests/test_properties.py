@@ -1,5 +1,8 @@
 """Any two ways of computing the same thing agree, for whatever batches hypothesis thinks of."""
 
+import os
+import subprocess
+import sys
 from contextlib import contextmanager
 
 import pytest
@@ -12,7 +15,8 @@ from transformers import DynamicCache
 
 PRECISION = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest element
 
-settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=60)
+EXAMPLES = int(os.environ.get("EXAMPLES", "25"))
+settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=EXAMPLES)
 settings.load_profile("repeatable")
 
 
@@ -111,7 +115,7 @@ def test_both_kernels_agree(model, batch):
         assert_close(actual, expected, model.dtype)
 
 
-@settings(max_examples=12)
+@settings(max_examples=EXAMPLES // 5)  # a second each
 @given(models, batches(), fused)
 def test_a_batch_equals_the_equations(model, batch, is_fused):
     """Against tests/reference.py."""
@@ -178,3 +182,12 @@ def test_a_cache_equals_reading_the_text_again(model, operations, is_fused):
 def assert_close(actual, expected, dtype):
     largest = expected.abs().max().item() if expected.numel() else 0.0
     torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=PRECISION[dtype] * max(largest, 1e-3))
+
+
+@pytest.mark.slow
+def test_three_hundred_examples_of_each_agree():
+    command = [sys.executable, "-m", "pytest", "-q", __file__]
+
+    ran = subprocess.run(command, env=os.environ | {"EXAMPLES": "300"}, capture_output=True, text=True)
+
+    assert ran.returncode == 0, ran.stdout

@@ -1,9 +1,12 @@
 """The model computes the equations: outputs, states and gradients, by both kernels."""
 
+import functools
+from dataclasses import dataclass
+
 import pytest
 import reference
 import torch
-from conftest import make_ids
+from conftest import CONFIGS, make_ids, make_model
 from transformers import AutoModel, DynamicCache
 
 from hf_lstm import LSTMConfig
@@ -11,58 +14,74 @@ from hf_lstm import LSTMConfig
 IDS = make_ids(1, 5)
 
 
-def test_logits_and_states_are_those_of_the_equations(model, kernel):
-    expected, states = reference.language_model(IDS[0].tolist(), reference.weights_of(model))
+@dataclass
+class Equations:
+    """What the equations give for the model of a config."""
 
+    logits: list
+    states: list
+    loss: float
+    loss_gradients: dict  # by the names of the weights
+    squares_gradients: dict  # of the squares of the last logits and of the cell of the first layer
+
+
+@functools.cache
+def equations_of(config):
+    """Computed once for all tests of a config, since it takes a second."""
+    weights = reference.weights_of(make_model(**CONFIGS[config]))
+    logits, states = reference.language_model(IDS[0].tolist(), weights)
+    loss = reference.mean_cross_entropy(logits[:-1], IDS[0, 1:].tolist())
+    squares = reference.dot([*logits[-1], *states[0][1]], [*logits[-1], *states[0][1]])
+    return Equations(
+        reference.values(logits),
+        [(reference.values(h), reference.values(c)) for h, c in states],
+        loss.value,
+        *(reference.gradients(result, weights) for result in (loss, squares)),
+    )
+
+
+@pytest.fixture
+def equations(model, request):
+    return equations_of(request.node.callspec.params["model"])
+
+
+def test_logits_and_states_are_those_of_the_equations(model, equations, kernel):
     output = model(IDS)
 
-    assert_equal(output.logits[0], reference.values(expected))
-    for layer, (h, c) in zip(output.past_key_values.layers, states, strict=True):
-        assert_equal(layer.keys[0], reference.values(h))
-        assert_equal(layer.values[0], reference.values(c))
+    assert_equal(output.logits[0], equations.logits)
+    for layer, (h, c) in zip(output.past_key_values.layers, equations.states, strict=True):
+        assert_equal(layer.keys[0], h)
+        assert_equal(layer.values[0], c)
 
 
-def test_a_carried_state_is_that_of_the_equations(model, kernel):
-    weights = reference.weights_of(model)
-    _, states = reference.language_model(IDS[0, :3].tolist(), weights)
-    expected, _ = reference.language_model(IDS[0, 3:].tolist(), weights, states)
-
+def test_a_carried_state_is_that_of_the_equations(model, equations, kernel):
     cache = DynamicCache(config=model.config)
     model(IDS[:, :3], past_key_values=cache)
     actual = model(IDS[:, 3:], past_key_values=cache).logits
 
-    assert_equal(actual[0], reference.values(expected))
+    assert_equal(actual[0], equations.logits[3:])
 
 
-def test_loss_and_gradients_are_those_of_the_equations(model, kernel):
-    weights = reference.weights_of(model)
-    logits, _ = reference.language_model(IDS[0].tolist(), weights)
-    expected = reference.mean_cross_entropy(logits[:-1], IDS[0, 1:].tolist())
-    expected.backward()
-
+def test_loss_and_gradients_are_those_of_the_equations(model, equations, kernel):
     loss = model(IDS, labels=IDS).loss
     loss.backward()
 
     # transformers computes the loss in float32, so no more of it can agree
-    torch.testing.assert_close(loss.item(), expected.value, rtol=1e-6, atol=0)
+    torch.testing.assert_close(loss.item(), equations.loss, rtol=1e-6, atol=0)
     for name, parameter in model.named_parameters():
-        assert_equal(parameter.grad, reference.values(weights[name], "gradient"), 1e-6)
+        assert_equal(parameter.grad, equations.loss_gradients[name], 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_gradients_of_logits_and_cells_are_those_of_the_equations(model, dtype, kernel):
+def test_gradients_of_logits_and_cells_are_those_of_the_equations(model, equations, dtype, kernel):
     model = model.to(dtype)
-    weights = reference.weights_of(model)
-    logits, states = reference.language_model(IDS[0].tolist(), weights)
-    total = reference.dot([*logits[-1], *states[0][1]], [*logits[-1], *states[0][1]])  # of logits and of a cell
-    total.backward()
 
     output = model(IDS, use_cache=True)
     (output.logits[0, -1].square().sum() + output.past_key_values.layers[0].values.square().sum()).backward()
 
     precision = 1e-10 if dtype == torch.float64 else 1e-5
     for name, parameter in model.named_parameters():
-        assert_equal(parameter.grad, reference.values(weights[name], "gradient"), precision)
+        assert_equal(parameter.grad, equations.squares_gradients[name], precision)
 
 
 def test_new_models_remember_and_do_not_explode():

@@ -50,10 +50,10 @@ def test_the_sum_is_the_probability_by_brute_force():
 
     frame = surprisal(model, tokenizer, texts, start_token="<eos>")
 
-    sums = frame.groupby("text")["surprisal"].sum()
+    sums, weights = frame.groupby("text")["surprisal"].sum(), reference.weights_of(model)
     for number, text in enumerate(texts):
         ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
-        logits, _ = reference.language_model(ids, reference.weights_of(model))
+        logits, _ = reference.language_model(ids, weights)
         probability = 1.0
         for scores, token in zip(logits, ids[1:], strict=False):
             exponentials = [math.exp(score.value) for score in scores]

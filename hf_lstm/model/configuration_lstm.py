@@ -2,7 +2,6 @@
 
 import copy
 import math
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
@@ -107,49 +106,39 @@ class LSTMConfig(PreTrainedConfig):
 
     def __setattr__(self, name, value):
         """Set a field of a complete config as `update` does: derive dependent defaults again and validate all fields."""
-        if "_changes" in vars(self):
-            self._changes[name] = value
-        elif name in type(self).__dataclass_fields__ and vars(self).get("_is_complete"):
-            self._apply({name: value})
+        if name in type(self).__dataclass_fields__ and vars(self).get("_is_complete"):
+            self.update({name: value})
         else:
             super().__setattr__(name, value)
 
     def update(self, config_dict):
         """Set fields together: all are validated after the last, and either all or none of them are set."""
-        with self._together():
-            super().update(config_dict)
+        changed = self._incomplete_copy()
+        PreTrainedConfig.update(changed, config_dict)
+        changed._derive(config_dict.keys(), self._defaults())
+        changed.validate()
+        vars(self).update(vars(changed), _is_complete=True)
 
     def update_from_string(self, update_str):
         """Set the fields of `"hidden_size=64,num_hidden_layers=3"`, as `update` does."""
-        with self._together():
-            super().update_from_string(update_str)
+        changed = self._incomplete_copy()
+        PreTrainedConfig.update_from_string(changed, update_str)
+        names = [field.split("=")[0] for field in update_str.split(",")]
+        self.update({name: getattr(changed, name) for name in names})
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
         """Make a config from a dict, then set the fields among the other arguments, as `update` does."""
-        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in FIELDS}
+        # The fields of LSTMs: transformers sets its own, such as `dtype`, by its own rules.
+        changes = {name: kwargs.pop(name) for name in list(kwargs) if name in LSTMConfig.__annotations__}
         made = super().from_dict(config_dict, **kwargs)
         (made[0] if isinstance(made, tuple) else made).update(changes)
         return made
 
-    @contextmanager
-    def _together(self):
-        vars(self)["_changes"] = {}
-        try:
-            yield
-            changes = self._changes
-        finally:
-            del vars(self)["_changes"]
-        self._apply(changes)
-
-    def _apply(self, changes):
+    def _incomplete_copy(self):
         changed = copy.copy(self)
         vars(changed)["_is_complete"] = False
-        for name, value in changes.items():
-            setattr(changed, name, value)
-        changed._derive(changes.keys(), self._defaults())
-        changed.validate()
-        vars(self).update(vars(changed), _is_complete=True)
+        return changed
 
     def _defaults(self) -> dict:
         """Return the defaults that depend on other fields."""
@@ -281,14 +270,12 @@ class LSTMConfig(PreTrainedConfig):
     def to_dict(self):
         """Return the fields, and the `auto_map` with which a saved model loads where hf_lstm is not installed."""
         fields = super().to_dict() | {"auto_map": dict(AUTO_MAP)}
-        return {name: value for name, value in fields.items() if name not in ("_is_complete", "_changes")}
+        fields.pop("_is_complete", None)
+        return fields
 
 
 # Far above any LSTM: a file that asks for more is damaged or malicious.
 MAX_PARAMETERS, MAX_LAYERS = 10**12, 10_000
-
-# The fields of LSTMs: transformers sets its own, such as `dtype`, by its own rules.
-FIELDS = frozenset(name for name in LSTMConfig.__annotations__ if name in LSTMConfig.__dataclass_fields__)
 
 DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 

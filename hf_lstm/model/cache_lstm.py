@@ -187,16 +187,9 @@ class LSTMCacheLayer(CacheLayerMixin):
     def __deepcopy__(self, memo):
         """Return a detached copy, since torch refuses to copy tensors that are part of an autograd graph."""
         copied = copy.copy(self)
-        copied.plain_step = None  # the model still refers to it
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
                 setattr(copied, name, value.detach().clone())
-        return copied
-
-    def __copy__(self):
-        """Return a layer that shares the tensors and can be updated independently, since updates replace tensors."""
-        copied = object.__new__(type(self))
-        vars(copied).update(vars(self))
         return copied
 
     def __getstate__(self):

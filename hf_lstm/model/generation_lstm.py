@@ -3,6 +3,7 @@
 Shapes: B rows, one token of each; V vocabulary, D width of the embeddings, H width of a cell.
 """
 
+import copy
 import weakref
 from typing import Any
 
@@ -203,16 +204,12 @@ class LSTMGenerationMixin(GenerationMixin):
         tests/test_generation_modes.py fails when it changes.
         """
         strings = generation_config.stop_strings
-        if strings is None or tokenizer is None:
-            return super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs)
-        generation_config.stop_strings = None
-        try:
-            criteria = super()._get_stopping_criteria(
-                generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs
-            )
-        finally:
-            generation_config.stop_strings = strings
-        criteria.append(StopStrings(tokenizer, strings))
+        if tokenizer is not None:
+            generation_config = copy.copy(generation_config)
+            generation_config.stop_strings = None
+        criteria = super()._get_stopping_criteria(generation_config, stopping_criteria, tokenizer=tokenizer, **kwargs)
+        if strings is not None:
+            criteria.append(StopStrings(tokenizer, strings))
         return criteria
 
     def prepare_inputs_for_generation(

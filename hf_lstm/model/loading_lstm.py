@@ -33,10 +33,17 @@ class StrictLoading:
             kwargs |= {"use_safetensors": True, "weights_only": True}
         try:
             model, report = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
-        except (SafetensorError, RuntimeError) as error:
-            if (explained := explain(error, name)) is None:
+        except SafetensorError as error:
+            raise ValueError(
+                f"The weights of {name} are not a valid safetensors file, or truncated ({error}): fetch or save them again."
+            ) from error
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" not in str(error):
                 raise
-            raise explained from error
+            raise ValueError(
+                f"The weights of {name} have other shapes than its config.json says (the table above lists them): restore "
+                "the config.json that was saved with them, or initialise new ones with `ignore_mismatched_sizes=True`."
+            ) from error
         lenient = informed or name is None or kwargs.get("ignore_mismatched_sizes", False)
         check_loaded(model, report, name, lenient)
         return (model, report) if informed else model
@@ -89,13 +96,10 @@ def check_sources(config_class: type[PreTrainedConfig], name: str | Path, asked:
     Raises:
         ValueError: if one is not a safetensors file inside the model's folder.
     """
-    for argument, refused in (
-        ("gguf_file", asked.get("gguf_file")),
-        ("use_safetensors", asked.get("use_safetensors")),
-    ):
-        if refused not in (None, True):
+    for argument in ("gguf_file", "use_safetensors"):
+        if asked.get(argument) not in (None, True):
             raise ValueError(
-                f"`{argument}` ({refused!r}) asks for weights of another format, and models of hf_lstm are read only from "
+                f"`{argument}` ({asked[argument]!r}) asks for weights of another format, and models of hf_lstm are read only from "
                 "safetensors files: leave it out."
             )
     if os.path.isfile(name):
@@ -128,20 +132,6 @@ def check_sources(config_class: type[PreTrainedConfig], name: str | Path, asked:
         raise ValueError(f"{index} does not say in which file each weight lies: save the model again.") from error
     for written in files:
         check_name(written, index)
-
-
-def explain(error: Exception, name: str | Path | None) -> ValueError | None:
-    """Return an error that names the checkpoint and the cause, or `None` if the cause is not known."""
-    if isinstance(error, SafetensorError):
-        return ValueError(
-            f"The weights of {name} are not a valid safetensors file, or truncated ({error}): fetch or save them again."
-        )
-    if "ignore_mismatched_sizes" in str(error):
-        return ValueError(
-            f"The weights of {name} have other shapes than its config.json says (the table above lists them): restore "
-            "the config.json that was saved with them, or initialise new ones with `ignore_mismatched_sizes=True`."
-        )
-    return None
 
 
 def check_loaded(model: PreTrainedModel, report: dict, name: str | Path | None, lenient: bool = False) -> None:

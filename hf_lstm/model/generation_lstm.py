@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
-from .recurrence_lstm import ALL_HOOKS, HOOKS, is_plain, is_transformed, is_untouched
+from .recurrence_lstm import is_plain, is_transformed, is_untouched
 
 
 class PlainStep:
@@ -38,14 +38,13 @@ class PlainStep:
 
     def __init__(self, model: Any):
         gates = [(layer.input_gates, layer.hidden_gates) for layer in model.layers]
-        modules = [model, *model.children(), *model.layers, *(module for pair in gates for module in pair)]
+        self.config = model.config
+        self.modules = [model, *model.children(), *model.layers, *(module for pair in gates for module in pair)]
         self.embeddings = model.embed_tokens.weight
         self.gates = [(W.weight, U.weight, W.bias) for W, U in gates]
         self.weights = [self.embeddings, *(weight for layer in self.gates for weight in layer)]
-        self.config, self.fields = model.config, vars(model.config)
-        self.modules = [vars(module) for module in modules]
-        self.hooks = [own[hooks] for own in self.modules for hooks in HOOKS]
-        self.parts = [part for own in self.modules for part in _parts_of(own)]
+        kept = [places for module in self.modules for places in (module._modules, module._parameters)]
+        self.parts = [(places, *part) for places in kept for part in places.items()]
         self.key, self.count, self.copy = self._key(), 0, None
 
     @classmethod
@@ -69,14 +68,16 @@ class PlainStep:
 
     def holds(self, model: Any) -> bool:
         """Return whether the model is unchanged since the step was made."""
-        if self.modules[0] is not vars(model) or model.config is not self.config or any(self.hooks) or any(ALL_HOOKS):
-            return False
-        if self.fields["output_hidden_states"] or self.fields["num_hidden_layers"] != len(self.gates):
-            return False
-        for own in self.modules:
-            if own["training"] or "forward" in own or own.get("_compiled_call_impl") is not None:
-                return False
-        return all(owner.get(name) is part for owner, name, part in self.parts) and self._key() == self.key
+        return (
+            model is self.modules[0]
+            and model.config is self.config
+            and not model.config.output_hidden_states
+            and model.config.num_hidden_layers == len(self.gates)
+            and not any(module.training for module in self.modules)
+            and all(is_untouched(module, {type(module)}) for module in self.modules)
+            and all(places.get(name) is part for places, name, part in self.parts)
+            and self._key() == self.key
+        )
 
     def fits(self, input_ids: torch.Tensor, cache: Cache) -> bool:
         """Return whether the cache holds a state of each row, in the dtype of the weights, and does not record a history."""
@@ -124,7 +125,8 @@ class PlainStep:
         folded = W @ embeddings.t() if 4 * vocabulary <= width else None
         if folded is not None and folded.isfinite().all():  # or a one-hot x would spread NaN to all tokens
             W, embeddings = folded, torch.eye(vocabulary, dtype=W.dtype)
-        self.copy = embeddings, [(_by_column(W), _by_column(U), b) for W, U, b in [(W, U, b), *others]]
+        gates = [(W, U, b), *others]
+        self.copy = embeddings, [(W.t().contiguous().t(), U.t().contiguous().t(), b) for W, U, b in gates]
         return self.copy
 
 
@@ -175,16 +177,6 @@ def take_plain_step(
         return None
     first.plain_step = step
     return step.take(input_ids, cache)
-
-
-def _parts_of(own):
-    """Return the modules and parameters of a module, and where it keeps each."""
-    return [(held, *part) for held in (own["_modules"], own["_parameters"]) for part in held.items()]
-
-
-def _by_column(weight: torch.Tensor) -> torch.Tensor:
-    """Return a copy in column-major order."""
-    return weight.t().contiguous().t()
 
 
 class LSTMGenerationMixin(GenerationMixin):

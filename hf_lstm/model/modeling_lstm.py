@@ -264,7 +264,10 @@ class LSTMModel(LSTMPreTrainedModel):
         if h is not None:
             return LSTMModelOutputWithPast(last_hidden_state=h[:, None], past_key_values=past_key_values)
         self._check_arguments(input_ids, inputs_embeds, kwargs.get("output_attentions"))
-        x = self._embed(input_ids) if inputs_embeds is None else inputs_embeds
+        x = inputs_embeds
+        if x is None:
+            p = self.config.embedding_dropout if self.training else 0
+            x = word_dropout(self.embed_tokens(input_ids), input_ids, self.config.vocab_size, p)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -310,10 +313,6 @@ class LSTMModel(LSTMPreTrainedModel):
             )
         if shape[1] == 0:
             raise ValueError(f"The input, of shape {tuple(shape)}, must hold at least one token.")
-
-    def _embed(self, input_ids):
-        p = self.config.embedding_dropout if self.training else 0
-        return word_dropout(self.embed_tokens(input_ids), input_ids, self.config.vocab_size, p)
 
     def _layers_in_use(self) -> list[LSTMLayer]:
         """Return the layers to run: fewer in an assistant that exits early, whose last cell must be as wide as the model's."""

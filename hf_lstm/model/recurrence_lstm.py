@@ -69,7 +69,7 @@ def run_lstm(
     gates = (input_gates, hidden_gates, hidden_weight)
     kernel = select_kernel(x, h, c, reading, record, *gates)
     if kernel == "cell":
-        h, c = lstm_cell(x[:, 0], h, c, *gates)
+        h, c = torch.lstm_cell(x[:, 0], (h, c), input_gates.weight, hidden_gates.weight, input_gates.bias)
         return Recurrence(h[:, None], h, c)
     if isinstance(reading, Steps):  # the kernel is "masked"
         outputs, cells, h, c = masked_lstm(x, h, c, reading.real, reading.restarts, *gates)
@@ -221,7 +221,8 @@ def hold(x: torch.Tensor, held: torch.Tensor, real: torch.Tensor) -> torch.Tenso
     Repeat `x` `(B, T, ...)` of the last real token over padding, and `held` `(B, ...)` before the first. `real`
     `(B, T)` marks real tokens.
     """
-    places = _last_real(real) + 1  # (B, T) indices into `known`
+    steps = torch.arange(real.shape[1], device=real.device).expand_as(real)
+    places = torch.where(real, steps, -1).cummax(dim=1).values + 1  # (B, T) indices into `known`
     known = torch.cat([held[:, None], x], dim=1)  # (B, T + 1, ...)
     return known.gather(1, places.view(*places.shape, *(1 for _ in x.shape[2:])).expand_as(x))
 
@@ -333,12 +334,6 @@ def find_segments(
     firsts[tokens[first]] = True
     batch_sizes = step.bincount().tolist()
     return Segments(tokens[order], starts, outputs, real, firsts.view(shape), ends, batch_sizes).to(device)
-
-
-def _last_real(real: torch.Tensor) -> torch.Tensor:
-    """Index of the last real token up to each token, `(B, T)`; -1 before the first."""
-    places = torch.arange(real.shape[1], device=real.device).expand_as(real)
-    return torch.where(real, places, -1).cummax(dim=1).values
 
 
 def _real(attention_mask, shape, carried, device):
@@ -458,11 +453,6 @@ def in_one_piece(weights: list[torch.Tensor]) -> list[torch.Tensor]:
     whole = torch.cat([weight.flatten() for weight in weights])
     parts = whole.split([weight.numel() for weight in weights])
     return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
-
-
-def lstm_cell(x, h, c, input_gates, hidden_gates, hidden_weight=None):
-    """Run one step by torch's own kernel: `x` `(B, D)`; returns h and c, `(B, H)`."""
-    return torch.lstm_cell(x, (h, c), input_gates.weight, hidden_gates.weight, input_gates.bias)
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

@@ -23,23 +23,18 @@ class Step(nn.Module):
         self.model = model
 
     def forward(self, input_ids: torch.Tensor, state: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        cache = DynamicCache(config=self.model.config)
-        for layer, h, c in zip(_layers(cache), state[::2], state[1::2], strict=True):
+        cache: Any = DynamicCache(config=self.model.config)
+        for layer, h, c in zip(cache.layers, state[::2], state[1::2], strict=True):
             layer.update(h, c)
         logits = self.model(input_ids, past_key_values=cache).logits
-        return logits, [part for layer in _layers(cache) for part in layer.get_state()]
+        return logits, [part for layer in cache.layers for part in layer.get_state()]
 
     @torch.no_grad()
     def zero_state(self, rows: int) -> list[torch.Tensor]:
         """Return the zero state of `rows` sequences, in the dtypes of the model's own cache."""
-        cache = DynamicCache(config=self.model.config)
+        cache: Any = DynamicCache(config=self.model.config)
         self.model(torch.zeros(rows, 1, dtype=torch.long, device=self.model.device), past_key_values=cache)
-        return [torch.zeros_like(part) for layer in _layers(cache) for part in layer.get_state()]
-
-
-def _layers(cache: DynamicCache) -> list[Any]:
-    """Return the layers of a cache, which transformers types as its own classes."""
-    return cache.layers
+        return [torch.zeros_like(part) for layer in cache.layers for part in layer.get_state()]
 
 
 def export_step(model: LSTMForCausalLM, path: str | Path) -> Path:

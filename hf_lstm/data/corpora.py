@@ -194,14 +194,11 @@ def _open(path, kind, name, config_name, text_column, streaming):
         columns = {name: Value(type) for name, type in parquet_columns(path, text_column).items()}
     if streaming:
         return IterableDataset.from_generator(rows, gen_kwargs={"path": path} | arguments, features=Features(columns))
-    key = {"digest": _digest(path), "piece_length": PIECE_LENGTH, "format": CACHE_VERSION}
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    key = {"digest": digest, "piece_length": PIECE_LENGTH, "format": CACHE_VERSION}
     arguments |= {"path": path.resolve(), "key": key}
     return Dataset.from_generator(rows, gen_kwargs=arguments, features=Features(columns))
-
-
-def _digest(path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

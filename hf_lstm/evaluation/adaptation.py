@@ -229,17 +229,13 @@ def fit_temperature(
     """
     stream = checked_stream(model, tokens)
     sharpness, targets = 1.0, len(stream) - 1  # 1 / T
+    whole = torch.tensor([0]), torch.tensor([targets])
     for _ in range(20):
         slope, curvature = torch.zeros(2, dtype=torch.float64)
         state = DynamicCache(config=model.config)
         with evaluating(model):
             for chunk in read_chunks(
-                stream,
-                torch.tensor([0]),
-                torch.tensor([targets]),
-                bptt_length,
-                reset_at_documents,
-                description="fitting the temperature",
+                stream, *whole, bptt_length, reset_at_documents, description="fitting the temperature"
             ):
                 logits = scored_logits(run_chunk(model, chunk, state).logits, chunk)  # (N, V)
                 token_losses(logits, chunk)  # raises for NaN

@@ -69,7 +69,8 @@ def run_lstm(
     gates = (input_gates, hidden_gates, hidden_weight)
     kernel = select_kernel(x, h, c, reading, record, *gates)
     if kernel == "cell":
-        h, c = torch.lstm_cell(x[:, 0], (h, c), input_gates.weight, hidden_gates.weight, input_gates.bias)
+        weights: Any = (input_gates.weight, hidden_gates.weight, input_gates.bias)
+        h, c = torch.lstm_cell(x[:, 0], (h, c), *weights)
         return Recurrence(h[:, None], h, c)
     if isinstance(reading, Steps):  # the kernel is "masked"
         outputs, cells, h, c = masked_lstm(x, h, c, reading.real, reading.restarts, *gates)

@@ -34,7 +34,6 @@ class LSTMCacheLayer(CacheLayerMixin):
     """
 
     _layer_type: str | None = LAYER_TYPE  # registers the class for `DynamicCache(config=...)`
-    is_compileable = False
     is_croppable = True
     is_sliding = False
     supports_early_init = False
@@ -87,13 +86,10 @@ class LSTMCacheLayer(CacheLayerMixin):
             trajectory (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
                 h and c after each of them, `(B, T, H)`; needed while past states are recorded.
         """
-        if self.record_past:
-            for name, last, states in zip(("keys", "values"), (h, c), trajectory or (), strict=True):
-                self._record(name, last, states)
         if not self.is_initialized:
             self.lazy_initialization(h, c)
-        self._set("keys", h)
-        self._set("values", c)
+        for name, last, states in zip(("keys", "values"), (h, c), trajectory or (None, None), strict=True):
+            self._replace(name, last, states)
         self.cumulative_length += num_tokens
         return self.keys, self.values  # type: ignore[return-value]  # `setattr` has set them
 
@@ -118,20 +114,19 @@ class LSTMCacheLayer(CacheLayerMixin):
                 states = kept[:, None].expand(-1, num_tokens, *kept.shape[1:])  # unchanged by these tokens
             if states is None:
                 continue
-            last = states[:, -1].clone()  # a view would keep the whole call alive
-            if self.record_past:
-                self._record(name, last, states)
-            self._set(name, last)
+            self._replace(name, states[:, -1].clone(), states)  # a view would keep the whole call alive
 
     def _set(self, name, state):
         setattr(self, name, state)
 
-    def _record(self, name, last, states):
-        past = getattr(self, f"past_{name}")
-        if past is None:
-            start = getattr(self, name)
-            past = (torch.full_like(last, KEPT[name]) if start is None else start.clone())[:, None]
-        setattr(self, f"past_{name}", torch.cat([past, states], dim=1)[:, -MAX_HISTORY - 1 :])
+    def _replace(self, name, last, states):
+        if self.record_past:
+            past = getattr(self, f"past_{name}")
+            if past is None:
+                start = getattr(self, name)
+                past = (torch.full_like(last, KEPT[name]) if start is None else start.clone())[:, None]
+            setattr(self, f"past_{name}", torch.cat([past, states], dim=1)[:, -MAX_HISTORY - 1 :])
+        self._set(name, last)
 
     def activate_past_recording(self) -> None:
         """Start recording the states of new tokens, so that `crop` can remove tokens."""

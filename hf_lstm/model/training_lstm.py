@@ -49,16 +49,13 @@ def compute_losses(
     Returns:
         The loss and, if the config asks for it, the regularization loss, each `()`.
     """
-    config, x = model.config, outputs.last_hidden_state
-    targets = kwargs["shift_labels"] = find_targets(labels, x.shape[1], kept, attention_mask, read_before, **kwargs)
+    config, length = model.config, outputs.last_hidden_state.shape[1]
+    targets = kwargs["shift_labels"] = find_targets(labels, length, kept, attention_mask, read_before, **kwargs)
     if logits is None:
         loss = loss_without_logits(hidden, model.lm_head, targets, config.loss_chunk_size, **kwargs)
     else:
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
-    change = None
-    if model.training and config.temporal_activation_regularization > 0:
-        change = temporal_change(x, outputs.document_starts)[:, kept]
-    penalty = activation_penalty(hidden, change, config, targets, **kwargs) if model.training else None
+    penalty = activation_penalty(config, outputs, hidden, kept, targets, **kwargs) if model.training else None
     if penalty is None:
         return loss, None
     return loss + (penalty - penalty.detach()), penalty.detach()  # adds its gradient and not its value
@@ -103,17 +100,18 @@ def temporal_change(x: torch.Tensor, firsts: torch.Tensor | None) -> torch.Tenso
 
 
 def activation_penalty(
-    hidden: torch.Tensor,
-    change: torch.Tensor | None,
     config: LSTMConfig,
+    outputs: Any,
+    hidden: torch.Tensor,
+    kept: slice | torch.Tensor,
     targets: torch.Tensor,
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     **kwargs,
 ) -> torch.Tensor | None:
     """
-    Activation regularization (Merity, McCann & Socher 2017): α h² of the outputs `(B, T, D)` as the output layer takes
-    them, plus β (h_t - h_{t-1})² `(B, T)`; `None` if the config asks for neither. It is averaged in the same way as
+    Activation regularization (Merity, McCann & Socher 2017): α h² of `hidden` `(B, T, D)`, which the output layer
+    takes, plus β (h_t - h_{t-1})² of the outputs of the model, where they are kept; `None` if the config asks for neither. It is averaged in the same way as
     the cross-entropy: over the positions whose `targets` `(B, T)` are not `ignore_index`, or as a sum divided by
     `num_items_in_batch`, so that accumulating gradients does not change it.
     """
@@ -121,8 +119,8 @@ def activation_penalty(
     terms = []
     if alpha > 0:
         terms.append(alpha * hidden.to(at_least_float32(hidden.dtype)).square().mean(dim=-1))
-    if beta > 0 and change is not None:
-        terms.append(beta * change)
+    if beta > 0:
+        terms.append(beta * temporal_change(outputs.last_hidden_state, outputs.document_starts)[:, kept])
     if not terms:
         return None
     penalty = sum(terms[1:], start=terms[0])

@@ -100,7 +100,7 @@ def onnx_graph(model: LSTMForCausalLM, one_token: bool) -> onnx.ModelProto:
     config, layers = model.config, model.model.layers
     graph = _Graph()
     length = 1 if one_token else "tokens"
-    x = graph.transpose(graph.embedding(model, "input_ids"), [2, 1, 0])  # (T, B, D), the layout of ONNX's LSTM
+    x = graph("Transpose", graph.embedding(model, "input_ids"), perm=[2, 1, 0])  # (T, B, D), the layout of ONNX's LSTM
     x = graph.linear(x, model.model.in_proj, "in_proj")
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["rows", length])]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", length, config.vocab_size])]
@@ -120,7 +120,7 @@ def onnx_graph(model: LSTMForCausalLM, one_token: bool) -> onnx.ModelProto:
             x = graph("Add", x, graph.gated_mlp(x, layer.mlp, config.hidden_act, f"{name}.mlp"))
     if config.block_type == "residual":
         x = graph.rms_norm(x, model.model.norm, "norm")
-    x = graph.transpose(graph.linear(x, model.model.out_proj, "out_proj"), [1, 0, 2])
+    x = graph("Transpose", graph.linear(x, model.model.out_proj, "out_proj"), perm=[1, 0, 2])
     graph.linear(x, model.lm_head, "lm_head", ["logits"])
     built = helper.make_graph(graph.nodes, "hf_lstm", inputs, outputs, list(graph.weights.values()))
     return helper.make_model(built, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION)
@@ -147,9 +147,6 @@ class _Graph:
         name = "integers_" + "_".join(map(str, numbers))
         self.weights[name] = numpy_helper.from_array(numpy.array(numbers, dtype=numpy.int64), name)
         return name
-
-    def transpose(self, x: str, order: list[int]) -> str:
-        return self("Transpose", x, perm=order)
 
     def embedding(self, model: LSTMForCausalLM, ids: str) -> str:
         """Add the embedding, `(D, B, T)`. Tied weights are columns of the output layer's matrix, stored once."""

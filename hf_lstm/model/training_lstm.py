@@ -138,9 +138,6 @@ class AdaptiveSoftmax(nn.AdaptiveLogSoftmaxWithLoss):
     before.
     """
 
-    def __init__(self, hidden_size: int, vocab_size: int, cutoffs: list[int]):
-        super().__init__(hidden_size, vocab_size, cutoffs, div_value=4.0)
-
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:  # type: ignore[override]  # an output layer, not a loss
         """Compute log-probabilities, which serve as logits: `(B, T, D)` to `(B, T, V)`."""
         return self.log_prob(hidden.flatten(0, -2)).unflatten(0, hidden.shape[:-1])

@@ -139,21 +139,16 @@ def push_folder(
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     uploads = {path.relative_to(folder).as_posix(): path for path in files}
-    contents = uploads | {"README.md": _card_for(folder, repo_id).encode()}
+    card, run = (folder / "README.md").read_text(encoding="utf-8"), folder / "run.json"
+    if run.is_file() and (trained_in := read_json(run).get("folder")):  # the folder that the code example names
+        card = card.replace(f'model="{trained_in}"', f'model="{repo_id}"')
+    contents = uploads | {"README.md": card.encode()}
     operations: list[CommitOperation] = [CommitOperationAdd(name, content) for name, content in contents.items()]
     for name in api.list_repo_files(repo_id, revision=revision):
         if name not in contents and any(fnmatch(name, pattern) for pattern in DELETE_PATTERNS):
             operations.append(CommitOperationDelete(name))
     message = message or f"Upload {folder.resolve().name}"
     return api.create_commit(repo_id, operations, commit_message=message, revision=revision)
-
-
-def _card_for(folder: Path, repo_id: str) -> str:
-    """Return the model card with the repository in place of the training folder in its code example."""
-    card, run = (folder / "README.md").read_text(encoding="utf-8"), folder / "run.json"
-    if run.is_file() and (trained_in := read_json(run).get("folder")):
-        card = card.replace(f'model="{trained_in}"', f'model="{repo_id}"')
-    return card
 
 
 def read_json(path: Path) -> dict:

@@ -122,7 +122,10 @@ def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
         try:
             record = _DECODER.decode(line)
         except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{where} is not JSON ({_fault_of(error)}): correct or remove it.") from error
+            fault = str(error)
+            if isinstance(error, json.JSONDecodeError):  # the decoder would call every line the first
+                fault = f"{error.msg} at character {error.pos + 1}"
+            raise CorpusError(f"{where} is not JSON ({fault}): correct or remove it.") from error
         if not isinstance(record, dict):
             raise CorpusError(f"{where} is {type(record).__name__}, not an object: put an object in each line.")
         found = True
@@ -346,11 +349,6 @@ def _members_once(pairs):
         twice = next(name for name in names if names.count(name) > 1)
         raise ValueError(f"{twice!r} occurs twice")
     return members
-
-
-def _fault_of(error):
-    """Describe a fault in one line, which the decoder would call line 1."""
-    return f"{error.msg} at character {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_members_once)

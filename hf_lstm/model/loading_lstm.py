@@ -35,14 +35,16 @@ class StrictLoading:
             model, report = super().from_pretrained(name, *args, output_loading_info=True, **kwargs)
         except SafetensorError as error:
             raise ValueError(
-                f"The weights of {name} are not a valid safetensors file, or truncated ({error}): fetch or save them again."
+                f"The weights of {name} are not a valid safetensors file, or truncated ({error}): fetch or save them "
+                "again."
             ) from error
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
             raise ValueError(
-                f"The weights of {name} have other shapes than its config.json says (the table above lists them): restore "
-                "the config.json that was saved with them, or initialise new ones with `ignore_mismatched_sizes=True`."
+                f"The weights of {name} have other shapes than its config.json says (the table above lists them): "
+                "restore the config.json that was saved with them, or initialise new ones with "
+                "`ignore_mismatched_sizes=True`."
             ) from error
         lenient = informed or name is None or kwargs.get("ignore_mismatched_sizes", False)
         check_loaded(model, report, name, lenient)
@@ -99,8 +101,8 @@ def check_sources(config_class: type[PreTrainedConfig], name: str | Path, asked:
     for argument in ("gguf_file", "use_safetensors"):
         if asked.get(argument) not in (None, True):
             raise ValueError(
-                f"`{argument}` ({asked[argument]!r}) asks for weights of another format, and models of hf_lstm are read only from "
-                "safetensors files: leave it out."
+                f"`{argument}` ({asked[argument]!r}) asks for weights of another format, and models of hf_lstm are "
+                "read only from safetensors files: leave it out."
             )
     if os.path.isfile(name):
         check_name(os.path.basename(name), os.path.dirname(name))

@@ -110,10 +110,11 @@ def activation_penalty(
     **kwargs,
 ) -> torch.Tensor | None:
     """
-    Activation regularization (Merity, McCann & Socher 2017): α h² of `hidden` `(B, T, D)`, which the output layer
-    takes, plus β (h_t - h_{t-1})² of the outputs of the model, where they are kept; `None` if the config asks for neither. It is averaged in the same way as
-    the cross-entropy: over the positions whose `targets` `(B, T)` are not `ignore_index`, or as a sum divided by
-    `num_items_in_batch`, so that accumulating gradients does not change it.
+    Activation regularization (Merity, McCann & Socher 2017): α h² of `hidden` `(B, T, D)`, the outputs as the
+    output layer takes them, plus β (h_t - h_{t-1})² of the model's `outputs` at the positions `kept`; `None` if the
+    config asks for neither. It is averaged in the same way as the cross-entropy: over the positions whose `targets`
+    `(B, T)` are not `ignore_index`, or as a sum divided by `num_items_in_batch`, so that accumulating gradients does
+    not change it.
     """
     alpha, beta = config.activation_regularization, config.temporal_activation_regularization
     terms = []

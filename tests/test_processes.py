@@ -138,7 +138,7 @@ def test_both_processes_end_where_a_run_diverges(tmp_path):
     ran = launch_two(tmp_path / "two", lanes_script.__file__, tmp_path / "two", json.dumps(options))
 
     assert ran.returncode != 0
-    assert "ValueError: The run has diverged: the evaluation at step 3 gives a loss of nan" in ran.stderr
+    assert "ValueError: The run has diverged: the loss of step 2 is nan" in ran.stderr
     assert not list((tmp_path / "two").glob("checkpoint-*"))
 
 

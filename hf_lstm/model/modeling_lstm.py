@@ -267,7 +267,7 @@ class LSTMModel(LSTMPreTrainedModel):
         x = inputs_embeds
         if x is None:
             p = self.config.embedding_dropout if self.training else 0
-            x = word_dropout(self.embed_tokens(input_ids), input_ids, self.config.vocab_size, p)
+            x = word_dropout(self.embed_tokens(input_ids), cast(torch.Tensor, input_ids), self.config.vocab_size, p)
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:

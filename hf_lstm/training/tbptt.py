@@ -112,9 +112,6 @@ class TruncatedBPTTCallback(FinishedRunCallback):
             )
         check_evaluation_data(dataset, args)
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
-        self._caches[False] = DynamicCache(config=model.config)
-
     def on_save(self, args, state, control, **kwargs):
         if args.save_only_model or state.is_hyper_param_search:  # neither is ever resumed
             return

@@ -9,7 +9,7 @@ from .model.configuration_lstm import LSTMConfig
 from .model.modeling_lstm import LSTMForCausalLM, LSTMModel, LSTMPreTrainedModel
 from .tokenizers import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 AutoConfig.register(LSTMConfig.model_type, LSTMConfig)
 AutoModel.register(LSTMConfig, LSTMModel)

@@ -3,8 +3,11 @@
 import ast
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
+import mutations
 import pytest
 from processes import run_program
 
@@ -169,6 +172,41 @@ def test_foreign_words_are_found(source):
 )
 def test_plain_english_is_not_foreign(text):
     assert foreign_words(f"x = {text!r}") == []
+
+
+IMPORTED_AS = {"huggingface_hub": "huggingface-hub"}  # where the name to install is another one
+BY_TRANSFORMERS = {"starlette", "uvicorn"}  # of its extra `serving`
+
+
+def test_every_imported_package_is_declared():
+    """In the dependencies what hf_lstm imports; in an extra what scripts import, and what a function does for one format."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    required, optional = (
+        {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in lines}
+        for lines in (project["dependencies"], [line for name in ("train", "onnx", "serve") for line in extras[name]])
+    )
+    for folder, allowed in (
+        ("hf_lstm/*.py", required | {"matplotlib", "onnx", "onnxruntime"}),
+        ("scripts/*.py", required | optional | BY_TRANSFORMERS),
+    ):
+        for path in tracked(folder):
+            own = {other.stem for other in [*path.parent.glob("*.py"), *(ROOT / "scripts").glob("*.py")]} | {"hf_lstm"}
+            names = {name.split(".")[0] for name in imported_modules(path)} - sys.stdlib_module_names - own
+            assert {IMPORTED_AS.get(name, name) for name in names} <= allowed, path
+
+
+def test_pre_commit_runs_the_pinned_ruff():
+    pin = re.search(r"^ruff==(\S+)$", (ROOT / "scripts/constraints.txt").read_text(), flags=re.MULTILINE)[1]
+
+    assert f"rev: v{pin} " in (ROOT / ".pre-commit-config.yaml").read_text()
+
+
+@pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
+def test_mutations_fit_the_code(mutation):
+    """tests/mutations.py shows that each is noticed."""
+    assert (PACKAGE / mutation.path).read_text(encoding="utf-8").count(mutation.old) == 1
+    assert (ROOT / "tests" / mutation.noticed_by).exists()
 
 
 def test_only_the_flag_runs_the_type_checker(monkeypatch):

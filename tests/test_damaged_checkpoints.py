@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
+import hf_lstm
 from hf_lstm import LSTMConfig, LSTMForCausalLM
 
 CONFIGS = sorted((Path(__file__).parent / "configs").glob("*.json"))
@@ -240,7 +241,7 @@ def test_the_base_model_of_an_untied_one_loads(folder):
 
 
 def test_there_is_a_config_of_every_release():
-    assert {path.stem.split("_")[0] for path in CONFIGS} >= {"0.1.0"}
+    assert {path.stem.split("_")[0] for path in CONFIGS} >= {"0.1.0", hf_lstm.__version__}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -184,11 +184,11 @@ MUTATIONS = [
         "test_data.py",
     ),
     Mutation(
-        "a word without blanks around it is counted twice",
+        "a word that two rows share is counted twice",
         "data/streams.py",
         "self.within_word = not text[-1].isspace()",
         "self.within_word = False",
-        "test_streams.py",
+        "test_data.py",
     ),
     Mutation(
         "half a character is shown",
@@ -243,7 +243,8 @@ def copy_checkout(folder: Path) -> None:
 
 
 def run_tests(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-c", RUN, str(folder), *arguments]
+    fits = "tests/test_architecture.py::test_mutations_fit_the_code"  # it would notice each
+    command = [sys.executable, "-c", RUN, str(folder), "--deselect", fits, *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=1200)
 
 
@@ -271,7 +272,7 @@ def main(names: list[str]) -> None:
             shutil.rmtree(folder)
     if survivors:
         sys.exit(f"mutations.py: no test notices: {', '.join(survivors)}.")
-    print(f"\nEach of the {len(chosen)} changes is noticed.")
+    print(f"\nNoticed: {len(chosen)} of {len(chosen)}.")
 
 
 if __name__ == "__main__":

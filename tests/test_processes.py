@@ -9,7 +9,7 @@ from pathlib import Path
 import lanes_script
 import pytest
 import torch
-from conftest import SCRIPTS, SMALL, make_model
+from conftest import CHECKPOINTING, SCRIPTS, SMALL, make_model
 from processes import run_ranks
 from safetensors.torch import load_file
 
@@ -59,7 +59,7 @@ def test_two_processes_train_as_one_does(tmp_path, plain):
 
 @pytest.mark.slow
 def test_two_processes_accumulate_chunks_of_random_lengths(tmp_path):
-    options = {"gradient_accumulation_steps": 2, "length_seed": 3, "activation_checkpointing": True}
+    options = {"gradient_accumulation_steps": 2, "length_seed": 3, f"{CHECKPOINTING}_checkpointing": True}
 
     two = train_in_two(tmp_path / "two", **options)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CONFIGS, make_ids, make_model
+from conftest import CONFIGS, make_ids, make_model, recompute_activations
 from huggingface_hub.errors import StrictDataclassError
 from torch.nn import functional as F
 from transformers import DynamicCache
@@ -139,7 +139,7 @@ def test_the_carried_state_is_not_dropped(masks):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_recomputed_activations_drop_the_same(name, reentrant):
     models = [make_model(**CONFIGS[name], **DROPOUTS, **PENALTIES).train() for _ in range(2)]
-    models[1].activation_checkpointing_enable({"use_reentrant": reentrant})
+    recompute_activations(models[1], reentrant)
     for model in models:
         torch.manual_seed(3)
         model(IDS, labels=IDS).loss.backward()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import make_ids, make_model, standard_library
+from conftest import CHECKPOINTING, make_ids, make_model, standard_library
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_lstm import (
@@ -83,7 +83,7 @@ def train_by_hand(model, tokens, epochs=1, accumulate=1):
     [
         {},
         {"gradient_accumulation_steps": 2},
-        {"activation_checkpointing": True},
+        {f"{CHECKPOINTING}_checkpointing": True},
         pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from accelerate import cpu_offload, init_empty_weights
-from conftest import CONFIGS, make_ids, make_model
+from conftest import CONFIGS, make_ids, make_model, recompute_activations
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, DynamicCache
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
@@ -23,7 +23,7 @@ def test_checkpointed_activations_give_the_same_gradients(model, reentrant):
         model.zero_grad()
         model.train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            recompute_activations(model, reentrant)
             model.enable_input_require_grads()
         cache = DynamicCache(config=model.config)
         losses = []

@@ -116,8 +116,8 @@ MUTATIONS = [
     Mutation(
         "the copy of the weights outlives a change",
         "model/generation_lstm.py",
-        "            and self._key() == self.key\n",
-        "",
+        "for places, name, part in self.parts) and self._key() == self.key",
+        "for places, name, part in self.parts)",
         "test_plain_step.py",
     ),
     Mutation(

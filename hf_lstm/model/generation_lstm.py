@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
-from .recurrence_lstm import is_plain, is_transformed, is_untouched
+from .recurrence_lstm import ALL_HOOKS, HOOKS, is_plain, is_transformed, is_untouched
 
 
 class PlainStep:
@@ -38,12 +38,14 @@ class PlainStep:
 
     def __init__(self, model: Any):
         gates = [(layer.input_gates, layer.hidden_gates) for layer in model.layers]
-        self.config = model.config
-        self.modules = [model, *model.children(), *model.layers, *(module for pair in gates for module in pair)]
+        modules = [model, *model.children(), *model.layers, *(module for pair in gates for module in pair)]
         self.embeddings = model.embed_tokens.weight
         self.gates = [(W.weight, U.weight, W.bias) for W, U in gates]
         self.weights = [self.embeddings, *(weight for layer in self.gates for weight in layer)]
-        kept = [places for module in self.modules for places in (module._modules, module._parameters)]
+        self.config, self.fields = model.config, vars(model.config)
+        self.modules = [vars(module) for module in modules]  # looking into these is faster than calling `is_untouched`
+        self.hooks = [own[hooks] for own in self.modules for hooks in HOOKS]
+        kept = [own[places] for own in self.modules for places in ("_modules", "_parameters")]
         self.parts = [(places, *part) for places in kept for part in places.items()]
         self.key, self.count, self.copy = self._key(), 0, None
 
@@ -68,16 +70,14 @@ class PlainStep:
 
     def holds(self, model: Any) -> bool:
         """Return whether the model is unchanged since the step was made."""
-        return (
-            model is self.modules[0]
-            and model.config is self.config
-            and not model.config.output_hidden_states
-            and model.config.num_hidden_layers == len(self.gates)
-            and not any(module.training for module in self.modules)
-            and all(is_untouched(module, {type(module)}) for module in self.modules)
-            and all(places.get(name) is part for places, name, part in self.parts)
-            and self._key() == self.key
-        )
+        if self.modules[0] is not vars(model) or model.config is not self.config or any(self.hooks) or any(ALL_HOOKS):
+            return False
+        if self.fields["output_hidden_states"] or self.fields["num_hidden_layers"] != len(self.gates):
+            return False
+        for own in self.modules:
+            if own["training"] or "forward" in own or own.get("_compiled_call_impl") is not None:
+                return False
+        return all(places.get(name) is part for places, name, part in self.parts) and self._key() == self.key
 
     def fits(self, input_ids: torch.Tensor, cache: Cache) -> bool:
         """Return whether the cache holds a state of each row, in the dtype of the weights, and does not record a history."""

@@ -5,13 +5,14 @@ An import takes seconds and a fork milliseconds. hf_lstm is not imported before 
 
 import contextlib
 import importlib
-import multiprocessing
+import multiprocessing.connection
 import os
 import runpy
 import socket
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 CONTEXT = multiprocessing.get_context("forkserver")
@@ -28,7 +29,7 @@ class Program:
         program (`Path` or `str`): A file, or the code itself.
         arguments: What it finds in `sys.argv`.
         folder (`Path`, *optional*): Where it runs; this process's folder by default.
-        environment (`dict`, *optional*): All variables of its environment; by default this process's.
+        environment (`dict`, *optional*): All variables of its environment; by default those of this process.
     """
 
     def __init__(self, program, *arguments, folder=None, environment=None):
@@ -38,15 +39,16 @@ class Program:
             program = Path(self.printed.name) / "program.py"
         self.command = [str(program), *map(str, arguments)]
         place = str(folder or os.getcwd()), dict(environment or os.environ), self.printed.name
-        self.process = CONTEXT.Process(target=_run, args=(self.command, *place))
+        # A daemon: it ends with this process, however that ends.
+        self.process = CONTEXT.Process(target=_run, args=(self.command, *place), daemon=True)
         self.process.start()
 
     def wait(self, timeout=180):
-        """Wait for its end, and return what `subprocess.run(..., capture_output=True, text=True)` would."""
+        """Wait for its end, and return what `subprocess.run(..., capture_output=True, text=True)` would; -9 if it was killed."""
         self.process.join(timeout)
         if self.process.exitcode is None:
             self.process.kill()
-            raise subprocess.TimeoutExpired(self.command, timeout)
+            self.process.join()
         with self.printed:
             texts = [Path(self.printed.name, name).read_text() for name in ("stdout", "stderr")]
         return subprocess.CompletedProcess(self.command, self.process.exitcode, *texts)
@@ -58,7 +60,10 @@ def run_program(program, *arguments, **options):
 
 
 def run_ranks(program, *arguments, ranks=2, folder=None):
-    """Run a program in several processes that find each other as torchrun's do; return what each of them did."""
+    """
+    Run a program in several processes that find each other as torchrun's do, and end them all as soon as one fails; return
+    what each of them did.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -72,6 +77,13 @@ def run_ranks(program, *arguments, ranks=2, folder=None):
         )
         for rank in range(ranks)
     ]
+    running, deadline = [program.process for program in programs], time.monotonic() + 180
+    while any(process.is_alive() for process in running):
+        multiprocessing.connection.wait([process.sentinel for process in running if process.is_alive()], timeout=1)
+        if any(process.exitcode for process in running) or time.monotonic() > deadline:
+            time.sleep(1)  # the others may be about to say why
+            for process in running:
+                process.kill()
     return [program.wait() for program in programs]
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import mutations
 import pytest
-from processes import run_program
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "hf_lstm"
@@ -104,7 +103,7 @@ import hf_lstm, hf_lstm.training, hf_lstm.model_card
 
 
 def test_import_is_quiet_and_needs_no_datasets():
-    ran = run_program(QUIET_IMPORT)
+    ran = subprocess.run([sys.executable, "-c", QUIET_IMPORT], capture_output=True, text=True)
 
     assert (ran.returncode, ran.stdout) == (0, "")
     assert "hf_lstm" not in ran.stderr

@@ -273,3 +273,11 @@ def test_the_last_output_and_document_go_wherever_the_state_goes(kind, change):
     expected = model(IDS[:, :length], seq_idx=torch.cat([seq_idx, seq_idx[:, -1:]], dim=1)[:, :length]).logits[:, -1]
     torch.testing.assert_close(actual, expected[rows], rtol=0, atol=1e-10)
     assert cache.layers[0].document.tolist() == seq_idx[rows, min(length, 6) - 1].tolist()
+
+
+def test_recording_needs_the_states_after_each_token():
+    cache = make_model()(make_ids(2, 3), use_cache=True).past_key_values
+    cache.activate_past_recording()
+
+    with pytest.raises(ValueError, match=r"`trajectory` \(None\) must hold h and c after each token"):
+        cache.layers[0].update(*cache.layers[0].get_state())

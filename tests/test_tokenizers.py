@@ -411,10 +411,11 @@ def test_saved_tokenizers_need_no_code_of_ours(tmp_path):
         "print('hf_lstm' in sys.modules)"
     )
 
-    printed = run_program(program).stdout
+    ran = run_program(program)
 
+    assert ran.returncode == 0, ran.stderr
     expected = [f"{[tokenizer(text)['input_ids'] for text in TEXTS]} left" for tokenizer in made.values()]
-    assert printed.splitlines() == [*expected, "False"]
+    assert ran.stdout.splitlines() == [*expected, "False"]
 
 
 def test_a_vocabulary_needs_texts():

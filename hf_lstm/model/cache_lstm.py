@@ -85,7 +85,15 @@ class LSTMCacheLayer(CacheLayerMixin):
             num_tokens (`int`, defaults to 1): Number of columns read since the last update.
             trajectory (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
                 h and c after each of them, `(B, T, H)`; needed while past states are recorded.
+
+        Raises:
+            ValueError: if it is needed and not given.
         """
+        if self.record_past and (trajectory is None or trajectory[0] is None):
+            raise ValueError(
+                "`trajectory` (None) must hold h and c after each token while past states are recorded: give them, or "
+                "call `update` before `activate_past_recording()`."
+            )
         if not self.is_initialized:
             self.lazy_initialization(h, c)
         for name, last, states in zip(("keys", "values"), (h, c), trajectory or (None, None), strict=True):

@@ -50,7 +50,8 @@ class LSTMModelOutputWithPast(BaseModelOutputWithPast):
 
     Args:
         document_starts (`torch.BoolTensor` of shape `(B, T)`, *optional*):
-            While training, where rows are padded or hold several documents: whether a document starts with each token.
+            While training, where rows are padded or hold several documents: whether each token is the first of its row
+            in this call, or of a document.
     """
 
     document_starts: torch.Tensor | None = None

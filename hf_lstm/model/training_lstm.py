@@ -47,7 +47,7 @@ def compute_losses(
         labels, kept, attention_mask, read_before, shift_labels: See [`find_targets`].
 
     Returns:
-        The loss and, if the config asks for it, the regularization loss, each `()`.
+        The loss and, while training if the config asks for it, the regularization loss, each `()`.
     """
     config, length = model.config, outputs.last_hidden_state.shape[1]
     targets = kwargs["shift_labels"] = find_targets(labels, length, kept, attention_mask, read_before, **kwargs)

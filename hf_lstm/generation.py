@@ -26,8 +26,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from hf_lstm.decoding import StreamDecoder
 from hf_lstm.model.cache_lstm import load_state_tensors, state_tensors
-from hf_lstm.tokenizers import StreamDecoder, check_tokenizer, encode, start_ids
+from hf_lstm.tokenizers import check_tokenizer, encode, start_ids
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
 READ_AT_ONCE = 1024  # tokens

@@ -11,13 +11,11 @@ Texts may have any length: `model_max_length` is transformers' very large defaul
 `generate()` needs; training collators pad on their own.
 """
 
-import codecs
 import copy
 import json
-import re
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Collection, Iterable, Iterator
+from itertools import chain
 from typing import Literal, cast, overload
 from weakref import WeakKeyDictionary
 
@@ -60,7 +58,7 @@ def char_tokenizer(texts: Iterable[str], byte_fallback: bool = False, nfc: bool 
         characters.update(piece if normalizer is None else normalizer.normalize_str(piece))
     if not characters:
         raise ValueError("`texts` contain no characters: give at least one, to make a vocabulary of.")
-    vocabulary = _vocabulary([*sorted(characters), *(_FALLBACK if byte_fallback else ())])
+    vocabulary = _vocabulary([*sorted(characters), *(FALLBACK_BYTES if byte_fallback else ())])
     # no merges: single characters
     tokenizer = Tokenizer(
         models.BPE(vocab=vocabulary, merges=[], unk_token=SPECIAL_TOKENS["unk_token"], byte_fallback=byte_fallback)
@@ -79,7 +77,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     Make a tokenizer with one token per byte of UTF-8: byte b has id 4 + b. No text is unknown, and every text decodes to
     itself. Bytes that are not UTF-8 decode as `bytes.decode("utf-8", errors="replace")` does.
     """
-    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(_LETTERS), merges=[]))  # no merges: single bytes
+    tokenizer = Tokenizer(models.BPE(vocab=_vocabulary(LETTER_BYTES), merges=[]))  # no merges: single bytes
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return _fast(tokenizer)
@@ -95,7 +93,7 @@ def word_tokenizer(
     words stand between white space, a line end is `<eos>`, and `<unk>` and `<eos>` in a text are those tokens.
     A line whose words stand one space apart decodes to itself. Decoded alone, a continuation lacks the space before its
     first word, since the decoder cannot know what came before: this is so in the stock `pipeline` and in
-    `TextStreamer(skip_prompt=True)`. `Session`, [`StreamDecoder`] and the scripts decode it after its prompt.
+    `TextStreamer(skip_prompt=True)`. `Session`, [`decoding.StreamDecoder`] and the scripts decode it after its prompt.
 
     `split="unicode"` is for any text: a word is a run of letters and digits with the space before it, and each mark of
     punctuation, Chinese or Japanese character and line end is a word of its own. Known text decodes to itself.
@@ -165,8 +163,10 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
         ValueError: for a `vocab_size` too small for a pair, or `texts` that are one `str` or contain no characters.
     """
     check_texts(texts)
-    least = len(SPECIAL_TOKENS) + len(_LETTERS) + 1
-    _check_vocab_size(vocab_size, least, f"the {len(SPECIAL_TOKENS)} special tokens, {len(_LETTERS)} bytes and a pair")
+    least = len(SPECIAL_TOKENS) + len(LETTER_BYTES) + 1
+    _check_vocab_size(
+        vocab_size, least, f"the {len(SPECIAL_TOKENS)} special tokens, {len(LETTER_BYTES)} bytes and a pair"
+    )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -291,7 +291,7 @@ def letter_reader(tokenizer: PreTrainedTokenizerFast, markers: Collection[str] =
     reader.split_special_tokens = True
     unknown = unknown_id(tokenizer)  # the model's own, which it cannot do without
     kept = {None if unknown is None else backend.id_to_token(unknown), tokenizer.eos_token if words else None}
-    reader.backend_tokenizer.model = _model_without(markers - kept - _FALLBACK.keys(), backend)
+    reader.backend_tokenizer.model = _model_without(markers - kept - FALLBACK_BYTES.keys(), backend)
     return reader
 
 
@@ -354,7 +354,9 @@ def drops_text(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
     backend = tokenizer.backend_tokenizer
     if "ByteLevel" in repr((backend.normalizer, backend.pre_tokenizer)):
-        return not _tokens_of_unknown(tokenizer) and any(backend.model.token_to_id(byte) is None for byte in _LETTERS)
+        return not _tokens_of_unknown(tokenizer) and any(
+            backend.model.token_to_id(byte) is None for byte in LETTER_BYTES
+        )
     return not _tokens_of_unknown(tokenizer)
 
 
@@ -381,121 +383,6 @@ def _tokens_of_unknown(tokenizer) -> list:
         return tokenizer.backend_tokenizer.model.tokenize("\U0010fffe")
     except Exception:  # noqa: BLE001 (the class that tokenizers raises: without an unknown token, the text is refused)
         return []
-
-
-class StreamDecoder:
-    """
-    Decode a continuation token by token: the prompt's text followed by all that [`step`] and [`end`] return equals the whole
-    text decoded at once. Only complete characters are returned, spaces between words included. Only the last tokens are
-    read, so the cost of a token does not grow with the text. Invalid UTF-8 becomes U+FFFD as soon as no character can
-    begin with it. Where the tokenizer's decoder replaces a whole run of bytes by U+FFFD (`char_tokenizer` with
-    `byte_fallback`, and the byte tokenizer of version 0.1.0), characters of the run that were returned before stay.
-
-    Special tokens are skipped, unless `<eos>` is a line end.
-
-    Args:
-        tokenizer (`PreTrainedTokenizerBase`): Any fast tokenizer.
-        prompt_ids (`Sequence[int]`, *optional*): The tokens before the continuation; the last `CONTEXT` are enough.
-
-    Attributes:
-        context (`tuple[int, ...]`): The last ids that spell text, on which alone the next step depends.
-    """
-
-    CONTEXT = 4  # tokens: more than the bytes of an incomplete character
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int] = ()):
-        self.tokenizer, self.rules = tokenizer, repr(tokenizer.backend_tokenizer.decoder)
-        self.spelt: dict[int, bytes | None] = {}  # by token, of those met
-        added = tokenizer.added_tokens_decoder.items()
-        self.hidden = set() if ends_lines(tokenizer) else {index for index, token in added if token.special}
-        last = islice(filter(self.is_text, reversed(prompt_ids)), self.CONTEXT)
-        self.context = tuple(last)[::-1]
-
-    def step(self, token: int) -> str:
-        """Return the text that one more token completes; empty inside a character of several bytes."""
-        if not self.is_text(token):
-            return ""
-        before, self.context = self.context, (*self.context, token)[-self.CONTEXT :]
-        held, spelt = self._incomplete(before), self.spell(token)
-        if spelt is not None:
-            return self._characters(held + spelt)[0]
-        old, new = (cast(str, self.tokenizer.decode(list(ids))) for ids in (before, (*before, token)))
-        return self._broken(held) + new[len(old) :]
-
-    def end(self) -> str:
-        """End the text: return U+FFFD for an incomplete character, which later tokens no longer complete."""
-        waiting = self.waiting
-        while self._incomplete(self.context):
-            self.context = self.context[:-1]
-        return waiting
-
-    @property
-    def waiting(self) -> str:
-        """U+FFFD for an incomplete character at the end, or an empty string, like decoding the whole text."""
-        return self._broken(self._incomplete(self.context))
-
-    def is_text(self, token: int) -> bool:
-        """Whether an id belongs to a token that is not skipped."""
-        return token not in self.hidden and self.tokenizer.convert_ids_to_tokens(token) is not None
-
-    def spell(self, token: int) -> bytes | None:
-        """Return the bytes of a token, or `None` where its text depends on the tokens around it."""
-        if token not in self.spelt:
-            name = cast(str, self.tokenizer.convert_ids_to_tokens(token))
-            if "ByteLevel" in self.rules:
-                letters = all(letter in _LETTERS for letter in name)  # of bytes: an added token may have others
-                self.spelt[token] = bytes(_LETTERS[letter] for letter in name) if letters else name.encode()
-            elif "ByteFallback" in self.rules:
-                self.spelt[token] = _FALLBACK.get(name)
-            else:
-                joins = self.rules == "Fuse()" and not self.tokenizer.clean_up_tokenization_spaces
-                self.spelt[token] = name.encode() if joins else None
-        return self.spelt[token]
-
-    def _incomplete(self, context) -> bytes:
-        spelt = b""
-        for token in reversed(context):
-            if (piece := self.spell(token)) is None:
-                break
-            spelt = piece + spelt
-        return self._characters(spelt)[1]
-
-    def _characters(self, data: bytes) -> tuple[str, bytes]:
-        """Decode UTF-8 bytes; return the text, and the bytes at the end that may begin a character."""
-        decoder = codecs.getincrementaldecoder("utf-8")(
-            "surrogateescape" if "ByteFallback" in self.rules else "replace"
-        )
-        text, held = decoder.decode(data), decoder.getstate()[0]
-        if len(held.decode(errors="replace")) > 1:  # half a surrogate pair, which Python waits for and then refuses
-            text, held = text + decoder.decode(b"", final=True), b""
-        return re.sub("[\udc80-\udcff]", "\ufffd", text), held  # of `ByteFallback`: one for each byte
-
-    def _broken(self, data: bytes) -> str:
-        return "\ufffd" * (len(data) if "ByteFallback" in self.rules else bool(data))
-
-
-def bytes_of_tokens(tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> list[bytes]:
-    """
-    Return the UTF-8 bytes that each id below `vocab_size` appends to a text, for decoding without a tokenizer. Special
-    tokens and ids without a token append nothing; for a tokenizer whose line ends are `<eos>`, `<unk>` is shown and `<eos>`
-    is the line end. An added token appends its name, with the space that decoding puts before it.
-    """
-    decoder, backend = StreamDecoder(tokenizer), tokenizer.backend_tokenizer
-    special = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    own = set(backend.get_vocab(with_added_tokens=False).values())
-    shown = {tokenizer.unk_token_id, tokenizer.eos_token_id}  # of special tokens, where they are text at all
-    before = min(index for index in tokenizer.get_vocab().values() if index not in special)
-    added = []
-    for index in range(vocab_size):
-        decoder.context = (before,)
-        if not decoder.is_text(index) or index in special - shown:
-            spelt: bytes | None = b""
-        elif "ByteLevel" in decoder.rules and index not in own and index not in special:
-            spelt = (backend.id_to_token(index) or "").encode()  # not written in GPT-2's letters for bytes
-        else:
-            spelt = None if index in special else decoder.spell(index)
-        added.append(decoder.step(index).encode() if spelt is None else spelt)
-    return added
 
 
 def pieces_of(text: str | None) -> Iterator[str]:
@@ -544,8 +431,9 @@ def start_ids(start_token: str | None, tokenizer: PreTrainedTokenizerBase) -> li
     return [tokenizer.get_vocab()[start_token]]
 
 
-_FALLBACK = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-_LETTERS = {letter: byte for byte, letter in sorted(bytes_to_unicode().items())}  # GPT-2's name for each byte
+# The bytes that tokens of a byte fallback, and of a byte-level tokenizer the letters of a token, stand for.
+FALLBACK_BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
+LETTER_BYTES = {letter: byte for byte, letter in sorted(bytes_to_unicode().items())}  # GPT-2's name for each byte
 
 
 def _check_vocab_size(vocab_size, least, contents):

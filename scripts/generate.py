@@ -15,8 +15,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, 
 from transformers.generation import BaseStreamer
 
 from hf_lstm import Session
+from hf_lstm.decoding import StreamDecoder
 from hf_lstm.generation import COLDEST
-from hf_lstm.tokenizers import StreamDecoder, dropped_characters, encode, ends_lines, unknown_id
+from hf_lstm.tokenizers import dropped_characters, encode, ends_lines, unknown_id
 
 HELP = """The model continues your text, line by line; an empty line lets it go on, Ctrl-C stops it.
 /save FILE saves the state of the text, /load FILE loads one, /reset starts a new text, /quit or Ctrl-D ends."""

@@ -24,8 +24,9 @@ from transformers import (
     StoppingCriteriaList,
 )
 
+from hf_lstm.decoding import StreamDecoder, bytes_of_tokens
 from hf_lstm.generation import COLDEST
-from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, letter_reader
+from hf_lstm.tokenizers import letter_reader
 
 READ_AT_ONCE = 512  # tokens per forward pass over a prompt whose log probabilities are returned
 

@@ -11,7 +11,6 @@ class Scalar:
     def __init__(self, value, sources=()):
         self.value = float(value)
         self.sources = sources  # pairs (Scalar, derivative of self with respect to it)
-        self.gradient = 0.0
 
     def __add__(self, other):
         return Scalar(self.value + other.value, ((self, 1.0), (other, 1.0)))
@@ -40,7 +39,8 @@ class Scalar:
     def log(self):
         return Scalar(math.log(self.value), ((self, 1.0 / self.value),))
 
-    def backward(self):
+    def derivatives(self):
+        """Return the derivative of this number with respect to each that it was computed from, by these."""
         order, seen, stack = [], set(), [(self, False)]
         while stack:
             node, done = stack.pop()
@@ -50,12 +50,11 @@ class Scalar:
                 seen.add(id(node))
                 stack.append((node, True))
                 stack.extend((source, False) for source, _ in node.sources)
-        for node in order:
-            node.gradient = 0.0
-        self.gradient = 1.0
+        found = {self: 1.0}
         for node in reversed(order):
             for source, derivative in node.sources:
-                source.gradient += derivative * node.gradient
+                found[source] = found.get(source, 0.0) + derivative * found[node]
+        return found
 
 
 def scalars(numbers):
@@ -63,21 +62,15 @@ def scalars(numbers):
     return [scalars(number) for number in numbers] if isinstance(numbers, list) else Scalar(numbers)
 
 
-def values(nested, what="value"):
-    """Convert nested lists of `Scalar` to numbers, their values or (`what="gradient"`) their derivatives."""
-    return [values(item, what) for item in nested] if isinstance(nested, list) else getattr(nested, what)
-
-
-def _flatten(nested):
-    return [scalar for item in nested for scalar in _flatten(item)] if isinstance(nested, list) else [nested]
+def values(nested, number=lambda scalar: scalar.value):
+    """Convert nested lists of `Scalar` to numbers, by default their values."""
+    return [values(item, number) for item in nested] if isinstance(nested, list) else number(nested)
 
 
 def gradients(result, weights):
     """Return the derivatives of `result` with respect to `weights`, as numbers, by the names of the weights."""
-    for scalar in _flatten(list(weights.values())):
-        scalar.gradient = 0.0
-    result.backward()
-    return {name: values(weight, "gradient") for name, weight in weights.items()}
+    found = result.derivatives()
+    return {name: values(weight, lambda scalar: found.get(scalar, 0.0)) for name, weight in weights.items()}
 
 
 def dot(a, b):
@@ -117,7 +110,7 @@ def swiglu(x, gate, up, down):
     return linear(inner, down)
 
 
-def language_model(ids, weights, states=None):
+def language_model(ids, weights):
     """
     Return the logits after each token of one row, and the state after the last: a pair of h and c for each layer.
     `weights` come from `weights_of`.
@@ -125,10 +118,8 @@ def language_model(ids, weights, states=None):
     w = {name.removeprefix("model."): weight for name, weight in weights.items()}
     layers = sum(name.endswith("hidden_gates.weight") for name in w)
     residual = "norm.weight" in w
-    if states is None:
-        sizes = [len(w[f"layers.{index}.hidden_gates.weight"][0]) for index in range(layers)]
-        states = [([Scalar(0.0)] * size, [Scalar(0.0)] * size) for size in sizes]
-    states, logits = list(states), []
+    sizes = [len(w[f"layers.{index}.hidden_gates.weight"][0]) for index in range(layers)]
+    states, logits = [([Scalar(0.0)] * size, [Scalar(0.0)] * size) for size in sizes], []
     for token in ids:
         x = w["embed_tokens.weight"][token]
         if "in_proj.weight" in w:

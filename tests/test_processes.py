@@ -59,7 +59,7 @@ def test_two_processes_train_as_one_does(tmp_path, plain):
 
 @pytest.mark.slow
 def test_two_processes_accumulate_chunks_of_random_lengths(tmp_path):
-    options = {"gradient_accumulation_steps": 2, "length_seed": 3, f"{CHECKPOINTING}_checkpointing": True}
+    options = {"gradient_accumulation_steps": 2, "length_seed": 3, CHECKPOINTING: True}
 
     two = train_in_two(tmp_path / "two", **options)
 

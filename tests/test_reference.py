@@ -16,7 +16,7 @@ IDS = make_ids(1, 5)
 
 @dataclass
 class Equations:
-    """What the equations give for the model of a config."""
+    """Results of the equations for the model of a config."""
 
     logits: list
     states: list

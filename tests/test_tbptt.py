@@ -83,7 +83,7 @@ def train_by_hand(model, tokens, epochs=1, accumulate=1):
     [
         {},
         {"gradient_accumulation_steps": 2},
-        {f"{CHECKPOINTING}_checkpointing": True},
+        {CHECKPOINTING: True},
         pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
     ],
     ids=str,

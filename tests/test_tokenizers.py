@@ -16,7 +16,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, PythonBackend
 
 from hf_lstm import TokenStream, bpe_tokenizer, byte_tokenizer, char_tokenizer, tokenizers, word_tokenizer
-from hf_lstm.tokenizers import StreamDecoder, bytes_of_tokens, encode, ends_lines
+from hf_lstm.decoding import StreamDecoder, bytes_of_tokens
+from hf_lstm.tokenizers import encode, ends_lines
 
 TEXTS = [
     "床前明月光，疑是地上霜。\n舉頭望明月，低頭思故鄉。",

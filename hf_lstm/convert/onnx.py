@@ -20,8 +20,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 from transformers import PreTrainedTokenizerFast
 
+from hf_lstm.decoding import bytes_of_tokens
 from hf_lstm.model.modeling_lstm import GatedMLP, LSTMForCausalLM, LSTMLayer
-from hf_lstm.tokenizers import bytes_of_tokens
 
 from .checking import largest_difference
 

@@ -2,6 +2,7 @@
 
 import gc
 import logging as stdlib_logging
+import math
 import os
 import runpy
 import sys
@@ -104,8 +105,11 @@ def model(request):
 
 def choose_kernel(monkeypatch, name):
     """Let `fused` or `explicit` run wherever one of them would, and the other could."""
-    from hf_lstm.model import recurrence_lstm
+    from hf_lstm.model import cells_lstm, recurrence_lstm
 
+    if name == "fused":  # the first layer by token, whose result is that by position (tests/test_lookup.py)
+        monkeypatch.setattr(cells_lstm, "FEW_PRODUCTS", math.inf)
+        monkeypatch.setitem(recurrence_lstm.FUSED_STEPS, "cpu", 1)
     select = recurrence_lstm.select_kernel
 
     def choose(x, h, c, reading, record, *gates):

@@ -53,14 +53,14 @@ class Mutation:
 MUTATIONS = [
     Mutation(
         "two gates are swapped",
-        "model/recurrence_lstm.py",
+        "model/cells_lstm.py",
         "i, f, g, o = (from_input",
         "f, i, g, o = (from_input",
         "test_reference.py",
     ),
     Mutation(
         "the bias is added twice",
-        "model/recurrence_lstm.py",
+        "model/cells_lstm.py",
         "input_gates.bias, torch.zeros_like(input_gates.bias)]",
         "input_gates.bias, input_gates.bias]",
         "test_reference.py",

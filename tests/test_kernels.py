@@ -10,7 +10,7 @@ from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import prune
 
-from hf_lstm.model import recurrence_lstm
+from hf_lstm.model import cells_lstm, recurrence_lstm
 
 IDS = make_ids(2, 20)
 
@@ -193,7 +193,7 @@ def test_weights_in_one_piece_are_the_same_weights(monkeypatch, weight_dropout):
 
     monkeypatch.setattr(torch, "lstm", watched)
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(recurrence_lstm, "IN_ONE_PIECE", devices)
+        monkeypatch.setattr(cells_lstm, "IN_ONE_PIECE", devices)
         model = make_model(weight_dropout=weight_dropout).train()
         loss = model(IDS, labels=IDS).loss
         loss.backward()

@@ -1,4 +1,4 @@
-"""Parameters shared out among processes by torch's `fully_shard` train as whole ones do."""
+"""Parameters shared out among processes by torch's `fully_shard` or `DistributedDataParallel` train as whole ones do."""
 
 import json
 from pathlib import Path
@@ -14,12 +14,13 @@ def runs():
     return json.loads(first.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", ["stacked", "residual", "chunked", "untied"])
+@pytest.mark.parametrize("model", ["stacked", "residual", "chunked", "untied", "in one group", "by DDP"])
 def test_sharded_parameters_train_as_whole_ones(runs, model):
     run = runs[model]
 
-    assert run["all_sharded"]
-    assert run["share"] == pytest.approx(0.5, abs=0.02)
+    assert run["all_sharded"] == (model != "by DDP")
+    assert run["share"] == pytest.approx(1 if model == "by DDP" else 0.5, abs=0.02)
+    assert run["by_token"] == (model in ("in one group", "by DDP"))  # a layer sharded alone is a class of torch's
     assert run["losses"]["sharded"] == pytest.approx(run["losses"]["whole"], rel=1e-5)
     assert run["difference"] < 1e-5
     assert run["losses"]["whole"][-1] != run["losses"]["whole"][0]

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from hf_lstm.data.lanes import check_at_least_one
 from hf_lstm.data.streams import Tokens
-from hf_lstm.model.recurrence_lstm import at_least_float32
+from hf_lstm.model.cells_lstm import at_least_float32
 
 from .scoring import Chunk, checked_stream, evaluating, read_chunks, run_chunk, scored_logits, token_losses
 

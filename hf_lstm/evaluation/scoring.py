@@ -14,8 +14,8 @@ from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
 
 from hf_lstm.data.streams import Tokens, TokenStream, as_stream
+from hf_lstm.model.cells_lstm import at_least_float32
 from hf_lstm.model.configuration_lstm import LSTMConfig
-from hf_lstm.model.recurrence_lstm import at_least_float32
 
 
 @dataclass

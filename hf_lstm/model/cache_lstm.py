@@ -10,7 +10,8 @@ import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from .recurrence_lstm import UNKNOWN, at_least_float32, hold
+from .cells_lstm import at_least_float32
+from .recurrence_lstm import UNKNOWN, hold
 
 LAYER_TYPE = "hf_lstm"
 KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN}

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
-from .recurrence_lstm import ALL_HOOKS, HOOKS, is_plain, is_transformed, is_untouched
+from .cells_lstm import ALL_HOOKS, HOOKS, is_plain, is_transformed, is_untouched
 
 
 class PlainStep:

@@ -39,7 +39,7 @@ from .cache_lstm import prepare_cache_layers, rows_that_read
 from .configuration_lstm import LSTMConfig
 from .generation_lstm import LSTMGenerationMixin, take_plain_step
 from .loading_lstm import StrictLoading
-from .recurrence_lstm import Reading, Recurrence, find_reading, run_lstm
+from .recurrence_lstm import Reading, Recurrence, find_reading, reads_embeddings, run_lstm
 from .training_lstm import AdaptiveSoftmax, compute_losses, locked_dropout, weight_dropout, word_dropout
 
 
@@ -87,6 +87,8 @@ class LSTMLayer(GradientCheckpointingLayer):
         c: torch.Tensor,
         reading: Reading | None = None,
         record: bool = False,
+        tokens: torch.Tensor | None = None,
+        embeddings: torch.Tensor | None = None,
     ) -> Recurrence:
         """
         Args:
@@ -94,13 +96,15 @@ class LSTMLayer(GradientCheckpointingLayer):
             h, c (`(B, H)`): State to start from.
             reading (`Segments` or `Steps`, *optional*): The tokens to read, where rows are padded or documents start.
             record (`bool`, defaults to `False`): Whether to return the states after each token too.
+            tokens (`(B, T)`), embeddings (`(V, D)`) (*optional*): If x is `embeddings[tokens]`, these two, on a CPU.
 
         Returns:
             [`Recurrence`]: h after each token, h and c at each row's end and, if recorded, after each token. A padded
             token leaves h and c as they were.
         """
         hidden_weight = weight_dropout(self.hidden_gates, self.config.weight_dropout if self.training else 0)
-        return run_lstm(x, h, c, self.input_gates, self.hidden_gates, reading, record, hidden_weight)
+        gates = (self.input_gates, self.hidden_gates)
+        return run_lstm(x, h, c, *gates, reading, record, hidden_weight, tokens, embeddings)
 
 
 class ResidualLSTMLayer(LSTMLayer):
@@ -112,7 +116,7 @@ class ResidualLSTMLayer(LSTMLayer):
         self.o_proj = linear(config.hidden_size, config.hidden_size, "branch")
         self.mlp = GatedMLP(config, config.intermediate_size) if config.intermediate_size is not None else None
 
-    def forward(
+    def forward(  # type: ignore[override]  # it reads normalised embeddings, and gets no others
         self,
         x: torch.Tensor,
         h: torch.Tensor,
@@ -265,10 +269,7 @@ class LSTMModel(LSTMPreTrainedModel):
         if h is not None:
             return LSTMModelOutputWithPast(last_hidden_state=h[:, None], past_key_values=past_key_values)
         self._check_arguments(input_ids, inputs_embeds, kwargs.get("output_attentions"))
-        x = inputs_embeds
-        if x is None:
-            p = self.config.embedding_dropout if self.training else 0
-            x = word_dropout(self.embed_tokens(input_ids), cast(torch.Tensor, input_ids), self.config.vocab_size, p)
+        x, lookup = self._embed(input_ids) if inputs_embeds is None else (inputs_embeds, ())
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -284,7 +285,9 @@ class LSTMModel(LSTMPreTrainedModel):
             if self.training and index > 0 and not is_residual:
                 x = locked_dropout(x, self.config.hidden_dropout)
             h, c = cache_layer.initial_state(x, size)
-            x, h, c, past_h, past_c = layer(x, h, c, reading, cache_layer.record_past)
+            # All by position: checkpointing with `use_reentrant` computes no gradients of arguments by name.
+            x, h, c, past_h, past_c = layer(x, h, c, reading, cache_layer.record_past, *lookup)
+            lookup = ()
             cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=(past_h, past_c))
         x = self.out_proj(self.norm(x))
         if is_residual and reading is not None:  # in a stacked model h, the last output, stays over padding
@@ -295,6 +298,18 @@ class LSTMModel(LSTMPreTrainedModel):
             past_key_values=past_key_values,
             document_starts=reading.firsts if self.training and reading is not None else None,
         )
+
+    def _embed(self, input_ids) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """
+        Embed tokens `(B, T)`. Where the first layer can make use of it, also return the embeddings of the distinct
+        tokens, and for each token which of them is its own.
+        """
+        vocab_size, p = self.config.vocab_size, self.config.embedding_dropout if self.training else 0
+        if not reads_embeddings(self, LSTMLayer, input_ids):
+            return word_dropout(self.embed_tokens(input_ids), input_ids, vocab_size, p), ()
+        words, tokens = input_ids.unique(return_inverse=True)
+        embeddings = word_dropout(self.embed_tokens(words), words, vocab_size, p)
+        return F.embedding(tokens, embeddings), (tokens, embeddings)
 
     def _check_arguments(self, input_ids, inputs_embeds, output_attentions: bool | None) -> None:
         if self.config.output_attentions if output_attentions is None else output_attentions:

@@ -21,8 +21,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from .cells_lstm import at_least_float32, is_plain, is_transformed
 from .configuration_lstm import LSTMConfig
-from .recurrence_lstm import at_least_float32, is_plain, is_transformed
 
 
 def compute_losses(
@@ -62,7 +62,7 @@ def compute_losses(
 
 
 def word_dropout(embeds: torch.Tensor, input_ids: torch.Tensor, vocab_size: int, p: float) -> torch.Tensor:
-    """Drop words of the embeddings `(B, T, D)` of tokens `(B, T)`, each of them everywhere in the batch."""
+    """Drop words of the embeddings `(..., D)` of tokens `(...)`, each of them everywhere in the batch."""
     if p == 0:
         return embeds
     return embeds * _dropout_mask(embeds, (vocab_size, 1), p)[input_ids]

@@ -66,6 +66,13 @@ MUTATIONS = [
         "test_reference.py",
     ),
     Mutation(
+        "no word is dropped where distinct tokens are projected once",
+        "model/modeling_lstm.py",
+        "embeddings = word_dropout(self.embed_tokens(words), words, vocab_size, p)",
+        "embeddings = self.embed_tokens(words)",
+        "test_lookup.py",
+    ),
+    Mutation(
         "the forget gates of a new model are closed",
         "model/modeling_lstm.py",
         "bias[1] = self.config.forget_gate_bias",

@@ -167,6 +167,25 @@ def test_lanes_hold_the_stream_in_order(kind):
         lanes[len(lanes)]
 
 
+@pytest.mark.parametrize("options", [{}, {"reset_at_documents": True}, {"length_seed": 3}])
+def test_a_batch_is_its_items(options):
+    """Of one chunk, as in training, or of any."""
+    stream = TokenStream.from_documents(["abc" * 20, "de" * 30, "fgh"] * 4, byte_tokenizer())
+    lanes = LaneDataset(stream, lanes=3, bptt_length=12, **options)
+
+    for indices in ([0, 1, 2], list(range(len(lanes))), [7, 2, 2, 9], []):
+        batch = lanes.__getitems__(indices)
+
+        assert len(batch) == len(indices)
+        for item, index in zip(batch, indices, strict=True):
+            assert {name: column.tolist() for name, column in item.items()} == {
+                name: column.tolist() for name, column in lanes[index].items()
+            }
+    for wrong in (-1, len(lanes)):
+        with pytest.raises(IndexError, match=f"Item {wrong} of {len(lanes)}"):
+            lanes.__getitems__([0, wrong])
+
+
 def test_positions_begin_at_documents_and_lanes():
     stream = TokenStream.from_documents(["abc", "de", "fghij", "k"], byte_tokenizer())  # starts at 0, 4, 7, 13
     lanes = LaneDataset(stream, lanes=2, bptt_length=3, reset_at_documents=True)

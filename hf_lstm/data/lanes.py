@@ -1,5 +1,8 @@
 """Datasets for `Trainer`: parallel lanes with a carried state, and single documents."""
 
+import itertools
+from collections.abc import Sequence
+
 import torch
 from torch.utils.data import Dataset
 
@@ -86,17 +89,28 @@ class LaneDataset(Dataset):
         return len(self.chunk_lengths) * self.lanes
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if not 0 <= index < len(self):
-            raise IndexError(f"Item {index} of {len(self)}.")
-        chunk, lane = divmod(index, self.lanes)
-        length = self.chunk_lengths[chunk].item()
-        lane_start = lane * self.lane_length
-        start = lane_start + self._chunk_starts[chunk].item()
-        indices = torch.arange(start, start + length)
-        first = torch.full_like(indices, lane_start)
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Return the items of a batch, which torch's `DataLoader` asks for together."""
+        for index in indices:
+            if not 0 <= index < len(self):
+                raise IndexError(f"Item {index} of {len(self)}.")
+        items = []
+        for chunk, group in itertools.groupby(indices, lambda index: index // self.lanes):
+            items += self._read(chunk, torch.tensor([index % self.lanes for index in group]))
+        return items
+
+    def _read(self, chunk, lanes):
+        """Make the items of some lanes, `(rows,)`, of one chunk."""
+        start, length = self._chunk_starts[chunk].item(), self.chunk_lengths[chunk].item()
+        lane_starts = lanes[:, None] * self.lane_length  # (rows, 1)
+        indices = lane_starts + torch.arange(start, start + length)  # (rows, length)
+        first = lane_starts
         if self.reset_at_documents:
             first = torch.maximum(first, self._epoch_stream.starts_of(indices))
-        return lane_item(self._epoch_stream[start : start + length + 1], indices - first)
+        windows = [self._epoch_stream[begin : begin + length + 1] for begin in indices[:, 0].tolist()]
+        return lane_items(torch.stack(windows), indices - first)
 
 
 class DocumentDataset(Dataset):
@@ -139,14 +153,16 @@ class DocumentDataset(Dataset):
         return {"input_ids": tokens, "labels": list(tokens)}
 
 
-def lane_item(window: torch.Tensor, position_ids: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Make the model inputs of a chunk from its tokens and the next one."""
-    return {
-        "input_ids": window[:-1],
-        "labels": window[:-1],
-        "shift_labels": window[1:].clone(),
-        "position_ids": position_ids,
-    }
+def lane_items(windows: torch.Tensor, position_ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
+    """
+    Make the model inputs of chunks from their tokens and the next one, `(rows, length + 1)`, and their positions, `(rows,
+    length)`: an item for each row.
+    """
+    rows = zip(windows[:, :-1].unbind(), windows[:, 1:].clone().unbind(), position_ids.unbind(), strict=True)
+    return [
+        {"input_ids": inputs, "labels": inputs, "shift_labels": targets, "position_ids": positions}
+        for inputs, targets, positions in rows
+    ]
 
 
 def check_at_least_one(**sizes: int | None) -> None:

@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hf_lstm.tokenizers import encode
 
-from .lanes import check_at_least_one, lane_item
+from .lanes import check_at_least_one, lane_items
 from .readers import CONTINUES, check_continues
 
 if TYPE_CHECKING:
@@ -162,4 +162,5 @@ class _Lane:
             missing -= len(tokens)
         tokens, positions = (torch.cat(part) for part in zip(*parts, strict=True))
         self.tokens, self.positions = tokens[length:], positions[length:]
-        return lane_item(tokens[: length + 1], positions[:length])
+        (item,) = lane_items(tokens[None, : length + 1], positions[None, :length])
+        return item

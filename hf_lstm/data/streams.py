@@ -5,9 +5,11 @@ is its first input, from which its first token is predicted, and where the state
 has no `<eos>` at its ends.
 """
 
+import bisect
 import copy
 import hashlib
 import inspect
+import itertools
 import json
 import sys
 from collections import Counter
@@ -159,7 +161,8 @@ class TokenStream:
 
     def _hold(self, tokens):
         self.tokens = tokens
-        self._chunk_starts = numpy.cumsum([0, *map(len, tokens.chunks)])[:-1]
+        self._chunks = [chunk.to_numpy() for chunk in tokens.chunks]  # views
+        self._chunk_starts = [0, *itertools.accumulate(map(len, tokens.chunks))]
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -182,14 +185,12 @@ class TokenStream:
 
     def _read(self, start, stop):
         """Read chunk by chunk from `start`; `ChunkedArray.slice` would walk through all chunks before it."""
-        tokens, filled = numpy.empty(max(0, stop - start), dtype=numpy.int64), 0
-        chunk = int(numpy.searchsorted(self._chunk_starts, start, side="right")) - 1
-        while filled < len(tokens):
-            begin = start + filled - int(self._chunk_starts[chunk])
-            part = self.tokens.chunk(chunk).slice(begin, len(tokens) - filled)
-            tokens[filled : filled + len(part)] = part.to_numpy()
-            filled, chunk = filled + len(part), chunk + 1
-        return torch.from_numpy(tokens)
+        parts, chunk = [numpy.empty(0, dtype=numpy.int64)], bisect.bisect_right(self._chunk_starts, start) - 1
+        while start < stop:
+            begin = self._chunk_starts[chunk]
+            parts.append(self._chunks[chunk][start - begin : stop - begin])
+            start, chunk = start + len(parts[-1]), chunk + 1
+        return torch.from_numpy(numpy.concatenate(parts, dtype=numpy.int64))
 
     @property
     def document_ends(self) -> torch.Tensor:
@@ -247,14 +248,14 @@ class TokenStream:
     def __getstate__(self):
         """Pickle the name of the file that holds the tokens, not the tokens."""
         state = vars(self).copy()
+        del state["_chunks"]
         if self._rows is not None:
             del state["tokens"]
         return state
 
     def __setstate__(self, state):
         vars(self).update(state)
-        if self._rows is not None:
-            self._hold(_flat(self._rows, self._end))
+        self._hold(self.tokens if self._rows is None else _flat(self._rows, self._end))
 
 
 class _Tokenization:

@@ -320,14 +320,14 @@ def find_segments(
             "chunks give `position_ids` instead, which are 0 where a document starts."
         )
 
+    if real.all() and not (restarts if carried else restarts[:, 1:]).any():
+        return None
+
     tokens = real.flatten().nonzero().squeeze(1)  # (N,) row by row
     row = tokens // length
     new_row = torch.ones_like(tokens, dtype=torch.bool)
     new_row[1:] = row[1:] != row[:-1]
     restart = restarts.flatten()[tokens]
-    if len(tokens) == rows * length and not (restart if carried else restart & ~new_row).any():
-        return None
-
     first = new_row | restart
     segment = first.cumsum(0) - 1  # (N,) the segment of each token
     lengths = segment.bincount()  # (S,)

@@ -3,7 +3,8 @@
 python scripts/benchmarks/training.py
 
 After each step of the Trainer the others do a step on the same tokens, all in one process, and medians of the steps
-are reported. All use AdamW and clip the norm of the gradient to 1. The LSTMs carry their state from step to step.
+are reported, of the whole step and of the loss with its gradients alone. All use AdamW and clip the norm of the
+gradient to 1. The LSTMs carry their state from step to step.
 """
 
 import tempfile
@@ -33,14 +34,15 @@ from transformers.utils import logging
 from hf_lstm import LaneDataset, LSTMConfig, LSTMForCausalLM
 from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback
 
-VOCABULARY = 69  # the number of characters of Shakespeare
-SHAPES = {  # rows, tokens, width, layers
-    "recipe": (16, 64, 512, 1),
-    "two layers": (16, 64, 512, 2),
-    "narrow": (16, 64, 256, 1),
-    "more rows": (64, 64, 512, 1),
-    "longer": (16, 256, 512, 1),
-    "larger batch": (32, 128, 512, 2),
+SHAPES = {  # rows, tokens, width, layers, vocabulary: 69 are the characters of Shakespeare, 112 those of Python's source
+    "recipe": (16, 64, 512, 1, 69),
+    "first run": (16, 64, 384, 1, 112),
+    "two layers": (16, 64, 512, 2, 69),
+    "narrow": (16, 64, 256, 1, 69),
+    "more rows": (64, 64, 512, 1, 69),
+    "longer": (16, 256, 512, 1, 69),
+    "larger batch": (32, 128, 512, 2, 69),
+    "subwords": (16, 64, 512, 1, 2000),
 }
 TRANSFORMERS = {  # with as many parameters: layers, width and heads of GPT-2; layers and width of Mamba
     "recipe": ((4, 208, 4), (4, 280)),
@@ -57,9 +59,9 @@ class Arguments:
 class TorchLSTM(nn.Module):
     """The same model written with `nn.LSTM` and tied embeddings."""
 
-    def __init__(self, width: int, layers: int):
+    def __init__(self, vocabulary: int, width: int, layers: int):
         super().__init__()
-        self.embedding = nn.Embedding(VOCABULARY, width)
+        self.embedding = nn.Embedding(vocabulary, width)
         self.lstm = nn.LSTM(width, width, layers, batch_first=True)
         self.state = None
 
@@ -97,12 +99,13 @@ class Loop:
     """A bare training loop."""
 
     def __init__(self, model: nn.Module):
-        self.model, self.times = model.train(), []
+        self.model, self.times, self.times_of_gradients = model.train(), [], []
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step(self, ids, targets) -> None:
         start = perf_counter()
         self.model.loss(ids, targets).backward()
+        self.times_of_gradients.append(perf_counter() - start)
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -129,24 +132,24 @@ class Turns(TrainerCallback):
 
 
 def measure(name: str, steps: int, slow_steps: int) -> dict:
-    rows, tokens, width, layers = SHAPES[name]
+    rows, tokens, width, layers, vocabulary = SHAPES[name]
     torch.manual_seed(0)
     count = steps + 6
-    lanes = LaneDataset(torch.randint(4, VOCABULARY, (rows * tokens * count + 1,)), lanes=rows, bptt_length=tokens)
+    lanes = LaneDataset(torch.randint(4, vocabulary, (rows * tokens * count + 1,)), lanes=rows, bptt_length=tokens)
     batches = []
     for start in range(0, len(lanes), rows):
         batch = default_data_collator([lanes[index] for index in range(start, start + rows)])
         batches.append((batch["input_ids"], batch["shift_labels"]))
-    config = LSTMConfig(vocab_size=VOCABULARY, hidden_size=width, num_hidden_layers=layers)
-    loops = {"bare loop": Loop(OurLSTM(config)), "nn.LSTM": Loop(TorchLSTM(width, layers))}
+    config = LSTMConfig(vocab_size=vocabulary, hidden_size=width, num_hidden_layers=layers)
+    loops = {"bare loop": Loop(OurLSTM(config)), "nn.LSTM": Loop(TorchLSTM(vocabulary, width, layers))}
     slow = {}
     if name in TRANSFORMERS:
         (depth, size, heads), mamba = TRANSFORMERS[name]
-        gpt2 = GPT2Config(vocab_size=VOCABULARY, n_positions=tokens, n_embd=size, n_layer=depth, n_head=heads)
+        gpt2 = GPT2Config(vocab_size=vocabulary, n_positions=tokens, n_embd=size, n_layer=depth, n_head=heads)
         gpt2.resid_pdrop = gpt2.embd_pdrop = gpt2.attn_pdrop = 0.0  # like the others
         slow = {"GPT-2": Loop(Stateless(GPT2LMHeadModel(gpt2)))}
         if mamba is not None:
-            config_of_mamba = MambaConfig(vocab_size=VOCABULARY, num_hidden_layers=mamba[0], hidden_size=mamba[1])
+            config_of_mamba = MambaConfig(vocab_size=vocabulary, num_hidden_layers=mamba[0], hidden_size=mamba[1])
             slow["Mamba"] = Loop(Stateless(MambaForCausalLM(config_of_mamba)))
     turns = Turns(loops, slow, batches, slow_steps)
     model = LSTMForCausalLM(config)
@@ -174,6 +177,7 @@ def measure(name: str, steps: int, slow_steps: int) -> dict:
     seconds = {"Trainer": median(turns.times[5:])}
     seconds |= {key: median(loop.times[5:]) for key, loop in loops.items()}
     seconds |= {key: median(loop.times[1:]) for key, loop in slow.items()}
+    gradients = {key: median(loop.times_of_gradients[5:]) for key, loop in loops.items()}
     sizes = {"LSTM": model.num_parameters()}
     sizes |= {key: loop.model.model.num_parameters() for key, loop in slow.items()}
     result = {
@@ -181,26 +185,30 @@ def measure(name: str, steps: int, slow_steps: int) -> dict:
         "tokens": tokens,
         "width": width,
         "layers": layers,
+        "vocabulary": vocabulary,
         "parameters": sizes,
         "ms_per_step": {key: value * 1000 for key, value in seconds.items()},
         "tokens_per_second": {key: rows * tokens / value for key, value in seconds.items()},
         "Trainer of the bare loop": seconds["bare loop"] / seconds["Trainer"],
         "bare loop of nn.LSTM": seconds["nn.LSTM"] / seconds["bare loop"],
+        "loss and gradients of nn.LSTM": gradients["nn.LSTM"] / gradients["bare loop"],
     }
-    print(f"{name}: {rows} x {tokens} tokens, {layers} x {width}, {model.num_parameters():,} parameters")
+    print(
+        f"{name}: {rows} x {tokens} tokens of {vocabulary}, {layers} x {width}, {model.num_parameters():,} parameters"
+    )
     for key, rate in result["tokens_per_second"].items():
         print(f"  {key:<10} {rate:10,.0f} tokens per second, {seconds[key] * 1000:9.1f} ms a step")
     print(
         f"  the Trainer reaches {result['Trainer of the bare loop']:.3f} of the bare loop "
-        f"({(seconds['Trainer'] - seconds['bare loop']) * 1000:+.1f} ms a step), and that {result['bare loop of nn.LSTM']:.3f} "
-        "of nn.LSTM",
+        f"({(seconds['Trainer'] - seconds['bare loop']) * 1000:+.1f} ms a step), and that {result['bare loop of nn.LSTM']:.2f} "
+        f"of nn.LSTM, {result['loss and gradients of nn.LSTM']:.2f} without clipping and optimizer",
         flush=True,
     )
     return result
 
 
 def draw(shapes: dict) -> None:
-    figure, panels = plt.subplots(2, 3, figsize=(12, 6), layout="constrained")
+    figure, panels = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
     for panel, result in zip(panels.flat, shapes.values(), strict=True):
         rates = result["tokens_per_second"]
         panel.barh(list(rates)[::-1], list(rates.values())[::-1], color="tab:blue")

@@ -173,8 +173,8 @@ MUTATIONS = [
     Mutation(
         "a lane begins a token late",
         "data/lanes.py",
-        "start = lane_start + self._chunk_starts[chunk].item()",
-        "start = lane_start + self._chunk_starts[chunk].item() + (lane > 0)",
+        "lane_starts = lanes[:, None] * self.lane_length  #",
+        "lane_starts = lanes[:, None] * (self.lane_length + 1)  #",
         "test_data.py",
     ),
     Mutation(

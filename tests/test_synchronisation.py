@@ -14,6 +14,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import DynamicCache
 
+from hf_lstm.model import modeling_lstm
+
 WAITING = {
     torch.ops.aten._local_scalar_dense.default,  # item(), bool(), tolist()
     torch.ops.aten.nonzero.default,
@@ -58,6 +60,7 @@ def count(monkeypatch):
         return copied
 
     monkeypatch.setattr(torch.Tensor, "cpu", copy_to_host)
+    monkeypatch.setattr(modeling_lstm, "reads_embeddings", lambda *arguments: False)  # a way for CPUs alone
     return mode
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import make_ids, make_model, recompute_activations
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.utils import parametrize
 from transformers import DynamicCache
 
@@ -294,13 +295,47 @@ def test_second_derivatives_are_those_of_every_position(widths):
     assert_equal(*gradients)
 
 
-def test_hidden_states_of_layers_are_those_of_every_position(widths):
+def test_hidden_states_are_recorded_from_every_position(widths):
+    """By hooks of transformers, which see the layer's input."""
     model = make_model()
     found = model(IDS, output_hidden_states=True).hidden_states
-    cells_lstm.FEW_PRODUCTS = 0
 
-    assert_equal(found, model(IDS, output_hidden_states=True).hidden_states)
+    assert widths == [12, 12]
     torch.testing.assert_close(found[0], model.get_input_embeddings()(IDS))
+
+
+def test_no_rows_give_no_logits():
+    ids = torch.zeros(0, 20, dtype=torch.long)
+    model = LSTMForCausalLM(LSTMConfig(vocab_size=31, hidden_size=128, num_hidden_layers=1))
+
+    assert model(ids).logits.shape == (0, 20, 31)
+
+
+class Logits(nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids):
+        return self.model(ids, use_cache=False).logits
+
+
+TRACERS = {
+    "torch.jit": lambda module, ids: torch.jit.trace(module, ids, check_trace=False),
+    "make_fx": lambda module, ids: make_fx(module)(ids),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # the tracer is deprecated, and warns of whatever it does not see
+@pytest.mark.parametrize("tracer", TRACERS)
+@torch.no_grad()
+def test_a_trace_reads_other_tokens_than_those_it_was_made_with(widths, tracer):
+    module = Logits(make_model())
+    other = IDS.clamp(max=10)
+
+    traced = TRACERS[tracer](module, IDS)
+
+    torch.testing.assert_close(traced(other), module(other), rtol=0, atol=1e-10)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one

@@ -1,6 +1,6 @@
 """The LSTM cell: its equations step by step, and torch's kernel for them.
 
-Shapes: S sequences of N tokens in all, or B rows of T tokens; D width of the input, H width of the cell, V vocabulary.
+Shapes: S sequences of N tokens in all, or B rows of T tokens; D width of the input, H width of the cell.
 """
 
 from functools import partial
@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
 
@@ -87,34 +88,33 @@ def _step(from_input, h, c, hidden_gates):
 @torch.compiler.disable  # traced, it would be unrolled: seconds of compilation for every step
 def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=None, embeddings=None):
     """
-    Run torch's own kernel, which does not return the c of each step; otherwise see [`explicit_lstm`]. With `embeddings`
-    `(V, D)` x are tokens `(N,)`. They are read as one-hot vectors with the weights W E', since W (E' v) = (W E') v: each
-    distinct embedding is multiplied by W once.
+    Run torch's own kernel, which does not return the c of each step; otherwise see [`explicit_lstm`]. With `embeddings` of
+    the K distinct tokens, `(K, D)`, x holds a number below K for each token, `(N,)`: the tokens are read as one-hot vectors
+    with the weights W E, so that W multiplies each embedding once.
     """
-    input_weight = input_gates.weight
-    if embeddings is not None:
-        with torch.autocast(x.device.type, enabled=False):
-            input_weight = input_weight @ embeddings.to(input_weight.dtype).T
-        x = F.one_hot(x, len(embeddings))
+    input_weight, zeros = input_gates.weight, torch.zeros_like(input_gates.bias)
     hidden_weight = hidden_gates.weight if hidden_weight is None else hidden_weight
-    weights = [input_weight, hidden_weight, input_gates.bias, torch.zeros_like(input_gates.bias)]
-    if x.device.type in IN_ONE_PIECE:
-        weights = in_one_piece(weights)
-    x, h, c = (tensor.to(weights[0].dtype) for tensor in (x, h, c))
-    steps, training = torch.tensor(batch_sizes, device="cpu"), torch.is_grad_enabled()
     # On a CPU autocast gives the kernel mixed dtypes, which it does not support: pytorch/pytorch#88136.
     autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=autocast):
+        if embeddings is not None:
+            input_weight = input_weight @ embeddings.to(input_weight.dtype).T  # (4 H, K)
+            x = input_weight.new_zeros(len(x), len(embeddings)).scatter_(1, x[:, None], 1)
+        weights = [input_weight, hidden_weight, input_gates.bias, zeros]
+        if x.device.type in IN_ONE_PIECE:
+            weights = in_one_piece(weights)
+        x, h, c = (tensor.to(input_weight.dtype) for tensor in (x, h, c))
+        steps, training = torch.tensor(batch_sizes, device="cpu"), torch.is_grad_enabled()
         outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, training, False)
     return outputs, None, h[0], c[0].to(at_least_float32(c.dtype))
 
 
 def are_few(embeddings: torch.Tensor, x: torch.Tensor) -> bool:
     """
-    Return whether distinct `embeddings` `(V, D)` are few against the inputs `(N, D)`, so that W E' and one-hot vectors are
-    faster: N V + V D products for each row of W, instead of N D.
+    Return whether W E and one-hot vectors take so many fewer products than W x that they are faster: N K + K D for each row
+    of W, with `embeddings` `(K, D)`, instead of N D, with x `(N, D)`.
     """
-    return len(embeddings) * (len(x) + x.shape[1]) <= FEW_PRODUCTS * x.numel()
+    return 0 < len(embeddings) * (len(x) + x.shape[1]) <= FEW_PRODUCTS * x.numel()
 
 
 def in_one_piece(weights: list[torch.Tensor]) -> list[torch.Tensor]:
@@ -151,6 +151,11 @@ def is_untouched(module: nn.Module, kinds: set[type]) -> bool:
 # names: torch has no public ones; tests/test_kernels.py registers each kind and fails when one is not found any more.
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 ALL_HOOKS = [getattr(torch_module, f"_global{hooks}") for hooks in HOOKS]
+
+
+def is_traced() -> bool:
+    """Return whether a compiler, an export or a tracer records the operations, whose number may not depend on values."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or get_proxy_mode() is not None
 
 
 def is_transformed() -> bool:

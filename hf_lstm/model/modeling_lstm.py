@@ -96,7 +96,7 @@ class LSTMLayer(GradientCheckpointingLayer):
             h, c (`(B, H)`): State to start from.
             reading (`Segments` or `Steps`, *optional*): The tokens to read, where rows are padded or documents start.
             record (`bool`, defaults to `False`): Whether to return the states after each token too.
-            tokens (`(B, T)`), embeddings (`(V, D)`) (*optional*): If x is `embeddings[tokens]`, these two, on a CPU.
+            tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): Given on a CPU where x is `embeddings[tokens]`.
 
         Returns:
             [`Recurrence`]: h after each token, h and c at each row's end and, if recorded, after each token. A padded
@@ -116,7 +116,7 @@ class ResidualLSTMLayer(LSTMLayer):
         self.o_proj = linear(config.hidden_size, config.hidden_size, "branch")
         self.mlp = GatedMLP(config, config.intermediate_size) if config.intermediate_size is not None else None
 
-    def forward(  # type: ignore[override]  # it reads normalised embeddings, and gets no others
+    def forward(  # type: ignore[override]  # it reads normalised input, so it gets no tokens
         self,
         x: torch.Tensor,
         h: torch.Tensor,
@@ -301,8 +301,8 @@ class LSTMModel(LSTMPreTrainedModel):
 
     def _embed(self, input_ids) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """
-        Embed tokens `(B, T)`. Where the first layer can make use of it, also return the embeddings of the distinct
-        tokens, and for each token which of them is its own.
+        Embed tokens `(B, T)`. Where the first layer can make use of them, also return the embeddings of the K distinct
+        tokens, `(K, D)`, and the place of each token among these, `(B, T)`.
         """
         vocab_size, p = self.config.vocab_size, self.config.embedding_dropout if self.training else 0
         if not reads_embeddings(self, LSTMLayer, input_ids):

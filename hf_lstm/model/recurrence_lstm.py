@@ -16,7 +16,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .cells_lstm import are_few, explicit_lstm, fused_lstm, is_plain, is_transformed, is_untouched, masked_lstm
+from .cells_lstm import (
+    are_few,
+    explicit_lstm,
+    fused_lstm,
+    is_plain,
+    is_traced,
+    is_transformed,
+    is_untouched,
+    masked_lstm,
+)
 
 # Steps from which torch's fused LSTM is faster than the explicit one without gradients. Two CPU cores, 512 wide,
 # batch 1: one step 0.77 against 0.26 ms, 16 steps 1.6 against 2.1 ms.
@@ -61,7 +70,7 @@ def run_lstm(
         reading (`Segments` or `Steps`, *optional*): The tokens to read; by default all, each row as one document.
         record (`bool`, defaults to `False`): Whether to return the states after each token too.
         hidden_weight (`(4 H, H)`, *optional*): Used instead of U, under weight dropout.
-        tokens (`(B, T)`), embeddings (`(V, D)`) (*optional*): If x is `embeddings[tokens]`, these two, on a CPU.
+        tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): Given on a CPU where x is `embeddings[tokens]`.
     """
     reading = reading or Rows(*x.shape[:2])
     gates = (input_gates, hidden_gates, hidden_weight)
@@ -122,13 +131,13 @@ def select_kernel(
 
 def reads_embeddings(model: Any, kind: type, input_ids: torch.Tensor) -> bool:
     """
-    Return whether the first layer of an `LSTMModel`, a `kind`, is to read embeddings as they are and by torch's kernel on
-    a CPU: no features are dropped or projected between, and no module does more than its own forward.
+    Return whether the first layer of an `LSTMModel` can read the embeddings unchanged, with torch's kernel, on a CPU: it is
+    a `kind`, no features are dropped or projected between, and no module does more than its own forward.
     """
     embed, is_dropped = model.embed_tokens, model.training and model.config.input_dropout > 0
     return (
         input_ids.shape[1] >= FUSED_STEPS["cpu"]
-        and not (is_dropped or torch.compiler.is_compiling() or is_transformed())
+        and not (is_dropped or is_traced() or is_transformed())
         and is_plain(embed, nn.Embedding)
         and not embed.scale_grad_by_freq
         and embed.weight.device.type == input_ids.device.type == "cpu"

@@ -8,28 +8,32 @@ from pathlib import Path
 from datasets import Dataset, DatasetDict
 
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
+_LARGEST = 20_000  # bytes of a module for training: many small modules teach more than few large ones
+_EVALUATED = {"validation": 140_000, "test": 210_000}  # bytes
 
 
-def standard_library(max_bytes: int = 4_000_000) -> DatasetDict:
+def standard_library(max_bytes: int = 1_900_000) -> DatasetDict:
     """
-    Load the modules of the running interpreter's standard library, a document each, without tests, up to `max_bytes` in
-    all. A hash of the path decides the order and the split: 18 in 20 files for training, 1 for validation, 1 for testing.
+    Load modules of the running interpreter's standard library, a document each, without tests. Training gets up to
+    `max_bytes` of modules of at most 20,000 bytes, validation 140,000 and testing 210,000 bytes of modules of any size. A
+    hash of the path decides the order and the split.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     paths = [path for path in root.rglob("*.py") if not _LEFT_OUT.intersection(path.relative_to(root).parts)]
     digests = {path: hashlib.sha256(path.relative_to(root).as_posix().encode()).digest() for path in paths}
-    corpus: dict[str, list[str]] = {"train": [], "validation": [], "test": []}
-    size = 0
+    limits = {"train": max_bytes} | _EVALUATED
+    corpus: dict[str, list[str]] = {split: [] for split in limits}
+    sizes = dict.fromkeys(limits, 0)
     for path in sorted(paths, key=lambda path: digests[path]):
+        split = {0: "validation", 1: "test"}.get(digests[path][-1] % 20, "train")
+        if sizes[split] > limits[split] or (split == "train" and path.stat().st_size > _LARGEST):
+            continue
         try:
             with tokenize.open(path) as file:
                 text = file.read()
         except (SyntaxError, UnicodeDecodeError):  # a few modules are written in other encodings on purpose
             continue
-        size += len(text.encode())
-        if size > max_bytes:
-            break
-        if not text:
-            continue
-        corpus[{0: "validation", 1: "test"}.get(digests[path][-1] % 20, "train")].append(text)
+        sizes[split] += len(text.encode())
+        if text and sizes[split] <= limits[split]:  # the first text beyond the limit ends its split
+            corpus[split].append(text)
     return DatasetDict({split: Dataset.from_dict({"text": texts}) for split, texts in corpus.items()})

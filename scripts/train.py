@@ -4,7 +4,7 @@ python scripts/train.py --output_dir runs/first
 python scripts/train.py --recipe scripts/recipes/shakespeare_cpu.args --output_dir runs/shakespeare
 python scripts/train.py --model_name_or_path runs/first --train_file more.txt --output_dir runs/second
 
-Without a corpus it learns Python, from the source of the standard library. A recipe is a file of flags; flags on the
+Without a corpus it learns Python, from small modules of the standard library. A recipe is a file of flags; flags on the
 command line override it. `--output_dir` receives the best model, its tokenizer, metrics.json, learning_curve.png, a
 model card (README.md, rendered from run.json) and the checkpoints to resume from.
 
@@ -65,11 +65,15 @@ from hf_lstm.training.report import (
     write_sample,
 )
 
-STANDARD_LIBRARY = f"the source of Python {platform.python_version()}'s standard library"
+FIRST_SAMPLE = 100  # step; the first evaluation, by default at step 500, would be long to wait for
+
+STANDARD_LIBRARY = f"small modules of Python {platform.python_version()}'s standard library"
 
 
 class ShowProgress(TrainerCallback):
-    """Evaluates once more at the last step, and prints the loss and a sample after each evaluation."""
+    """
+    Evaluates once more at the last step. Prints the loss and a sample after each evaluation, and a first sample at step 100.
+    """
 
     def __init__(self, data: TrainingData, data_args: DataArguments):
         self.data, self.data_args = data, data_args
@@ -77,13 +81,19 @@ class ShowProgress(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True
+        if state.global_step == FIRST_SAMPLE and not control.should_evaluate and state.is_world_process_zero:
+            print(f"\nstep {state.global_step:,}:")
+            self._print_sample(kwargs["model"])
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
             validation = self.data.streams["validation"]
             loss = describe_loss(metrics["eval_loss"], validation.num_bytes / len(validation))
             print(f"\nstep {state.global_step:,}: validation, {self.data_args.batching}, {loss}")
-            print(write_sample(model, self.data.tokenizer, self.data_args.prompt), end="\n\n", flush=True)
+            self._print_sample(model)
+
+    def _print_sample(self, model):
+        print(write_sample(model, self.data.tokenizer, self.data_args.prompt), end="\n\n", flush=True)
 
 
 def make_model(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, tokenizer):

@@ -115,7 +115,7 @@ class DataArguments:
         default=False, metadata={"help": "Whether lanes hold the documents in another order in each epoch."}
     )
     bptt_length: int = field(
-        default=64, metadata={"help": "Tokens that gradients run back through; the state itself runs on."}
+        default=32, metadata={"help": "Tokens that gradients run back through; the state itself runs on."}
     )
     random_bptt: bool = field(
         default=False, metadata={"help": "Draw the length of each chunk around `bptt_length`, as AWD-LSTM does."}
@@ -239,9 +239,9 @@ class TrainArguments(LSTMTrainingArguments):
         default=None, metadata={"help": "Folder that the run writes to; it must be empty, or hold the run to resume."}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "Passes over the training data."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Lanes on each device."})
-    per_device_eval_batch_size: int = field(default=16, metadata={"help": "Lanes on each device in evaluation."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Highest learning rate of AdamW."})
+    per_device_train_batch_size: int = field(default=32, metadata={"help": "Lanes on each device."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Lanes on each device in evaluation."})
+    learning_rate: float = field(default=5e-3, metadata={"help": "Highest learning rate of AdamW."})
     lr_scheduler_type: str = field(default="cosine_with_min_lr", metadata={"help": "How the learning rate falls."})
     lr_scheduler_kwargs: dict | str | None = field(
         default=None, metadata={"help": "Its parameters, as JSON; by default the rate falls to a twentieth."}

@@ -61,8 +61,8 @@ MUTATIONS = [
     Mutation(
         "the bias is added twice",
         "model/cells_lstm.py",
-        "input_gates.bias, torch.zeros_like(input_gates.bias)]",
-        "input_gates.bias, input_gates.bias]",
+        "hidden_weight, input_gates.bias, zeros]",
+        "hidden_weight, input_gates.bias, input_gates.bias]",
         "test_reference.py",
     ),
     Mutation(
@@ -174,7 +174,7 @@ MUTATIONS = [
         "a lane begins a token late",
         "data/lanes.py",
         "lane_starts = lanes[:, None] * self.lane_length  #",
-        "lane_starts = lanes[:, None] * (self.lane_length + 1)  #",
+        "lane_starts = lanes[:, None] * self.lane_length + (lanes[:, None] > 0)  #",
         "test_data.py",
     ),
     Mutation(

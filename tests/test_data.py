@@ -501,14 +501,20 @@ def test_line_ends_and_marks_of_a_file_are_kept(tmp_path):
 
 
 def test_the_standard_library_is_a_corpus():
-    corpus, again = standard_library(2_000_000), standard_library(2_000_000)
+    corpus, less = standard_library(1_000_000), standard_library(500_000)
 
-    assert {split: len(rows) > 0 for split, rows in corpus.items()} == dict.fromkeys(corpora.SPLITS, True)
-    texts = [text for rows in corpus.values() for text in rows["text"]]
-    assert texts == [text for rows in again.values() for text in rows["text"]]
-    assert 1_500_000 < sum(len(text.encode()) for text in texts) <= 2_000_000
-    assert len(set(texts)) == len(texts)
-    for text in texts[:50]:
+    texts = {split: rows["text"][:] for split, rows in corpus.items()}
+    assert list(texts) == ["train", "validation", "test"]
+    assert 900_000 < sum(len(text.encode()) for text in texts["train"]) <= 1_000_000
+    assert less["train"]["text"][:] == texts["train"][: len(less["train"])]
+    assert less["validation"]["text"][:] == texts["validation"]
+    assert less["test"]["text"][:] == texts["test"]
+    assert less["train"]["text"][:] != texts["train"]
+    assert max(len(text.encode()) for text in texts["train"]) <= 20_000
+    assert 100_000 < sum(len(text.encode()) for text in texts["validation"]) <= 140_000
+    assert 100_000 < sum(len(text.encode()) for text in texts["test"]) <= 210_000
+    assert not set(texts["train"]) & {*texts["validation"], *texts["test"]}
+    for text in texts["train"][:50]:
         ast.parse(text)
 
 

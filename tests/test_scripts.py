@@ -20,6 +20,17 @@ from hf_lstm import LSTMConfig, LSTMForCausalLM, TokenStream, evaluate_stream, l
 from hf_lstm.training import last_complete_checkpoint
 
 
+def test_an_early_sample_appears_before_the_first_evaluation(run, tmp_path, text_file):
+    command = ["--train_file", text_file, "--output_dir", tmp_path / "run", *SMALL]
+
+    printed = run("train.py", *command, "--max_steps", 102, "--eval_steps", 200, "--save_steps", 200)
+
+    _, _, rest = printed.partition("step 100:\n")
+    sample, found, _ = rest.partition("step 102: validation")
+    assert found
+    assert len(sample.split("{'")[0].strip()) > 10  # before what Trainer logs
+
+
 def test_training_writes_model_metrics_curve_and_card(run, tmp_path, text_file):
     folder = tmp_path / "run"
 

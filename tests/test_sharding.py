@@ -20,7 +20,9 @@ def test_sharded_parameters_train_as_whole_ones(runs, model):
 
     assert run["all_sharded"] == (model != "by DDP")
     assert run["share"] == pytest.approx(1 if model == "by DDP" else 0.5, abs=0.02)
-    assert run["by_token"] == (model in ("in one group", "by DDP"))  # a layer sharded alone is a class of torch's
+    assert run["by_token"] == (
+        model in ("in one group", "by DDP")
+    )  # FSDP2 makes a class of its own for a layer sharded alone
     assert run["losses"]["sharded"] == pytest.approx(run["losses"]["whole"], rel=1e-5)
     assert run["difference"] < 1e-5
     assert run["losses"]["whole"][-1] != run["losses"]["whole"][0]

@@ -60,7 +60,9 @@ def count(monkeypatch):
         return copied
 
     monkeypatch.setattr(torch.Tensor, "cpu", copy_to_host)
-    monkeypatch.setattr(modeling_lstm, "reads_embeddings", lambda *arguments: False)  # a way for CPUs alone
+    monkeypatch.setattr(
+        modeling_lstm, "reads_embeddings", lambda *arguments: False
+    )  # it is for CPUs alone, and this test stands for a GPU
     return mode
 
 

@@ -161,7 +161,7 @@ class TokenStream:
 
     def _hold(self, tokens):
         self.tokens = tokens
-        self._chunks = [chunk.to_numpy() for chunk in tokens.chunks]  # views
+        self._chunks = [chunk.to_numpy() for chunk in tokens.chunks]  # without copies
         self._chunk_starts = [0, *itertools.accumulate(map(len, tokens.chunks))]
 
     def __len__(self) -> int:

@@ -16,7 +16,8 @@ from torch.nn.modules import module as torch_module
 # each call, with a warning. They cannot be stored so here, since they are separate parameters, some under dropout.
 IN_ONE_PIECE = ("cuda",)
 
-# The share of the products of an input projection up to which it is faster by token than by position (`are_few`).
+# Up to this share of the products, multiplying W by each distinct token once is faster than by every position
+# (`are_few`): measured by scripts/benchmarks/lookup.py.
 FEW_PRODUCTS = 0.7
 
 
@@ -88,9 +89,9 @@ def _step(from_input, h, c, hidden_gates):
 @torch.compiler.disable  # traced, it would be unrolled: seconds of compilation for every step
 def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=None, embeddings=None):
     """
-    Run torch's own kernel, which does not return the c of each step; otherwise see [`explicit_lstm`]. With `embeddings` of
-    the K distinct tokens, `(K, D)`, x holds a number below K for each token, `(N,)`: the tokens are read as one-hot vectors
-    with the weights W E, so that W multiplies each embedding once.
+    Run torch's own kernel, which does not return the c of each step; otherwise see [`explicit_lstm`]. Where the `embeddings`
+    of the K distinct tokens are given, `(K, D)`, x holds for each token its row among them, `(N,)`. The kernel then reads
+    one-hot vectors with the weights W E, so that W multiplies each embedding once.
     """
     input_weight, zeros = input_gates.weight, torch.zeros_like(input_gates.bias)
     hidden_weight = hidden_gates.weight if hidden_weight is None else hidden_weight
@@ -111,8 +112,8 @@ def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=No
 
 def are_few(embeddings: torch.Tensor, x: torch.Tensor) -> bool:
     """
-    Return whether W E and one-hot vectors take so many fewer products than W x that they are faster: N K + K D for each row
-    of W, with `embeddings` `(K, D)`, instead of N D, with x `(N, D)`.
+    Return whether W E and one-hot vectors are faster than W x. For each row of W they take K D + N K products, with
+    `embeddings` `(K, D)`, instead of N D, with x `(N, D)`.
     """
     return 0 < len(embeddings) * (len(x) + x.shape[1]) <= FEW_PRODUCTS * x.numel()
 

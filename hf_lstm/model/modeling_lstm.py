@@ -96,7 +96,7 @@ class LSTMLayer(GradientCheckpointingLayer):
             h, c (`(B, H)`): State to start from.
             reading (`Segments` or `Steps`, *optional*): The tokens to read, where rows are padded or documents start.
             record (`bool`, defaults to `False`): Whether to return the states after each token too.
-            tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): Given on a CPU where x is `embeddings[tokens]`.
+            tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): x as `embeddings[tokens]`, of K distinct tokens.
 
         Returns:
             [`Recurrence`]: h after each token, h and c at each row's end and, if recorded, after each token. A padded
@@ -301,8 +301,8 @@ class LSTMModel(LSTMPreTrainedModel):
 
     def _embed(self, input_ids) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
         """
-        Embed tokens `(B, T)`. Where the first layer can make use of them, also return the embeddings of the K distinct
-        tokens, `(K, D)`, and the place of each token among these, `(B, T)`.
+        Embed tokens `(B, T)`. Where the first layer can use them, return too the row of each token among the K distinct
+        ones, `(B, T)`, and the embeddings of these, `(K, D)`.
         """
         vocab_size, p = self.config.vocab_size, self.config.embedding_dropout if self.training else 0
         if not reads_embeddings(self, LSTMLayer, input_ids):

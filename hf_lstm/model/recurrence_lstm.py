@@ -70,7 +70,7 @@ def run_lstm(
         reading (`Segments` or `Steps`, *optional*): The tokens to read; by default all, each row as one document.
         record (`bool`, defaults to `False`): Whether to return the states after each token too.
         hidden_weight (`(4 H, H)`, *optional*): Used instead of U, under weight dropout.
-        tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): Given on a CPU where x is `embeddings[tokens]`.
+        tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): x as `embeddings[tokens]`, of K distinct tokens, on a CPU.
     """
     reading = reading or Rows(*x.shape[:2])
     gates = (input_gates, hidden_gates, hidden_weight)
@@ -131,8 +131,9 @@ def select_kernel(
 
 def reads_embeddings(model: Any, kind: type, input_ids: torch.Tensor) -> bool:
     """
-    Return whether the first layer of an `LSTMModel` can read the embeddings unchanged, with torch's kernel, on a CPU: it is
-    a `kind`, no features are dropped or projected between, and no module does more than its own forward.
+    Return whether the first layer of an `LSTMModel` may multiply distinct tokens once: on a CPU, in float32 or float64, from
+    `FUSED_STEPS` tokens a row on, neither traced nor transformed. The layer must be a `kind`, no features may be dropped or
+    projected before it, and no module may do more than its own forward.
     """
     embed, is_dropped = model.embed_tokens, model.training and model.config.input_dropout > 0
     return (

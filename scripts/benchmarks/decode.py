@@ -1,15 +1,18 @@
-"""Time text generation of models of one size: ours, GPT-2 and Mamba of transformers, and lower bounds.
+"""Time text generation of models of one size: ours, GPT-2 and Mamba of transformers, llama.cpp's Llama, and lower bounds.
 
 python scripts/benchmarks/decode.py --model runs/shakespeare_deep --file tinyshakespeare.txt
 
 All have 3.9 to 4.3 million parameters and the same vocabulary of 69. The contestants take turns in one process, and
-medians are reported. Without --model the weights are random and the perplexity in 8 bits is not measured.
+medians are reported. Without --model the weights are random and the perplexity in 8 bits is not measured; llama.cpp is
+left out where it is not installed (llama.py says how to install it).
 """
 
+import itertools
 import tempfile
 import warnings
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from time import perf_counter
@@ -50,6 +53,7 @@ class Arguments:
     )
     file: str | None = field(default=None, metadata={"help": "The text that the trained model is tested on."})
     tokens: int = field(default=200, metadata={"help": "Tokens per generation."})
+    threads: int | None = field(default=None, metadata={"help": "Threads of each contestant; all cores by default."})
     rounds: int = field(default=7, metadata={"help": "Number of timings of each contestant."})
     long: int = field(default=LONG, metadata={"help": "Tokens of the long text."})
 
@@ -102,6 +106,27 @@ def bare_cells(model, tokens: int) -> None:
             c = f.sigmoid() * c + i.sigmoid() * g.tanh()
             x = o.sigmoid() * c.tanh()
             states[index] = x, c
+
+
+@torch.inference_mode()
+def products(model, tokens: int, batch: int = 1) -> None:
+    """Multiply all matrices once per token, by the vectors of a batch of texts."""
+    layers = [(layer.input_gates.weight, layer.hidden_gates.weight) for layer in model.model.layers]
+    matrices = [*itertools.chain(*layers), model.lm_head.weight]
+    vectors = [torch.zeros(batch, matrix.shape[1]) for matrix in matrices]
+    for _ in range(tokens):
+        for matrix, vector in zip(matrices, vectors, strict=True):
+            torch.nn.functional.linear(vector, matrix)
+
+
+@torch.inference_mode()
+def recurrences(model, tokens: int) -> None:
+    """Multiply the recurrent matrices by a vector once per token, as reading a text does at the least."""
+    matrices = [layer.hidden_gates.weight for layer in model.model.layers]
+    for matrix in matrices:
+        vector = torch.zeros(1, matrix.shape[1])
+        for _ in range(tokens):
+            torch.nn.functional.linear(vector, matrix)
 
 
 @torch.inference_mode()
@@ -265,6 +290,7 @@ def main(arguments: Arguments) -> None:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     warnings.filterwarnings("ignore")
+    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     models, trained = competitors(), None
     if arguments.model:
         trained = LSTMForCausalLM.from_pretrained(arguments.model).eval()
@@ -284,10 +310,21 @@ def main(arguments: Arguments) -> None:
         paths = {"step": step, "chunk": chunk, "step int8": quantize_onnx(step), "chunk int8": quantize_onnx(chunk)}
         result["file_mb"] = {name: path.stat().st_size / 1e6 for name, path in paths.items()}
         graphs = {name: Onnx(path) for name, path in paths.items()}
+        llamas = {}
+        if find_spec("llama_cpp") is None or find_spec("gguf") is None:
+            print("llama.cpp is left out, since it is not installed: `pip install llama-cpp-python gguf` builds it.")
+        else:
+            from llama import LlamaCpp, write_llama
+
+            for kind in ("F32", "Q8_0"):
+                path = Path(folder, f"{kind}.gguf")
+                result["parameters"]["llama.cpp"] = write_llama(path, VOCABULARY, 2 * tokens, kind == "Q8_0")
+                llamas[kind] = LlamaCpp(path, VOCABULARY, 2 * tokens, torch.get_num_threads())
 
     print(f"One text of {tokens} tokens, per token:")
     contestants = {
         "weights read once": lambda: read_weights(ours, tokens),
+        "matrix products": lambda: products(ours, tokens),
         "bare cells": lambda: bare_cells(ours, tokens),
         "empty model, generate()": lambda: generate(empty, one, tokens),
         "LSTM, generate()": lambda: generate(ours, one, tokens),
@@ -297,6 +334,7 @@ def main(arguments: Arguments) -> None:
         "GPT-2, generate()": lambda: generate(models["GPT-2"], one, tokens),
         "Mamba, generate()": lambda: generate(models["Mamba"], one, tokens),
     }
+    contestants |= {f"llama.cpp, {kind}": partial(llama, tokens) for kind, llama in llamas.items()}
     single = turns(contestants, arguments.rounds, scale=1000 / tokens)
     result["ms_per_token"] = single
     bound = 1.35 * single["bare cells"] + single["empty model, generate()"]
@@ -311,6 +349,13 @@ def main(arguments: Arguments) -> None:
         "file of ONNX int8 of float32": result["file_mb"]["step int8"] / result["file_mb"]["step"],
     }
 
+    if llamas:
+        result["ratios"] |= {
+            "llama.cpp F32 of Session": single["llama.cpp, F32"] / single["LSTM, Session"],
+            "llama.cpp F32 of generate()": single["llama.cpp, F32"] / single["LSTM, generate()"],
+            "llama.cpp Q8_0 of ONNX int8": single["llama.cpp, Q8_0"] / single["LSTM, ONNX int8"],
+        }
+
     if trained is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
         stream = TokenStream.from_documents(load_corpus(arguments.file)["validation"], tokenizer)
@@ -322,19 +367,21 @@ def main(arguments: Arguments) -> None:
     for name, ratio in result["ratios"].items():
         print(f"  {name}: {ratio:.3f}")
 
-    result["tokens_per_second"] = {name: {} for name in models}
+    result["tokens_per_second"] = {name: {} for name in (*models, "matrix products")}
     for batch in (1, 8, 64):
         print(f"{batch} texts at once, 50 tokens each:")
         ids = torch.full((batch, 1), 5)
         contestants = {name: partial(generate, model, ids, 50) for name, model in models.items()}
+        contestants["matrix products"] = partial(products, ours, 50, batch)
         for name, taken in turns(contestants, max(2, arguments.rounds // 2)).items():
             result["tokens_per_second"][name][str(batch)] = batch * 50 / taken * 1000
 
-    result["first_token_ms"] = {name: {} for name in models}
+    result["first_token_ms"] = {name: {} for name in (*models, "U by each token")}
     for length in PROMPTS:
         print(f"The first token after a prompt of {length:,}:")
         ids = torch.randint(4, VOCABULARY, (1, length))
         contestants = {name: partial(generate, model, ids, 1) for name, model in models.items()}
+        contestants["U by each token"] = partial(recurrences, ours, length)
         for name, taken in turns(contestants, arguments.rounds if length < 1000 else 2).items():
             result["first_token_ms"][name][str(length)] = taken
 

@@ -1,10 +1,11 @@
-"""Time the input projection of the first layer by token against by position, over vocabularies, widths and batches.
+"""Time the first layer where each distinct token is multiplied once, and where every position is.
 
 python scripts/benchmarks/lookup.py
 
-W is multiplied by V distinct embeddings and then read by one-hot vectors, or by all N embeddings of the call. The
-share is that of the products, (N V + V D) / N D; `FEW_PRODUCTS` (hf_lstm/model/cells_lstm.py) is the share up to which
-the first is taken. Both take turns in one process; a model without its output layer, medians of the ratios.
+Over vocabularies, widths and batches, W is multiplied by the V distinct embeddings and read by one-hot vectors, or by all
+N embeddings of the call. The share is that of the products, (N V + V D) / N D; `FEW_PRODUCTS` of
+hf_lstm/model/cells_lstm.py is the share up to which the first is taken. Both take turns in one process, in a model
+without its output layer; medians of the ratios are reported.
 """
 
 import math

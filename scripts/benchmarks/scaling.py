@@ -118,6 +118,7 @@ def processes() -> dict[str, float]:
                 command += ["--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", "--main_process_port=0"]
             flags = f"--train_file {text} --output_dir {folder}/{count} --hidden_size 512 --max_steps {STEPS} --use_cpu true"
             flags += f" --per_device_train_batch_size {ROWS // count} --per_device_eval_batch_size {ROWS // count}"
+            flags += f" --bptt_length {TOKENS}"
             flags += " --eval_strategy no --save_strategy no --load_best_model_at_end false"
             environment = os.environ | {"OMP_NUM_THREADS": "1"}
             subprocess.run([*command, str(train), *flags.split()], capture_output=True, env=environment, check=True)

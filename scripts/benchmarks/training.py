@@ -36,7 +36,8 @@ from hf_lstm.training import LSTMTrainingArguments, TruncatedBPTTCallback
 
 SHAPES = {  # rows, tokens, width, layers, vocabulary: 69 are the characters of Shakespeare, 112 those of Python's source
     "recipe": (16, 64, 512, 1, 69),
-    "first run": (16, 64, 384, 1, 112),
+    "narrower": (16, 64, 384, 1, 112),
+    "first run": (32, 32, 384, 1, 112),
     "two layers": (16, 64, 512, 2, 69),
     "narrow": (16, 64, 256, 1, 69),
     "more rows": (64, 64, 512, 1, 69),
@@ -208,7 +209,7 @@ def measure(name: str, steps: int, slow_steps: int) -> dict:
 
 
 def draw(shapes: dict) -> None:
-    figure, panels = plt.subplots(2, 4, figsize=(15, 6), layout="constrained")
+    figure, panels = plt.subplots(3, 3, figsize=(13, 9), layout="constrained")
     for panel, result in zip(panels.flat, shapes.values(), strict=True):
         rates = result["tokens_per_second"]
         panel.barh(list(rates)[::-1], list(rates.values())[::-1], color="tab:blue")

@@ -1,6 +1,7 @@
 """From files to lanes: every token once, in order, and documents that know where they begin."""
 
 import ast
+import itertools
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ import torch
 from conftest import make_model, standard_library
 from datasets import Dataset, DatasetDict, concatenate_datasets
 from tokenizers import normalizers
+from torch.utils.data import DataLoader
 from transformers import AutoTokenizer
 
 from hf_lstm import (
@@ -184,6 +186,20 @@ def test_a_batch_is_its_items(options):
     for wrong in (-1, len(lanes)):
         with pytest.raises(IndexError, match=f"Item {wrong} of {len(lanes)}"):
             lanes.__getitems__([0, wrong])
+
+
+class Weighted(LaneDataset):
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"weight": torch.tensor(index)}
+
+
+def test_the_items_of_a_subclass_are_its_own():
+    lanes = Weighted(torch.arange(50), lanes=2, bptt_length=4)
+
+    (batch,) = itertools.islice(DataLoader(lanes, batch_size=6), 1)
+
+    assert batch["weight"].tolist() == list(range(6))
+    assert batch["input_ids"].tolist() == [lanes[index]["input_ids"].tolist() for index in range(6)]
 
 
 def test_positions_begin_at_documents_and_lanes():

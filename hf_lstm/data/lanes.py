@@ -89,10 +89,19 @@ class LaneDataset(Dataset):
         return len(self.chunk_lengths) * self.lanes
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.__getitems__([index])[0]
+        return self._items([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Return the items of a batch, which torch's `DataLoader` asks for together."""
+        """
+        Return the items of a batch, which torch's `DataLoader` asks for together; in a subclass with a `__getitem__` of its
+        own, by that.
+        """
+        if type(self).__getitem__ is not LaneDataset.__getitem__:
+            return [self[index] for index in indices]
+        return self._items(indices)
+
+    def _items(self, indices):
+        """Make items together, chunk by chunk."""
         for index in indices:
             if not 0 <= index < len(self):
                 raise IndexError(f"Item {index} of {len(self)}.")

@@ -91,7 +91,8 @@ def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=No
     """
     Run torch's own kernel, which does not return the c of each step; otherwise see [`explicit_lstm`]. Where the `embeddings`
     of the K distinct tokens are given, `(K, D)`, x holds for each token its row among them, `(N,)`. The kernel then reads
-    one-hot vectors with the weights W E, so that W multiplies each embedding once.
+    one-hot vectors with the weights W E, so that W multiplies each embedding once; one that is not finite spreads to every
+    token.
     """
     input_weight, zeros = input_gates.weight, torch.zeros_like(input_gates.bias)
     hidden_weight = hidden_gates.weight if hidden_weight is None else hidden_weight

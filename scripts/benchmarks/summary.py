@@ -39,24 +39,34 @@ def writing() -> str:
         [name, f"{ratios[f'{name}: time after {tokens} tokens of that after 1,000']:.3f}", f"{megabytes:.1f} MB"]
         for name, megabytes in grown.items()
     ]
-    firsts = result["first_token_ms"]
+    firsts, rates = result["first_token_ms"], result["tokens_per_second"]
     return (
         f"**Writing.** Ms per token of one text, greedy, {result['tokens']} tokens: two layers of 512 "
-        f"({sizes['LSTM'] / 1e6:.1f} M parameters), and GPT-2 and Mamba of transformers with {sizes['GPT-2'] / 1e6:.1f} and "
-        f"{sizes['Mamba'] / 1e6:.1f} M:\n\n"
+        f"({sizes['LSTM'] / 1e6:.1f} M parameters), GPT-2 and Mamba of transformers with {sizes['GPT-2'] / 1e6:.1f} and "
+        f"{sizes['Mamba'] / 1e6:.1f} M, and a Llama of {sizes['llama.cpp'] / 1e6:.1f} M in llama.cpp:\n\n"
         + table(["", "ms per token"], rows)
         + f"\nA `Session` writes {ratios['GPT-2 of Session']:.1f} times as fast as GPT-2 does, `generate()` "
         f"{ratios['GPT-2 of generate()']:.1f} times, and {ratios['Mamba of generate()']:.1f} times as fast as Mamba; eight bits "
         f"take {ratios['file of ONNX int8 of float32']:.2f} of the file, and the perplexity is "
-        f"{ratios['perplexity of int8 of float32']:.4f} of what it was.\n\n"
+        f"{ratios['perplexity of int8 of float32']:.4f} of what it was. llama.cpp takes "
+        f"{ratios['llama.cpp F32 of Session']:.2f} times as long as a `Session` and "
+        f"{ratios['llama.cpp F32 of generate()']:.2f} times as long as `generate()` in float32, and in eight bits "
+        f"{ratios['llama.cpp Q8_0 of ONNX int8']:.2f} times as long as ONNX.\n\n"
+        + "Tokens per second by `generate()`, and where it did nothing but multiply by the LSTM's matrices:\n\n"
+        + table(
+            ["texts at once", *rates["LSTM"]],
+            [[name, *(f"{rate:,.0f}" for rate in found.values())] for name, found in rates.items()],
+        )
+        + "\n"
         + table(long, late)
-        + "\n`generate()` itself keeps all ids, and copies them at each token. Ms to the first token:\n\n"
+        + "\n`generate()` itself keeps all ids, and copies them at each token. Ms to the first token; at "
+        "the least each token of the prompt has to be multiplied by U of each layer, one after the other:\n\n"
         + table(
             ["tokens of the prompt", *(f"{int(length):,}" for length in firsts["LSTM"])],
             [[name, *(f"{ms:,.0f}" for ms in taken.values())] for name, taken in firsts.items()],
         )
         + "\n"
-        + source("decode_cpu", result, "python scripts/benchmarks/decode.py --model MODEL --file tinyshakespeare.txt")
+        + source("decode_cpu", result, "python scripts/benchmarks/decode.py --model MODEL --file tinyshakespeare.txt --threads 1")
     )
 
 
@@ -69,23 +79,27 @@ def training() -> str:
             [
                 f"{shape['rows']} x {shape['tokens']}",
                 f"{shape['layers']} x {shape['width']}",
+                f"{shape['vocabulary']:,}",
                 *(f"{rates[name]:,.0f}" if name in rates else "" for name in ("Trainer", "bare loop", "nn.LSTM")),
                 f"{shape['Trainer of the bare loop']:.3f}",
-                f"{shape['bare loop of nn.LSTM']:.3f}",
+                f"{shape['bare loop of nn.LSTM']:.2f}",
+                f"{shape['loss and gradients of nn.LSTM']:.2f}",
                 *(f"{rates[name]:,.0f}" if name in rates else "" for name in ("GPT-2", "Mamba")),
             ]
         )
     head = [
         "tokens of a step",
         "layers",
+        "vocabulary",
         "Trainer",
         "bare loop",
         "`nn.LSTM`",
         "Trainer of bare loop",
         "bare loop of `nn.LSTM`",
+        "without clipping and optimizer",
     ]
     text = (
-        "**Training.** Tokens per second, a vocabulary of 69, no dropout, the steps of all contestants in turns. GPT-2 and Mamba "
+        "**Training.** Tokens per second, no dropout, the steps of all contestants in turns. GPT-2 and Mamba "
         f"of transformers have as many parameters and took {result['slow_steps']} steps each; Mamba runs step by step where its "
         "kernels are not, as on a CPU:\n\n"
     )

@@ -214,7 +214,8 @@ def draw(shapes: dict) -> None:
         rates = result["tokens_per_second"]
         panel.barh(list(rates)[::-1], list(rates.values())[::-1], color="tab:blue")
         panel.set_title(
-            f"{result['rows']} x {result['tokens']} tokens, {result['layers']} x {result['width']}", fontsize=10
+            f"{result['rows']} x {result['tokens']} tokens of {result['vocabulary']:,}, {result['layers']} x {result['width']}",
+            fontsize=10,
         )
     figure.suptitle("tokens per second in training")
     path = RESULTS / "training_cpu.png"

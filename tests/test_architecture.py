@@ -170,7 +170,10 @@ def test_plain_english_is_not_foreign(text):
     assert foreign_words(f"x = {text!r}") == []
 
 
-IMPORTED_AS = {"huggingface_hub": "huggingface-hub"}  # where the name to install is another one
+IMPORTED_AS = {
+    "llama_cpp": "llama-cpp-python",
+    "huggingface_hub": "huggingface-hub",
+}  # where the name to install is another one
 BY_TRANSFORMERS = {"starlette", "uvicorn"}  # of its extra `serving`
 
 
@@ -180,7 +183,10 @@ def test_every_imported_package_is_declared():
     extras = project["optional-dependencies"]
     required, optional = (
         {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in lines}
-        for lines in (project["dependencies"], [line for name in ("train", "onnx", "serve") for line in extras[name]])
+        for lines in (
+            project["dependencies"],
+            [line for name in ("train", "onnx", "serve", "benchmarks") for line in extras[name]],
+        )
     )
     for folder, allowed in (
         ("hf_lstm/*.py", required | {"matplotlib", "onnx", "onnxruntime"}),

@@ -312,7 +312,7 @@ def main(arguments: Arguments) -> None:
         graphs = {name: Onnx(path) for name, path in paths.items()}
         llamas = {}
         if find_spec("llama_cpp") is None or find_spec("gguf") is None:
-            print("llama.cpp is left out, since it is not installed: `pip install llama-cpp-python gguf` builds it.")
+            print('llama.cpp is left out, since it is not installed: `pip install -e ".[benchmarks]"` builds it.')
         else:
             from llama import LlamaCpp, write_llama
 

@@ -1,6 +1,6 @@
 """llama.cpp as a contestant of decode.py: a random Llama in a GGUF file, and greedy generation by it.
 
-pip install llama-cpp-python gguf      (pip builds llama.cpp from source, in some ten minutes on two cores)
+pip install -e ".[benchmarks]"      (pip builds llama.cpp from source, in some ten minutes on two cores)
 """
 
 import ctypes

@@ -66,7 +66,11 @@ def writing() -> str:
             [[name, *(f"{ms:,.0f}" for ms in taken.values())] for name, taken in firsts.items()],
         )
         + "\n"
-        + source("decode_cpu", result, "python scripts/benchmarks/decode.py --model MODEL --file tinyshakespeare.txt --threads 1")
+        + source(
+            "decode_cpu",
+            result,
+            "python scripts/benchmarks/decode.py --model MODEL --file tinyshakespeare.txt --threads 1",
+        )
     )
 
 

@@ -1,6 +1,7 @@
 """Several processes train as one does: the same lanes, the same losses, each process with the states of its own."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -138,7 +139,8 @@ def test_both_processes_end_where_a_run_diverges(tmp_path):
     ran = launch_two(tmp_path / "two", lanes_script.__file__, tmp_path / "two", json.dumps(options))
 
     assert ran.returncode != 0
-    assert "ValueError: The run has diverged: the loss of step 2 is nan" in ran.stderr
+    seen = "(the loss of step 2 is|the evaluation at step 3 gives a loss of) nan"  # first, by the machine's arithmetic
+    assert re.search(f"ValueError: The run has diverged: {seen}", ran.stderr)
     assert not list((tmp_path / "two").glob("checkpoint-*"))
 
 

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from transformers import DynamicCache
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
-from hf_lstm.model import cells_lstm
+from hf_lstm.model import cells_lstm, modeling_lstm
 
 FEW_PRODUCTS = cells_lstm.FEW_PRODUCTS  # before a fixture changes it
 IDS = make_ids(4, 20)
@@ -70,7 +70,7 @@ SHAPES = {
 
 @pytest.mark.parametrize("batch", BATCHES)
 @pytest.mark.parametrize("shape", SHAPES)
-def test_losses_and_gradients_are_those_of_every_position(widths, shape, batch):
+def test_losses_and_gradients_are_those_of_every_position(widths, shape, batch, monkeypatch):
     model = make_model(**SHAPES[shape]).train()
     size = model.config.embedding_size
 
@@ -78,6 +78,8 @@ def test_losses_and_gradients_are_those_of_every_position(widths, shape, batch):
 
     assert widths == [WORDS, 12, size, 12]
     assert_equal(found, expected)
+    monkeypatch.setattr(modeling_lstm, "reads_embeddings", lambda *arguments: False)
+    assert_equal(found, results(model, **BATCHES[batch]))
 
 
 def test_states_and_logits_of_chunks_are_those_of_the_whole(widths):

@@ -144,7 +144,7 @@ def with_parametrization(model):
 
 
 class Adapter(nn.Embedding):
-    """As LoRA's: its output is more than a row of its weight."""
+    """An embedding that also changes the rows it looks up, like LoRA's adapters."""
 
     def forward(self, ids):
         return super().forward(ids) * 2

@@ -28,6 +28,7 @@ from transformers import (
 
 from hf_lstm.decoding import StreamDecoder
 from hf_lstm.model.cache_lstm import load_state_tensors, state_tensors
+from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.tokenizers import check_tokenizer, encode, start_ids
 
 STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
@@ -363,7 +364,9 @@ def _check_shapes(tensors: dict[str, torch.Tensor], config, source: str) -> None
     """Raise `ValueError` unless the tensors are a state of one or more rows of the config's model."""
     rows = len(next(iter(tensors.values()))) if tensors else 0
     expected: dict[str, tuple[int, ...]] = {
-        f"layers.{index}.{name}": (rows, size) for index, size in enumerate(config.cell_sizes) for name in "hc"
+        f"layers.{index}.{name}": (rows, size)
+        for index, size in enumerate(config.cell_sizes)
+        for name in CELLS[config.cell_type].states
     }
     # Files of version 0.1.0 lack these.
     optional = {"layers.0.held": (rows, config.output_size), "layers.0.document": (rows,)}

@@ -113,8 +113,8 @@ def choose_kernel(monkeypatch, name):
         monkeypatch.setitem(recurrence_lstm.FUSED_STEPS, "cpu", 1)
     select = recurrence_lstm.select_kernel
 
-    def choose(x, h, c, reading, record, *gates):
-        kernel = select(x, h, c, reading, record, *gates)
+    def choose(x, state, gates, reading, record):
+        kernel = select(x, state, gates, reading, record)
         return name if kernel in ("fused", "explicit") and reading.batch_sizes and not record else kernel
 
     monkeypatch.setattr(recurrence_lstm, "select_kernel", choose)

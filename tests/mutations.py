@@ -54,15 +54,15 @@ MUTATIONS = [
     Mutation(
         "two gates are swapped",
         "model/cells_lstm.py",
-        "i, f, g, o = (from_input",
-        "f, i, g, o = (from_input",
+        "i, f, g, o = (read",
+        "f, i, g, o = (read",
         "test_reference.py",
     ),
     Mutation(
         "the bias is added twice",
         "model/cells_lstm.py",
-        "hidden_weight, input_gates.bias, zeros]",
-        "hidden_weight, input_gates.bias, input_gates.bias]",
+        "weights[3] = torch.zeros_like(weights[2])",
+        "weights[3] = weights[2]",
         "test_reference.py",
     ),
     Mutation(
@@ -75,8 +75,8 @@ MUTATIONS = [
     Mutation(
         "the forget gates of a new model are closed",
         "model/modeling_lstm.py",
-        "bias[1] = self.config.forget_gate_bias",
-        "bias[0] = self.config.forget_gate_bias",
+        "biases[cell.forget_gate] = self.config.forget_gate_bias",
+        "biases[cell.input_gate] = self.config.forget_gate_bias",
         "test_reference.py",
     ),
     Mutation(

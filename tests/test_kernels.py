@@ -30,7 +30,7 @@ def taken(monkeypatch):
     [
         (True, 1, "fused"),
         (True, 20, "fused"),
-        (False, 1, "cell"),
+        (False, 1, "single"),
         (False, 2, "explicit"),
         (False, 15, "explicit"),
         (False, 16, "fused"),
@@ -73,7 +73,7 @@ def test_a_masked_step_and_one_under_autocast_are_explicit(taken):
 @torch.no_grad()
 def test_a_cell_equals_an_explicit_step(model, taken, monkeypatch):
     expected = model(IDS[:, :1])
-    assert set(taken) == {"cell"}
+    assert set(taken) == {"single"}
     monkeypatch.setattr(recurrence_lstm, "select_kernel", lambda *arguments: "explicit")
 
     found = model(IDS[:, :1])

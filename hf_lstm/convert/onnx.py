@@ -1,15 +1,17 @@
 """Export to ONNX graphs, which run without Python, torch and this package.
 
-Both graphs map `input_ids (B, T)` and the state, `h_0, c_0, h_1, ...` of shape `(B, H)`, to `logits (B, T, V)` and the
-next state, `next_h_0, next_c_0, ...`. step.onnx reads one token per row with matrix products; chunk.onnx reads any
-number with the LSTM operator of ONNX. The graphs are built node by node, because the exporters of torch fix the
-length.
+Both graphs map `input_ids (B, T)` and the state, `h_0, c_0, h_1, ...` of shape `(B, H)` (without c for cells that lack
+it), to `logits (B, T, V)` and the next state, `next_h_0, next_c_0, ...`. step.onnx reads one token per row with matrix
+products; chunk.onnx reads any number with ONNX's operator for the cell, or with a loop. The graphs are built node by
+node, because the exporters of torch fix the length.
 
 The metadata of a graph contains `tokens`, the bytes that each id adds to a text (a JSON list of Latin-1 strings), and
 `ends`, the ids that end a document.
 """
 
 import json
+from collections.abc import Callable
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,19 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hf_lstm.decoding import bytes_of_tokens
+from hf_lstm.model.cells_lstm import CELLS, Cell, Gates
 from hf_lstm.model.modeling_lstm import GatedMLP, LSTMForCausalLM, LSTMLayer
 
 from .checking import largest_difference
 
 OPSET, IR_VERSION = 17, 8  # of 2022, supported by every current runtime
+# By cell: ONNX's operator, its order of the gates, its attributes. Other cells are read in a loop.
+OPERATORS: dict[Cell, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    CELLS["lstm"]: ("LSTM", (0, 3, 1, 2), {}),
+    CELLS["gru"]: ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
+    CELLS["rnn_tanh"]: ("RNN", (0,), {"activations": ["Tanh"]}),
+    CELLS["rnn_relu"]: ("RNN", (0,), {"activations": ["Relu"]}),
+}
 ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}  # silu is composed of Sigmoid and Mul
 
 
@@ -104,10 +114,10 @@ def onnx_graph(model: LSTMForCausalLM, one_token: bool) -> onnx.ModelProto:
     x = graph.linear(x, model.model.in_proj, "in_proj")
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["rows", length])]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", length, config.vocab_size])]
-    recurrence = graph.cell if one_token else graph.lstm
+    recurrence = graph.step if one_token else graph.chunk
     for index, (layer, size) in enumerate(zip(layers, config.cell_sizes, strict=True)):
         name = f"layers.{index}"
-        state = [f"h_{index}", f"c_{index}"]
+        state = [f"{part}_{index}" for part in layer.cell.states]
         inputs += [helper.make_tensor_value_info(part, TensorProto.FLOAT, ["rows", size]) for part in state]
         following = [f"next_{part}" for part in state]
         outputs += [helper.make_tensor_value_info(part, TensorProto.FLOAT, ["rows", size]) for part in following]
@@ -129,12 +139,13 @@ def onnx_graph(model: LSTMForCausalLM, one_token: bool) -> onnx.ModelProto:
 class _Graph:
     """Nodes and weights of a graph. A call adds a node and returns the name of its first output."""
 
-    def __init__(self) -> None:
+    def __init__(self, weights: dict[str, onnx.TensorProto] | None = None, prefix: str = "") -> None:
         self.nodes: list[onnx.NodeProto] = []
-        self.weights: dict[str, onnx.TensorProto] = {}
+        self.weights: dict[str, onnx.TensorProto] = {} if weights is None else weights
+        self.prefix = prefix  # of the names in a loop, which sees those outside
 
     def __call__(self, operator: str, *inputs: str, outputs: list[str] | None = None, **attributes: Any) -> str:
-        outputs = outputs or [f"{operator}_{len(self.nodes)}"]
+        outputs = outputs or [f"{self.prefix}{operator}_{len(self.nodes)}"]
         self.nodes.append(helper.make_node(operator, inputs, outputs, outputs[0], **attributes))
         return outputs[0]
 
@@ -178,39 +189,151 @@ class _Graph:
         x = self("Mul", gate, self.linear(x, mlp.up_proj, f"{name}.up_proj"))
         return self.linear(x, mlp.down_proj, f"{name}.down_proj")
 
-    def cell(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
-        """Add one step: the equations of modeling_lstm.py with W and U joined in one product; x is `(1, B, D)`."""
-        h, c = state
-        weights = torch.cat([layer.input_gates.weight, layer.hidden_gates.weight], dim=1).T  # (D + H, 4 H)
-        read = self("Concat", self("Squeeze", x, self.integers(0)), h, axis=-1)
-        gates = self("MatMul", read, self.weight(f"{name}.gates", weights))
-        gates = self("Add", gates, self.weight(f"{name}.bias", layer.input_gates.bias))
-        i, f, g, o = (f"{name}.{gate}" for gate in "ifgo")
-        self("Split", gates, outputs=[i, f, g, o], axis=-1)
-        kept = self("Mul", self("Sigmoid", f), c)
-        new = self("Mul", self("Sigmoid", i), self("Tanh", g))
-        self("Add", kept, new, outputs=[following[1]])
-        self("Mul", self("Sigmoid", o), self("Tanh", following[1]), outputs=[following[0]])
+    def gates(self, layer: LSTMLayer, name: str) -> Gates:
+        """Return the modules of a layer's cell as functions that map a [`_Value`] to their product with it."""
+
+        def product(module: Any, place: str) -> Callable[["_Value"], "_Product"]:
+            return lambda x: _Product(self, f"{name}.{place}", [(x, module.weight)], module.bias)
+
+        def in_turn(part: Any, place: str) -> Callable[["_Value"], "_Value"]:
+            products = [product(module, f"{place}.{index}") for index, module in enumerate(part)]
+            return lambda x: reduce(lambda value, multiply: multiply(value), products, x)
+
+        rounds = [in_turn(part, f"mogrifier.{index}") for index, part in enumerate(layer.mogrifier or ())]
+        input_gates, hidden_gates = (
+            product(getattr(layer, place), place) for place in ("input_gates", "hidden_gates")
+        )
+        return Gates(input_gates, hidden_gates, rounds=rounds)
+
+    def step(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
+        """Add one step of a layer's cell; x is `(1, B, D)`."""
+        gates, x = self.gates(layer, name), self("Squeeze", x, self.integers(0))
+        read = layer.cell.read(_Value(self, x), gates)
+        for value, part in zip(
+            layer.cell.step(read, [_Value(self, part) for part in state], gates), following, strict=True
+        ):
+            self("Identity", value.name, outputs=[part])
         return self("Unsqueeze", following[0], self.integers(0))
 
-    def lstm(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
-        """Add ONNX's LSTM, whose gates have the order i, o, f, g; x is `(T, B, D)`."""
+    def chunk(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
+        """Add all steps of a layer's cell, by the operator that ONNX has for it or by a loop; x is `(T, B, D)`."""
+        if layer.cell not in OPERATORS:
+            return self.loop(x, state, following, layer, name)
+        operator, order, attributes = OPERATORS[layer.cell]
         first = self.integers(0)
         start = [self("Unsqueeze", part, first) for part in state]
-        bias = torch.cat([_iofg(layer.input_gates.bias), torch.zeros_like(layer.input_gates.bias)])
+
+        def reordered(gates: torch.Tensor) -> torch.Tensor:
+            return torch.cat([gates.detach().chunk(len(order))[index] for index in order])
+
+        W, U, b, hidden_bias = layer.gates().weights()
+        bias = torch.cat([reordered(b), reordered(torch.zeros_like(b) if hidden_bias is None else hidden_bias)])
         weights = [
-            self.weight(f"{name}.input_gates", _iofg(layer.input_gates.weight)[None]),
-            self.weight(f"{name}.hidden_gates", _iofg(layer.hidden_gates.weight)[None]),
+            self.weight(f"{name}.input_gates", reordered(W)[None]),
+            self.weight(f"{name}.hidden_gates", reordered(U)[None]),
             self.weight(f"{name}.bias", bias[None]),
         ]
-        outputs = [f"{name}.{part}" for part in ("outputs", "h", "c")]
-        y = self("LSTM", x, *weights, "", *start, outputs=outputs, hidden_size=layer.hidden_gates.in_features)
+        outputs = [f"{name}.{part}" for part in ("outputs", *layer.cell.states)]
+        y = self(operator, x, *weights, "", *start, outputs=outputs, hidden_size=U.shape[1], **attributes)
         for end, part in zip(outputs[1:], following, strict=True):
             self("Squeeze", end, first, outputs=[part])
         return self("Squeeze", y, self.integers(1))  # (T, 1, B, H) -> (T, B, H)
 
+    def loop(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
+        """Add a loop over the steps of a layer's cell; x is `(T, B, D)`."""
+        gates, size = self.gates(layer, name), layer.hidden_gates.in_features
+        read = layer.cell.read(_Value(self, x), gates)
+        body = _Graph(self.weights, f"{name}.")
+        before = [f"{name}.before_{index}" for index in range(len(state))]
+        step = layer.cell.step(
+            _Value(body, f"{name}.read"), [_Value(body, part) for part in before], body.gates(layer, name)
+        )
+        after = [body("Identity", value.name, outputs=[f"{name}.after_{part}"]) for part, value in enumerate(step)]
+        after.append(body("Identity", after[0], outputs=[f"{name}.output"]))
+        given = [helper.make_tensor_value_info(part, TensorProto.FLOAT, ["rows", size]) for part in before]
+        given.append(helper.make_tensor_value_info(f"{name}.read", TensorProto.FLOAT, ["rows", None]))
+        made = [helper.make_tensor_value_info(part, TensorProto.FLOAT, ["rows", size]) for part in after]
+        steps = helper.make_graph(body.nodes, f"{name}.step", given, made)
+        outputs = [*following, f"{name}.outputs"]
+        self("Scan", *state, read.name, outputs=outputs, body=steps, num_scan_inputs=1)
+        return outputs[-1]
 
-def _iofg(gates: torch.Tensor) -> torch.Tensor:
-    """Reorder the rows of the gates from i, f, g, o."""
-    i, f, g, o = gates.detach().chunk(4)
-    return torch.cat([i, o, f, g])
+
+class _Value:
+    """
+    A tensor of a graph. What `Cell.step` does with tensors it does with these too, which adds nodes: so its equations are
+    written once. Types are those of the graph, float32.
+    """
+
+    dtype = None
+
+    def __init__(self, graph: _Graph, name: str):
+        self.graph, self.name = graph, name
+
+    def to(self, dtype) -> "_Value":
+        return self
+
+    def __add__(self, other: "_Value") -> "_Value":
+        return self._apply("Add", other)
+
+    def __mul__(self, other: "_Value") -> "_Value":
+        return self._apply("Mul", other)
+
+    def __rmul__(self, number: float) -> "_Value":
+        return self._apply("Mul", self._constant(number))
+
+    def __rsub__(self, number: float) -> "_Value":
+        return self._constant(number)._apply("Sub", self)
+
+    def sigmoid(self) -> "_Value":
+        return self._apply("Sigmoid")
+
+    def tanh(self) -> "_Value":
+        return self._apply("Tanh")
+
+    def relu(self) -> "_Value":
+        return self._apply("Relu")
+
+    def chunk(self, chunks: int, dim: int) -> list["_Value"]:
+        parts = [f"{self.name}.{index}" for index in range(chunks)]
+        self.graph("Split", self.name, outputs=parts, axis=dim)
+        return [_Value(self.graph, part) for part in parts]
+
+    def _apply(self, operator: str, *others: "_Value") -> "_Value":
+        return _Value(self.graph, self.graph(operator, self.name, *(other.name for other in others)))
+
+    def _constant(self, number: float) -> "_Value":
+        return _Value(self.graph, self.graph.weight(f"number_{number}", torch.tensor(float(number))))
+
+
+class _Product(_Value):
+    """
+    The sum of products with matrices, of `(value, matrix)` each, and of a bias. It is computed when it is used: the sum of
+    two is one product, W x + b + U h = [W U] [x; h] + b.
+    """
+
+    def __init__(
+        self, graph: _Graph, name: str, factors: list[tuple[_Value, torch.Tensor]], bias: torch.Tensor | None
+    ):
+        self.graph, self.place, self.factors, self.bias = graph, name, factors, bias
+        self.known: str | None = None
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        if self.known is None:
+            values, matrices = zip(*self.factors, strict=True)
+            x = (
+                values[0].name
+                if len(values) == 1
+                else self.graph("Concat", *(value.name for value in values), axis=-1)
+            )
+            weight = self.graph.weight(self.place, torch.cat(matrices, dim=1).T)
+            self.known = self.graph("MatMul", x, weight)
+            if self.bias is not None:
+                self.known = self.graph("Add", self.known, self.graph.weight(f"{self.place}.bias", self.bias))
+        return self.known
+
+    def __add__(self, other: _Value) -> _Value:
+        if isinstance(other, _Product) and other.bias is None:
+            return _Product(self.graph, f"{self.place}.{other.place}", [*self.factors, *other.factors], self.bias)
+        return super().__add__(other)

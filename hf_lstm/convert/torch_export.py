@@ -14,8 +14,8 @@ from .checking import largest_difference
 
 class Step(nn.Module):
     """
-    One step: `input_ids (B, 1)` and the state `[h, c, ...]`, `(B, H)` for each layer, to `logits (B, 1, V)` and the
-    next state. h has the dtype of the weights; c is float32 if that is a half-precision dtype.
+    One step: `input_ids (B, 1)` and the state, `[h, c, ...]` or for a cell without c `[h, ...]`, `(B, H)` for each layer,
+    to `logits (B, 1, V)` and the next state. h has the dtype of the weights; c is float32 if that is a half-precision dtype.
     """
 
     def __init__(self, model: LSTMForCausalLM):
@@ -24,8 +24,9 @@ class Step(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, state: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         cache: Any = DynamicCache(config=self.model.config)
-        for layer, h, c in zip(cache.layers, state[::2], state[1::2], strict=True):
-            layer.update(h, c)
+        size = len(state) // len(cache.layers)  # tensors of a layer
+        for index, layer in enumerate(cache.layers):
+            layer.update(*state[index * size : (index + 1) * size])
         logits = self.model(input_ids, past_key_values=cache).logits
         return logits, [part for layer in cache.layers for part in layer.get_state()]
 

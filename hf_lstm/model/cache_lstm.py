@@ -1,4 +1,7 @@
-"""The state of an LSTM as layers of a transformers `Cache`, for every mode of `generate()`.
+"""The state of a recurrent model as layers of a transformers `Cache`, for every mode of `generate()`.
+
+A layer keeps named tensors with a row for each of the batch (`KEPT`). Whatever happens to a state happens to all of them
+by one protocol: map a function over them, detach, record them after each token and crop the last of these.
 
 Shapes: B batch, T tokens of one call, H the width of the layer's cell, D that of the model's output.
 """
@@ -10,12 +13,14 @@ import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from .cells_lstm import at_least_float32
+from .cells_lstm import State
 from .recurrence_lstm import UNKNOWN, hold
 
 LAYER_TYPE = "hf_lstm"
 KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN}
 """The tensors that a layer keeps, and the value of each in a row without tokens so far."""
+CELL_STATE = ("keys", "values")
+"""Those that hold the state of the cell: h and c."""
 SAVED_AS = {"keys": "h", "values": "c", "held": "held", "document": "document"}
 MAX_HISTORY = 1024
 """Tokens that can be rolled back: more than any assistant drafts between two checks, and a limit on memory."""
@@ -23,8 +28,9 @@ MAX_HISTORY = 1024
 
 class LSTMCacheLayer(CacheLayerMixin):
     """
-    The state of one LSTM layer: `keys` holds h and `values` holds c, each of shape `(B, H)` however many tokens were
-    read. `update` replaces the tensors and never writes into them, so a state may be part of an autograd graph.
+    The state of one layer: `keys` holds h and `values` holds c, or `None` for a cell without c, each of shape `(B, H)`
+    however many tokens were read. `update` replaces the tensors and never writes into them, so a state may be part of an
+    autograd graph.
 
     The first layer also keeps data about the last token of each row that is not part of the state (`remember`):
     `held`, the model's output `(B, D)`, which padding repeats, and `document` `(B,)`, its `seq_idx`. Each is `None`
@@ -55,52 +61,42 @@ class LSTMCacheLayer(CacheLayerMixin):
         """Size of the state in bytes, without the history kept for rolling back."""
         return sum(state.nbytes for name in KEPT if (state := getattr(self, name)) is not None)
 
-    def lazy_initialization(self, h: torch.Tensor, c: torch.Tensor) -> None:
+    def lazy_initialization(self, h: torch.Tensor, *others: torch.Tensor) -> None:
         self.dtype, self.device = h.dtype, h.device
         self.is_initialized = True
 
-    def get_state(self) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """Return (h, c), each `(B, H)`, or `None` before the first token."""
-        return None if self.keys is None or self.values is None else (self.keys, self.values)
+    def get_state(self, device: torch.device | None = None) -> State | None:
+        """Return h and, where the cell has it, c, each `(B, H)`, on a device if asked; `None` before the first token."""
+        if self.keys is None:
+            return None
+        state = (self.keys,) if self.values is None else (self.keys, self.values)
+        return state if device is None else tuple(part.to(device) for part in state)
 
-    def initial_state(self, x: torch.Tensor, size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return h and c `(B, size)` before the layer reads `x` `(B, T, D)`: its state, or zeros."""
-        if (state := self.get_state()) is not None:
-            return state[0].to(x.device), state[1].to(x.device)
-        h = x.new_zeros(x.shape[0], size)
-        return h, h.to(at_least_float32(h.dtype))
-
-    def update(  # type: ignore[override]  # the tensors have their own names here
-        self,
-        h: torch.Tensor,
-        c: torch.Tensor,
-        num_tokens: int = 1,
-        trajectory: tuple[torch.Tensor, torch.Tensor] | None = None,
-        **kwargs,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(  # type: ignore[override]  # a state has its own shape here
+        self, *state: torch.Tensor, num_tokens: int = 1, past: State = (), **kwargs
+    ) -> State:
         """
-        Replace the state.
+        Replace the state, and return it.
 
         Args:
-            h, c (`torch.Tensor` of shape `(B, H)`): The state after the last token.
+            state (`(B, H)` each): h and, where the cell has it, c after the last token.
             num_tokens (`int`, defaults to 1): Number of columns read since the last update.
-            trajectory (`tuple[torch.Tensor, torch.Tensor]`, *optional*):
-                h and c after each of them, `(B, T, H)`; needed while past states are recorded.
+            past (`tuple` of `(B, T, H)`, *optional*): The same after each of them; needed while past states are recorded.
 
         Raises:
             ValueError: if it is needed and not given.
         """
-        if self.record_past and (trajectory is None or trajectory[0] is None):
+        if self.record_past and len(past) < len(state):
             raise ValueError(
-                "`trajectory` (None) must hold h and c after each token while past states are recorded: give them, or "
-                "call `update` before `activate_past_recording()`."
+                "`past` () must hold the state after each token while past states are recorded: give it, or call `update` "
+                "before `activate_past_recording()`."
             )
         if not self.is_initialized:
-            self.lazy_initialization(h, c)
-        for name, last, states in zip(("keys", "values"), (h, c), trajectory or (None, None), strict=True):
+            self.lazy_initialization(*state)
+        for name, last, states in zip(CELL_STATE, state, past or (None, None), strict=False):
             self._replace(name, last, states)
         self.cumulative_length += num_tokens
-        return self.keys, self.values  # type: ignore[return-value]  # `setattr` has set them
+        return state
 
     def hold(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Repeat the output `x` `(B, T, D)` of the last real token, of this call or an earlier one, over padding."""
@@ -188,6 +184,13 @@ class LSTMCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._map(lambda state: state[indices])
 
+    def offload(self) -> None:
+        self._map(lambda state: state.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        if self.keys is not None and self.keys.device != self.device:
+            self._map(lambda state: state.to(self.device, non_blocking=True))
+
     def __deepcopy__(self, memo):
         """Return a detached copy, since torch refuses to copy tensors that are part of an autograd graph."""
         copied = copy.copy(self)
@@ -225,8 +228,8 @@ class LSTMStaticCacheLayer(LSTMCacheLayer):
         super().__init__()
         self.cumulative_length = torch.tensor(0)  # an `int` would recompile the graph at every step
 
-    def lazy_initialization(self, h, c):
-        super().lazy_initialization(h, c)
+    def lazy_initialization(self, h, *others):
+        super().lazy_initialization(h)
         self.cumulative_length = self.cumulative_length.to(h.device)
         self._fix(self.cumulative_length)
 
@@ -262,7 +265,7 @@ def rows_that_read(cache: Cache | None) -> torch.Tensor | None:
 
 
 def prepare_cache_layers(
-    cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int]
+    cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int], states: tuple[str, ...]
 ) -> list[LSTMCacheLayer]:
     """
     Return the layers of a cache, after checking rows and widths; new ones without a cache or for an empty one.
@@ -272,6 +275,7 @@ def prepare_cache_layers(
         rows (`int`): B.
         num_layers (`int`): Number of layers of the model.
         cell_sizes (`list[int]`): H of the layers that are run: fewer in an assistant that exits early.
+        states (`tuple[str, ...]`): Names of the tensors of the cell's state, h or h and c.
 
     Raises:
         ValueError: if the cache is not that of an LSTM, or its state belongs to another model or number of rows.
@@ -305,6 +309,11 @@ def prepare_cache_layers(
                 "be equal: give each beam or sequence its own state with "
                 "`past_key_values.batch_repeat_interleave(n)`, or start from a new cache."
             )
+        if layer.is_initialized and (found := len(layer.get_state())) != len(states):
+            raise ValueError(
+                f"`past_key_values` holds {'h alone' if found == 1 else 'h and c'} and the model's cells have "
+                f"{' and '.join(states)}: it belongs to a model of another `cell_type`."
+            )
         if layer.is_initialized and layer.keys.shape[1] != size:
             raise ValueError(
                 f"`past_key_values` holds a state of width {layer.keys.shape[1]} and the model's is {size}: it belongs to "
@@ -331,7 +340,7 @@ def load_state_tensors(
     for index, layer in enumerate(layers):
         found = {name: tensors.get(f"layers.{index}.{SAVED_AS[name]}") for name in KEPT}
         states = {name: state.to(device) for name, state in found.items() if state is not None}
-        layer.update(states.pop("keys"), states.pop("values"), num_tokens=num_tokens)
+        layer.update(*(states.pop(name) for name in CELL_STATE if name in states), num_tokens=num_tokens)
         for name, state in states.items():
             setattr(layer, name, state)
 

@@ -1,9 +1,16 @@
-"""The LSTM cell: its equations step by step, and torch's kernel for them.
+"""Recurrent cells: their equations, and the kernels that run one of them over many tokens.
 
-Shapes: S sequences of N tokens in all, or B rows of T tokens; D width of the input, H width of the cell.
+A cell is an object without parameters: it says which gates and states there are, and how one step is taken. Its weights
+lie in the modules of a layer (`Gates`). Everything else goes through this interface and asks no cell by name, so that a
+new cell is a subclass of [`Cell`] and an entry of `CELLS`.
+
+Shapes: S sequences of N tokens in all, n of them at one step, or B rows of T tokens; D width of the input, H width of the
+cell.
 """
 
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,95 +27,330 @@ IN_ONE_PIECE = ("cuda",)
 # (`are_few`): measured by scripts/benchmarks/lookup.py.
 FEW_PRODUCTS = 0.7
 
+State = tuple[torch.Tensor, ...]
+"""The state of a cell, a tensor `(B, H)` for each name in `Cell.states`: h first."""
 
-def explicit_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=None):
+
+@dataclass
+class Gates:
+    """
+    The modules of a layer's cell.
+
+    Args:
+        input_gates (`nn.Module`): W with b.
+        hidden_gates (`nn.Module`): U, in a GRU with a bias.
+        hidden_weight (`(gates H, H)`, *optional*): Used instead of U, under weight dropout.
+        rounds (`nn.ModuleList`, *optional*): Q and R of a Mogrifier, a sequence of linear layers for each round.
+    """
+
+    input_gates: Any
+    hidden_gates: Any
+    hidden_weight: torch.Tensor | None = None
+    rounds: Any = None
+
+    def modules(self) -> list[nn.Module]:
+        """Return the linear layers."""
+        return [self.input_gates, self.hidden_gates, *(module for part in self.rounds or () for module in part)]
+
+    def weights(self) -> list[Any]:
+        """Return W, U, b, the bias of U or `None`, and a list of matrices for each round, for kernels that call no modules."""
+        hidden_weight = self.hidden_gates.weight if self.hidden_weight is None else self.hidden_weight
+        first = [self.input_gates.weight, hidden_weight, self.input_gates.bias, self.hidden_gates.bias]
+        return first + [[module.weight for module in part] for part in self.rounds or ()]
+
+    def are_plain(self) -> bool:
+        """Return whether the modules only apply their weights, which a kernel may then read instead."""
+        sequences = all(is_untouched(part, {nn.Sequential}) for part in self.rounds or ())
+        return sequences and all(is_plain(module) for module in self.modules())
+
+    def hidden(self, h: torch.Tensor) -> torch.Tensor:
+        """Return U h, `(n, gates H)`."""
+        if self.hidden_weight is None:
+            return self.hidden_gates(h)
+        return F.linear(h, self.hidden_weight, self.hidden_gates.bias)
+
+
+class Cell:
+    """
+    A recurrent cell.
+
+    Attributes:
+        gates (`int`): Blocks of H rows in W and U.
+        states (`tuple[str, ...]`): Names of the tensors of its state; the first is h, its output.
+        forget_gate, input_gate (`int`, *optional*): The blocks of these gates, where the cell has them.
+        has_hidden_bias (`bool`): Whether U has a bias of its own.
+        has_rounds (`bool`): Whether h and x gate each other before the cell reads them (`Gates.rounds`).
+    """
+
+    gates = 1
+    states: tuple[str, ...] = ("h",)
+    forget_gate: int | None = None
+    input_gate: int | None = None
+    has_hidden_bias = False
+    has_rounds = False
+
+    def zero_state(self, x: torch.Tensor, size: int) -> State:
+        """Return the state of H = `size` before the first token of `x` `(B, ...)`."""
+        return self.as_state([x.new_zeros(x.shape[0], size) for _ in self.states], x.dtype)
+
+    def as_state(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> State:
+        """Return a state in the types of steps in `dtype`: c, which accumulates over thousands of steps, at least float32."""
+        types = {"c": at_least_float32(dtype)}
+        return tuple(part.to(types.get(name, dtype)) for name, part in zip(self.states, parts, strict=True))
+
+    def read(self, x: Any, gates: Gates) -> Any:
+        """Return the part of the steps that does not depend on the state: W x + b, `(..., gates H)` from `(..., D)`."""
+        return gates.input_gates(x)
+
+    def step(self, read: Any, state: Any, gates: Gates) -> tuple[Any, ...]:
+        """
+        Take one step of n sequences, from `read`, `(n, gates H)`, and the state before it. The methods of tensors that it
+        calls are those of convert/onnx.py's `_Value` too, by which the equations become a graph.
+        """
+        raise NotImplementedError
+
+    def fused(self, x: torch.Tensor, steps: list[int], state: State, weights: list[Any]) -> State:
+        """Run a kernel over packed tokens `(N, D)`, `steps` of them at once. Returns h after each, `(N, H)`, and the last state."""
+        raise NotImplementedError
+
+    def single(self, x: torch.Tensor, state: State, weights: Sequence[Any]) -> State:
+        """Take one step of every row, from x `(B, D)` and the weights in one type, without gradients."""
+        raise NotImplementedError
+
+
+class LSTM(Cell):
+    """
+    Long short-term memory (Hochreiter & Schmidhuber 1997; forget gate: Gers et al. 2000), in torch's order of the gates:
+
+        i, f, g, o = W x_t + U h_{t-1} + b
+        c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ tanh(g)
+        h_t = σ(o) ⊙ tanh(c_t)
+    """
+
+    gates, states = 4, ("h", "c")
+    input_gate, forget_gate = 0, 1
+
+    def step(self, read, state, gates):
+        h, c = state
+        i, f, g, o = (read + gates.hidden(h)).to(c.dtype).chunk(4, dim=-1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return (o.sigmoid() * c.tanh()).to(h.dtype), c
+
+    def fused(self, x, steps, state, weights):
+        state = tuple(part[None] for part in state)
+        return _of_torch(torch.lstm, x, steps, state, weights)
+
+    def single(self, x, state, weights):
+        return torch.lstm_cell(x, state, *weights)
+
+
+class GRU(Cell):
+    """
+    Gated recurrent unit (Cho et al. 2014), in the form and order of torch and cuDNN: r gates the product, not h itself, and
+    there are two biases, of which b' lies under r.
+
+        r, z = σ(W x_t + b + U h_{t-1} + b')        the blocks of r and z
+        n = tanh(W x_t + b + r ⊙ (U h_{t-1} + b'))  the block of n
+        h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
+    """
+
+    gates = 3
+    has_hidden_bias = True
+
+    def step(self, read, state, gates):
+        (h,) = state
+        x_r, x_z, x_n = read.chunk(3, dim=-1)
+        h_r, h_z, h_n = gates.hidden(h).chunk(3, dim=-1)
+        r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+        n = (x_n + r * h_n).tanh()
+        return ((1 - z) * n + z * h,)
+
+    def fused(self, x, steps, state, weights):
+        return _of_torch(torch.gru, x, steps, state[0][None], weights)
+
+    def single(self, x, state, weights):
+        return (torch.gru_cell(x, *state, *weights),)
+
+
+class TanhRNN(Cell):
+    """
+    Plain recurrent network (Elman 1990):
+
+        h_t = tanh(W x_t + U h_{t-1} + b)
+    """
+
+    kernel, cell = torch.rnn_tanh, torch.rnn_tanh_cell
+
+    def step(self, read, state, gates):
+        return ((read + gates.hidden(*state)).tanh(),)
+
+    def fused(self, x, steps, state, weights):
+        return _of_torch(self.kernel, x, steps, state[0][None], weights)
+
+    def single(self, x, state, weights):
+        return (self.cell(x, *state, *weights),)
+
+
+class ReluRNN(TanhRNN):
+    """
+    Plain recurrent network with rectified units (Le, Jaitly & Hinton 2015):
+
+        h_t = max(0, W x_t + U h_{t-1} + b)
+    """
+
+    kernel, cell = torch.rnn_relu, torch.rnn_relu_cell
+
+    def step(self, read, state, gates):
+        return ((read + gates.hidden(*state)).relu(),)
+
+
+class Mogrifier(LSTM):
+    """
+    Mogrifier LSTM (Melis, Kočiský & Blunsom 2020): x and h gate each other in r rounds, k = 1 ... r, then an LSTM reads them.
+
+        x = 2 σ(Q_k h) ⊙ x      for odd k
+        h = 2 σ(R_k x) ⊙ h      for even k
+
+    Since h gates x first, W x cannot be computed before the steps, nor once for each distinct token.
+    """
+
+    has_rounds = True
+
+    def read(self, x, gates):
+        return x
+
+    def step(self, read, state, gates):
+        x, (h, c) = read, state
+        for index, part in enumerate(gates.rounds):
+            if index % 2 == 0:
+                x = (2 * part(h).sigmoid() * x).to(x.dtype)
+            else:
+                h = (2 * part(x).sigmoid() * h).to(h.dtype)
+        return super().step(gates.input_gates(x), (h, c), gates)
+
+    def fused(self, x, steps, state, weights):
+        outputs, rows = [], 0
+        for n in steps:
+            new = self.single(x[rows : rows + n], tuple(part[:n] for part in state), weights)
+            outputs.append(new[0])
+            rows += n
+            state = tuple(torch.cat([after, before[n:]]) for after, before in zip(new, state, strict=True))
+        return torch.cat(outputs), *state
+
+    def single(self, x, state, weights):
+        (W, U, b, _, *rounds), (h, c) = weights, state
+        for index, matrices in enumerate(rounds):
+            gate = x if index % 2 else h
+            for matrix in matrices:
+                gate = F.linear(gate, matrix)
+            x, h = (x, 2 * gate.sigmoid() * h) if index % 2 else (2 * gate.sigmoid() * x, h)
+        return torch.lstm_cell(x, (h, c), W, U, b)
+
+
+CELLS: dict[str, Cell] = {
+    "lstm": LSTM(),
+    "gru": GRU(),
+    "rnn_tanh": TanhRNN(),
+    "rnn_relu": ReluRNN(),
+    "mogrifier": Mogrifier(),
+}
+"""The cells by their names in a config (`cell_type`)."""
+
+
+def _of_torch(kernel, x, steps, state, weights):
+    """Run a kernel of torch for a layer that reads packed tokens forward; `state` `(1, S, H)`, or a tuple of such."""
+    batch_sizes, training = torch.tensor(steps, device="cpu"), torch.is_grad_enabled()
+    outputs, *last = kernel(x, batch_sizes, state, weights, True, 1, 0.0, training, False)
+    return outputs, *(part[0] for part in last)
+
+
+def explicit(
+    cell: Cell, x: torch.Tensor, state: State, batch_sizes: list[int], gates: Gates
+) -> tuple[list[State], State]:
     """
     Run the equations step by step.
 
     Args:
+        cell (`Cell`): The cell.
         x (`(N, D)`): The first token of every sequence, then the second of every one that has a second, and so on.
-        h, c (`(S, H)`): The states to start from; the longest sequence comes first.
+        state (`tuple` of `(S, H)`): The state to start from; the longest sequence comes first.
         batch_sizes (`list[int]`): Number of sequences that have a first token, a second, ...
-        input_gates, hidden_gates (`nn.Module`): W with b, and U.
-        hidden_weight (`(4 H, H)`, *optional*): Used instead of U.
+        gates (`Gates`): The cell's modules.
 
     Returns:
-        h after each token, `(N, H)`; c after each step, a list; h and c at the end of each sequence, `(S, H)`.
+        The states after each step, `(n, H)`, after an empty one; and that at the end of each sequence, `(S, H)`.
     """
-    from_input, h, c, hidden_gates = _prepare(x, h, c, input_gates, hidden_gates, hidden_weight)
-    outputs, cells = [h[:0]], [c[:0]]  # in case of zero steps
-    for read in from_input.split(batch_sizes):  # (n, 4 H), n of the S sequences have another token
-        n = read.shape[0]  # `len` would make it a constant in an export
-        new_h, new_c = _step(read, h[:n], c[:n], hidden_gates)
-        outputs.append(new_h)
-        cells.append(new_c)
-        h = torch.cat([new_h, h[n:]]) if n < h.shape[0] else new_h
-        c = torch.cat([new_c, c[n:]]) if n < c.shape[0] else new_c
-    return torch.cat(outputs), cells, h, c
+    read = cell.read(x, gates)
+    state = cell.as_state(state, read.dtype)
+    steps = [tuple(part[:0] for part in state)]
+    for part in read.split(batch_sizes):  # n of the S sequences have another token
+        n = part.shape[0]  # `len` would make it a constant in an export
+        new = cell.step(part, tuple(before[:n] for before in state), gates)
+        steps.append(new)
+        if n < state[0].shape[0]:
+            new = tuple(torch.cat([after, before[n:]]) for after, before in zip(new, state, strict=True))
+        state = new
+    return steps, state
 
 
-def masked_lstm(x, h, c, real, restarts, input_gates, hidden_gates, hidden_weight=None):
+def masked(
+    cell: Cell, x: torch.Tensor, state: State, real: torch.Tensor, restarts: torch.Tensor, gates: Gates
+) -> tuple[list[State], State]:
     """
     Run rows of one length: every row takes part in every step, and keeps its state at tokens that are not read.
 
     Args:
         x (`(B, T, D)`): Input.
-        h, c (`(B, H)`): The states to start from.
+        state (`tuple` of `(B, H)`): The state to start from.
         real, restarts (`(B, T)`): Whether each token is read, and whether the state is reset to zero before it.
-        input_gates, hidden_gates, hidden_weight: See [`explicit_lstm`].
+        cell, gates: See [`explicit`].
 
     Returns:
-        h and c after each token, `(B, T, H)`; h and c at the end of each row, `(B, H)`.
+        The states after each token, `(B, H)`, and the last of them.
     """
-    from_input, h, c, hidden_gates = _prepare(x, h, c, input_gates, hidden_gates, hidden_weight)
-    outputs, cells = [], []
-    for read, is_real, restart in zip(from_input.unbind(1), real.unbind(1), restarts.unbind(1), strict=True):
+    read = cell.read(x, gates)
+    state = cell.as_state(state, read.dtype)
+    steps = []
+    for part, is_real, restart in zip(read.unbind(1), real.unbind(1), restarts.unbind(1), strict=True):
         is_real, restart = is_real[:, None], restart[:, None]
-        new_h, new_c = _step(read, h.masked_fill(restart, 0), c.masked_fill(restart, 0), hidden_gates)
-        h, c = torch.where(is_real, new_h, h), torch.where(is_real, new_c, c)
-        outputs.append(h)
-        cells.append(c)
-    return torch.stack(outputs, dim=1), torch.stack(cells, dim=1), h, c
-
-
-def _prepare(x, h, c, input_gates, hidden_gates, hidden_weight):
-    """Return W x + b of all tokens, the states in the dtypes of the steps, and U."""
-    if hidden_weight is not None:
-        hidden_gates = partial(F.linear, weight=hidden_weight)
-    from_input = input_gates(x)  # (..., 4 H)
-    return from_input, h.to(from_input.dtype), c.to(at_least_float32(from_input.dtype)), hidden_gates
-
-
-def _step(from_input, h, c, hidden_gates):
-    """Take one step of every sequence."""
-    i, f, g, o = (from_input + hidden_gates(h)).to(c.dtype).chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return (o.sigmoid() * c.tanh()).to(h.dtype), c
+        new = cell.step(part, tuple(before.masked_fill(restart, 0) for before in state), gates)
+        state = tuple(torch.where(is_real, after, before) for after, before in zip(new, state, strict=True))
+        steps.append(state)
+    return steps, state
 
 
 @torch.compiler.disable  # traced, it would be unrolled: seconds of compilation for every step
-def fused_lstm(x, h, c, batch_sizes, input_gates, hidden_gates, hidden_weight=None, embeddings=None):
+def fused(
+    cell: Cell,
+    x: torch.Tensor,
+    state: State,
+    batch_sizes: list[int],
+    gates: Gates,
+    embeddings: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, State]:
     """
-    Run torch's own kernel, which does not return the c of each step; otherwise see [`explicit_lstm`]. Where the `embeddings`
-    of the K distinct tokens are given, `(K, D)`, x holds for each token its row among them, `(N,)`. The kernel then reads
-    one-hot vectors with the weights W E, so that W multiplies each embedding once; one that is not finite spreads to every
-    token.
+    Run the cell's kernel, which returns no states between. Where the `embeddings` of the K distinct tokens are given, `(K, D)`,
+    x holds for each token its row among them, `(N,)`. The kernel then reads one-hot vectors with the weights W E, so that W
+    multiplies each embedding once; one that is not finite spreads to every token.
+
+    Returns:
+        h after each token, `(N, H)`, and the state at the end of each sequence, `(S, H)`.
     """
-    input_weight, zeros = input_gates.weight, torch.zeros_like(input_gates.bias)
-    hidden_weight = hidden_gates.weight if hidden_weight is None else hidden_weight
+    weights: Any = gates.weights()
+    if weights[3] is None:
+        weights[3] = torch.zeros_like(weights[2])
     # On a CPU autocast gives the kernel mixed dtypes, which it does not support: pytorch/pytorch#88136.
     autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=autocast):
         if embeddings is not None:
-            input_weight = input_weight @ embeddings.to(input_weight.dtype).T  # (4 H, K)
-            x = input_weight.new_zeros(len(x), len(embeddings)).scatter_(1, x[:, None], 1)
-        weights = [input_weight, hidden_weight, input_gates.bias, zeros]
+            weights[0] = weights[0] @ embeddings.to(weights[0].dtype).T  # (gates H, K)
+            x = weights[0].new_zeros(len(x), len(embeddings)).scatter_(1, x[:, None], 1)
         if x.device.type in IN_ONE_PIECE:
-            weights = in_one_piece(weights)
-        x, h, c = (tensor.to(input_weight.dtype) for tensor in (x, h, c))
-        steps, training = torch.tensor(batch_sizes, device="cpu"), torch.is_grad_enabled()
-        outputs, h, c = torch.lstm(x, steps, (h[None], c[None]), weights, True, 1, 0.0, training, False)
-    return outputs, None, h[0], c[0].to(at_least_float32(c.dtype))
+            weights[:4] = in_one_piece(weights[:4])
+        dtype = weights[0].dtype
+        start = tuple(part.to(dtype) for part in state)
+        outputs, *last = cell.fused(x.to(dtype), batch_sizes, start, weights)
+    return outputs, cell.as_state(last, outputs.dtype)
 
 
 def are_few(embeddings: torch.Tensor, x: torch.Tensor) -> bool:
@@ -119,7 +361,7 @@ def are_few(embeddings: torch.Tensor, x: torch.Tensor) -> bool:
     return 0 < len(embeddings) * (len(x) + x.shape[1]) <= FEW_PRODUCTS * x.numel()
 
 
-def in_one_piece(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+def in_one_piece(weights: list[Any]) -> list[torch.Tensor]:
     """Copy weights into one contiguous piece of memory; gradients flow back to each original."""
     whole = torch.cat([weight.flatten() for weight in weights])
     parts = whole.split([weight.numel() for weight in weights])

@@ -9,6 +9,8 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
+from .cells_lstm import CELLS
+
 
 @strict
 class LSTMConfig(PreTrainedConfig):
@@ -19,6 +21,14 @@ class LSTMConfig(PreTrainedConfig):
     Args:
         vocab_size (`int`, defaults to 260): Number of tokens in the vocabulary.
         hidden_size (`int`, defaults to 512): Width of a cell, the length of its `h` and of its `c`.
+        cell_type (`str`, defaults to `"lstm"`):
+            The recurrent cell (cells_lstm.py): `"lstm"`; `"gru"` (Cho et al. 2014), as in torch; `"rnn_tanh"` or
+            `"rnn_relu"`, a plain recurrent network; `"mogrifier"` (Melis et al. 2020), an LSTM whose input and state gate
+            each other first.
+        mogrifier_rounds (`int`, *optional*, defaults to 5 for a Mogrifier):
+            Rounds of that gating, alternately of x and of h; 0 leaves an LSTM.
+        mogrifier_rank (`int`, *optional*):
+            Rank of the matrices of the rounds, each then a product of two; full matrices by default.
         embedding_size (`int`, *optional*, defaults to `hidden_size`):
             Width of a token's embedding. When embeddings are tied and it differs from `hidden_size`, the last cell of
             a stacked model is `embedding_size` wide, as in AWD-LSTM (Merity et al. 2018): 400, 1150, 1150, 400. A
@@ -40,8 +50,18 @@ class LSTMConfig(PreTrainedConfig):
             output layer, and 0.2 was found to train a stacked one best. Validation loss on tinyshakespeare after 1,000
             steps, tied, width 384: 1.658 with 0.05 (about AWD-LSTM's U(-0.1, 0.1)), 1.564 with 0.2, 1.576 with 0.4,
             1.670 with 0.8.
-        forget_gate_bias (`float`, defaults to 1.0):
+        forget_gate_bias (`float`, *optional*, defaults to 1.0 for cells with a forget gate):
             Bias of the forget gate in a new model (Gers et al. 2000; Jozefowicz et al. 2015).
+        chrono_max_distance (`int`, *optional*):
+            The longest distance, in tokens, that a new model shall bridge, T (Tallec & Ollivier 2018): the biases of the
+            forget gate are log u with u ~ U(1, T - 1), those of the input gate -log u. It takes the place of
+            `forget_gate_bias`.
+        output_bias (`bool`, defaults to `False`): Whether the output layer has a bias, as in most old checkpoints.
+        last_cell_size (`int`, *optional*):
+            Width of the last cell of a stacked model, where neither tied embeddings nor `hidden_size` say it.
+        output_projection_size (`int`, *optional*):
+            Width of a linear layer with a bias between the last cell and the output layer, which the model's outputs then
+            have; none by default. With tied embeddings it must equal `embedding_size`.
         embedding_dropout, input_dropout, hidden_dropout, output_dropout, weight_dropout (`float`, default to 0.0):
             Dropout probabilities while training (Merity et al. 2018; training_lstm.py): of whole words of the
             vocabulary (not with `inputs_embeds`); of features of the embeddings, of the outputs of each layer but the
@@ -75,6 +95,9 @@ class LSTMConfig(PreTrainedConfig):
 
     vocab_size: int = 260
     hidden_size: int = 512
+    cell_type: str = "lstm"
+    mogrifier_rounds: int | None = None
+    mogrifier_rank: int | None = None
     embedding_size: int | None = None
     num_hidden_layers: int = 2
     block_type: Literal["stacked", "residual"] = "stacked"
@@ -83,7 +106,11 @@ class LSTMConfig(PreTrainedConfig):
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
     initializer_range: float | int | None = None
-    forget_gate_bias: float | int = 1.0
+    forget_gate_bias: float | int | None = None
+    chrono_max_distance: int | None = None
+    output_bias: bool = False
+    last_cell_size: int | None = None
+    output_projection_size: int | None = None
     embedding_dropout: float | int = 0.0
     input_dropout: float | int = 0.0
     hidden_dropout: float | int = 0.0
@@ -100,6 +127,7 @@ class LSTMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.validate_depth()
+        self.validate_cell_type()
         self._derive(set(), {})
         super().__post_init__(**kwargs)
         self._is_complete = True
@@ -115,6 +143,7 @@ class LSTMConfig(PreTrainedConfig):
         """Set fields together: all are validated after the last, and either all or none of them are set."""
         changed = self._incomplete_copy()
         PreTrainedConfig.update(changed, config_dict)
+        changed.validate_cell_type()
         changed._derive(config_dict.keys(), self._defaults())
         changed.validate()
         vars(self).update(vars(changed), _is_complete=True)
@@ -142,9 +171,13 @@ class LSTMConfig(PreTrainedConfig):
 
     def _defaults(self) -> dict:
         """Return the defaults that depend on other fields."""
+        cell = CELLS[self.cell_type]
+        has_constant_bias = cell.forget_gate is not None and self.chrono_max_distance is None
         return {
             "embedding_size": self.hidden_size,
             "initializer_range": 0.2 if self.block_type == "stacked" else 0.02,
+            "forget_gate_bias": 1.0 if has_constant_bias else None,
+            "mogrifier_rounds": 5 if cell.has_rounds else None,
         }
 
     def _derive(self, given, former_defaults):
@@ -162,7 +195,8 @@ class LSTMConfig(PreTrainedConfig):
     @property
     def cell_sizes(self) -> list[int]:
         """Width of each layer's cell, from the first to the last."""
-        last = self.output_size if self.block_type == "stacked" else self.hidden_size
+        is_free = self.block_type == "residual" or self.output_projection_size is not None
+        last = self.last_cell_size or (self.hidden_size if is_free else self._tied_size)
         return [self.hidden_size] * (self.num_hidden_layers - 1) + [last]
 
     def validate_depth(self):
@@ -170,13 +204,52 @@ class LSTMConfig(PreTrainedConfig):
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"`num_hidden_layers` ({self.num_hidden_layers}) must be at most {MAX_LAYERS:,}.")
 
-    def validate_sizes(self):
-        for name in ("vocab_size", "hidden_size", "embedding_size", "num_hidden_layers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"`{name}` ({getattr(self, name)}) must be at least 1.")
+    def validate_cell_type(self):
+        """Run before the defaults of a cell are derived."""
+        if self.cell_type not in CELLS:
+            raise ValueError(f"`cell_type` ({self.cell_type!r}) must be one of {', '.join(CELLS)}.")
 
-        width = max(self.hidden_size, self.embedding_size)
-        layer = 8 * width * width + 3 * width * (self.intermediate_size or 0)
+    def validate_cell(self):
+        cell, rounds, rank = CELLS[self.cell_type], self.mogrifier_rounds, self.mogrifier_rank
+        for name, value in (("mogrifier_rounds", rounds), ("mogrifier_rank", rank)):
+            if value is not None and not cell.has_rounds:
+                raise ValueError(
+                    f'`{name}` ({value}) needs `cell_type="mogrifier"`: a {self.cell_type} has no rounds.'
+                )
+        if rounds is not None and not 0 <= rounds <= MAX_LAYERS:
+            raise ValueError(f"`mogrifier_rounds` ({rounds}) must be at least 0 and at most {MAX_LAYERS:,}.")
+        if rank is not None and rank < 1:
+            raise ValueError(f"`mogrifier_rank` ({rank}) must be at least 1, or None for full matrices.")
+        bias, longest = self.forget_gate_bias, self.chrono_max_distance
+        for name, value in (("forget_gate_bias", bias), ("chrono_max_distance", longest)):
+            if value is not None and cell.forget_gate is None:
+                raise ValueError(
+                    f"`{name}` ({value}) sets biases of a forget gate, which a {self.cell_type} lacks: leave it out."
+                )
+        if bias is not None and longest is not None:
+            raise ValueError(
+                f"`forget_gate_bias` ({bias}) and `chrono_max_distance` ({longest}) exclude each other, since both set the "
+                "biases of the forget gate: leave one out."
+            )
+        if bias is not None and not math.isfinite(bias):
+            raise ValueError(f"`forget_gate_bias` ({bias}) must be a finite number, such as 1.")
+        if longest is not None and longest < 3:
+            raise ValueError(f"`chrono_max_distance` ({longest}) must be at least 3 tokens.")
+
+    def validate_sizes(self):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "embedding_size",
+            "num_hidden_layers",
+            "last_cell_size",
+            "output_projection_size",
+        ):
+            if (size := getattr(self, name)) is not None and size < 1:
+                raise ValueError(f"`{name}` ({size}) must be at least 1.")
+
+        width = max(self.hidden_size, self.embedding_size, self.last_cell_size or 0, self.output_projection_size or 0)
+        layer = (8 + (self.mogrifier_rounds or 0)) * width * width + 3 * width * (self.intermediate_size or 0)
         parameters = self.vocab_size * self.embedding_size + self.num_hidden_layers * layer
         if parameters > MAX_PARAMETERS:
             raise ValueError(
@@ -190,12 +263,16 @@ class LSTMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`initializer_range` ({self.initializer_range}) is a standard deviation: it must be at least 0 and finite."
             )
-        if not math.isfinite(self.forget_gate_bias):
-            raise ValueError(f"`forget_gate_bias` ({self.forget_gate_bias}) must be a finite number, such as 1.")
 
     @property
     def output_size(self) -> int:
         """Width of the output layer's input."""
+        last = self._tied_size if self.block_type == "residual" else self.cell_sizes[-1]
+        return self.output_projection_size or last
+
+    @property
+    def _tied_size(self) -> int:
+        """Width of what meets the output layer without a projection of its own."""
         return cast(int, self.embedding_size) if self.tie_word_embeddings else self.hidden_size
 
     def validate_block(self):
@@ -232,16 +309,16 @@ class LSTMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`adaptive_softmax_cutoffs` ({cutoffs}) must increase, from at least 1 to below `vocab_size` ({self.vocab_size})."
             )
-        if self.hidden_size < 4 ** len(cutoffs):
+        if self.output_size < 4 ** len(cutoffs):
             raise ValueError(
-                f"`hidden_size` ({self.hidden_size}) is too small for {len(cutoffs)} groups, since each has a quarter of the "
+                f"The output layer's input ({self.output_size} wide) is too small for {len(cutoffs)} groups, since each has a quarter of the "
                 "width of the one before: give fewer `adaptive_softmax_cutoffs`, or a width of at least "
                 f"{4 ** len(cutoffs)}."
             )
-        if self.tie_word_embeddings or self.loss_chunk_size is not None:
+        if self.tie_word_embeddings or self.loss_chunk_size is not None or self.output_bias:
             raise ValueError(
-                f"`adaptive_softmax_cutoffs` ({cutoffs}) excludes tied embeddings and `loss_chunk_size`: set "
-                "`tie_word_embeddings=False` and `loss_chunk_size=None`."
+                f"`adaptive_softmax_cutoffs` ({cutoffs}) excludes tied embeddings, `loss_chunk_size` and `output_bias`: set "
+                "`tie_word_embeddings=False`, `loss_chunk_size=None` and `output_bias=False`."
             )
 
     @property
@@ -250,8 +327,18 @@ class LSTMConfig(PreTrainedConfig):
         return self.loss_chunk_size is not None or self.adaptive_softmax_cutoffs is not None
 
     def validate_tying(self):
-        stacked = self.block_type == "stacked"
-        if stacked and self.cell_sizes[0] != self.hidden_size:
+        stacked, tied = self.block_type == "stacked", self.tie_word_embeddings
+        if self.last_cell_size is not None and not (stacked and (not tied or self.output_projection_size is not None)):
+            raise ValueError(
+                f"`last_cell_size` ({self.last_cell_size}) needs a stacked model whose last cell is as wide as one likes: set "
+                "`tie_word_embeddings=False` or `output_projection_size`, or leave it out."
+            )
+        if tied and self.output_projection_size not in (None, self.embedding_size):
+            raise ValueError(
+                f"`output_projection_size` ({self.output_projection_size}) must equal `embedding_size` "
+                f"({self.embedding_size}) with tied embeddings: make them equal, or set `tie_word_embeddings=False`."
+            )
+        if stacked and self.last_cell_size is None and self.cell_sizes[0] != self.hidden_size:
             raise ValueError(
                 f"`embedding_size` ({self.embedding_size}) must equal `hidden_size` ({self.hidden_size}) in a model with tied "
                 "embeddings and a single layer, also under `assistant_early_exit=1`: make them equal, add a layer, or set "

@@ -37,11 +37,11 @@ class PlainStep:
     PLACES = ({("cpu", torch.float32)}, {("cpu", torch.float64)})  # where `torch.lstm_cell` is exact
 
     def __init__(self, model: Any):
-        gates = [(layer.input_gates, layer.hidden_gates) for layer in model.layers]
-        modules = [model, *model.children(), *model.layers, *(module for pair in gates for module in pair)]
+        modules = [model, *model.children(), *(module for layer in model.layers for module in layer.modules())]
+        self.cell = model.layers[0].cell
         self.embeddings = model.embed_tokens.weight
-        self.gates = [(W.weight, U.weight, W.bias) for W, U in gates]
-        self.weights = [self.embeddings, *(weight for layer in self.gates for weight in layer)]
+        self.gates = [layer.gates().weights() for layer in model.layers]
+        self.weights = [self.embeddings, *(weight for layer in model.layers for weight in layer.parameters())]
         self.config, self.fields = model.config, vars(model.config)
         self.modules = [vars(module) for module in modules]  # looking into these is faster than calling `is_untouched`
         self.hooks = [own[hooks] for own in self.modules for hooks in HOOKS]
@@ -51,9 +51,8 @@ class PlainStep:
 
     @classmethod
     def is_possible(cls, model: Any, kinds: set[type]) -> bool:
-        """Return whether a model is on a CPU, in evaluation mode, and computes only embeddings and plain LSTM layers."""
-        between = (model.in_proj, model.norm, model.out_proj)
-        gates = [gate for layer in model.layers for gate in (layer.input_gates, layer.hidden_gates)]
+        """Return whether a model is on a CPU, in evaluation mode, and computes only embeddings and plain layers."""
+        between = (model.in_proj, model.norm)
         return (
             model.config.block_type == "stacked"
             and not model.config.output_hidden_states
@@ -63,8 +62,8 @@ class PlainStep:
             and is_plain(model.embed_tokens, nn.Embedding)
             and model.embed_tokens.max_norm is None
             and all(is_plain(module, nn.Identity) for module in between)
-            and all(is_plain(gate) for gate in gates)
-            and all(layer.input_gates.bias is not None for layer in model.layers)
+            and is_untouched(model.out_proj, {type(model.out_proj)})
+            and all(layer.gates().are_plain() and layer.input_gates.bias is not None for layer in model.layers)
             and {(part.device.type, part.dtype) for part in model.parameters()} in cls.PLACES
         )
 
@@ -88,7 +87,7 @@ class PlainStep:
             and not getattr(layer, "record_past", True)
             and not layer.is_compileable
             and len(layer.keys) == len(input_ids)
-            and (layer.keys.dtype, layer.keys.device) == (layer.values.dtype, layer.values.device) == place
+            and all((part.dtype, part.device) == place for part in layer.get_state())
             for layer in layers
         )
 
@@ -100,8 +99,7 @@ class PlainStep:
             embeddings, gates = self._copied()
         x = F.embedding(input_ids[:, 0], embeddings)
         for layer, weights in zip(layers, gates, strict=True):
-            x, c = torch.lstm_cell(x, layer.get_state(), *weights)
-            layer.update(x, c)
+            x, *_ = layer.update(*self.cell.single(x, layer.get_state(), weights))
         return x
 
     def _key(self) -> list[tuple]:
@@ -120,14 +118,20 @@ class PlainStep:
             return self.embeddings, self.gates
         if any(weight.is_inference() for weight in self.weights):  # changes would not be detected
             return self.embeddings, self.gates
-        (W, U, b), *others = self.gates
-        (vocabulary, width), embeddings = self.embeddings.shape, self.embeddings
-        folded = W @ embeddings.t() if 4 * vocabulary <= width else None
+        ((W, *rest), *others), embeddings = self.gates, self.embeddings
+        vocabulary, width = embeddings.shape
+        folded = W @ embeddings.t() if 4 * vocabulary <= width and not self.cell.has_rounds else None
         if folded is not None and folded.isfinite().all():  # or a one-hot x would spread NaN to all tokens
             W, embeddings = folded, torch.eye(vocabulary, dtype=W.dtype)
-        gates = [(W, U, b), *others]
-        self.copy = embeddings, [(W.t().contiguous().t(), U.t().contiguous().t(), b) for W, U, b in gates]
+        self.copy = embeddings, _column_major([[W, *rest], *others])
         return self.copy
+
+
+def _column_major(weights: Any) -> Any:
+    """Copy the matrices in nested lists of weights into column-major order."""
+    if isinstance(weights, list):
+        return [_column_major(weight) for weight in weights]
+    return weights if weights is None or weights.ndim < 2 else weights.t().contiguous().t()
 
 
 def take_plain_step(
@@ -151,7 +155,7 @@ def take_plain_step(
         head (`LSTMForCausalLM`, *optional*): The model around it, if its forward is replaced too.
 
     Returns:
-        h of the last layer, `(B, H)`; `None` if the modules must compute it.
+        The model's outputs, `(B, D)`; `None` if the modules must compute them.
     """
     if input_ids is None or not isinstance(cache, Cache) or not cache.layers or input_ids.shape[1:] != (1,):
         return None
@@ -176,7 +180,7 @@ def take_plain_step(
     if not step.fits(input_ids, cache):
         return None
     first.plain_step = step
-    return step.take(input_ids, cache)
+    return model.out_proj(step.take(input_ids, cache))
 
 
 class LSTMGenerationMixin(GenerationMixin):

@@ -1,13 +1,11 @@
-"""LSTM language models.
+"""LSTM language models, and those of other recurrent cells.
 
-    i, f, g, o = W x_t + U h_{t-1} + b        gates, in the order of `torch.nn.LSTM`
-    c_t = σ(f) ⊙ c_{t-1} + σ(i) ⊙ tanh(g)     forget gate: Gers et al. 2000
-    h_t = σ(o) ⊙ tanh(c_t)                    Hochreiter & Schmidhuber 1997
+    h_t, c_t = cell(x_t, h_{t-1}, c_{t-1})    the equations of each cell: cells_lstm.py
     logits_t = E h_t                          E: the embedding, when tied (Press & Wolf 2017)
 
 A residual layer reads and writes a stream x (He et al. 2016; normalised before each branch, Xiong et al. 2020):
 
-    x = x + O LSTM(norm(x))
+    x = x + O cell(norm(x))
     x = x + D (act(G norm(x)) ⊙ F norm(x))    gated MLP, optional: Shazeer 2020
 
 Shapes: B batch, T tokens of this call, D width of a layer's input, H width of its cell, L layers, V vocabulary;
@@ -36,10 +34,11 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from .cache_lstm import prepare_cache_layers, rows_that_read
+from .cells_lstm import CELLS, Gates
 from .configuration_lstm import LSTMConfig
 from .generation_lstm import LSTMGenerationMixin, take_plain_step
 from .loading_lstm import StrictLoading
-from .recurrence_lstm import Reading, Recurrence, find_reading, reads_embeddings, run_lstm
+from .recurrence_lstm import Reading, find_reading, reads_embeddings, run_cell
 from .training_lstm import AdaptiveSoftmax, compute_losses, locked_dropout, weight_dropout, word_dropout
 
 
@@ -72,43 +71,49 @@ class LSTMCausalLMOutputWithPast(CausalLMOutputWithPast):
 
 
 class LSTMLayer(GradientCheckpointingLayer):
-    """One LSTM layer."""
+    """One layer of an LSTM, or of another cell."""
 
     def __init__(self, input_size: int, cell_size: int, config: LSTMConfig):
         super().__init__()
         self.config = config
-        self.input_gates = linear(input_size, 4 * cell_size, "gates", bias=True)  # W, b
-        self.hidden_gates = linear(cell_size, 4 * cell_size, "recurrent")  # U
+        self.cell = CELLS[config.cell_type]
+        rows = self.cell.gates * cell_size
+        self.input_gates = linear(input_size, rows, "gates", bias=True)  # W, b
+        self.hidden_gates = linear(cell_size, rows, "recurrent", bias=self.cell.has_hidden_bias)  # U
+        self.mogrifier = mogrifier(input_size, cell_size, config)  # Q and R
 
     def forward(
         self,
         x: torch.Tensor,
-        h: torch.Tensor,
-        c: torch.Tensor,
+        *state: torch.Tensor,
         reading: Reading | None = None,
         record: bool = False,
         tokens: torch.Tensor | None = None,
         embeddings: torch.Tensor | None = None,
-    ) -> Recurrence:
+    ) -> tuple[torch.Tensor, ...]:
         """
         Args:
             x (`(B, T, D)`): Input.
-            h, c (`(B, H)`): State to start from.
+            state (`(B, H)` each): State to start from: h and, where the cell has it, c.
             reading (`Segments` or `Steps`, *optional*): The tokens to read, where rows are padded or documents start.
             record (`bool`, defaults to `False`): Whether to return the states after each token too.
             tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): x as `embeddings[tokens]`, of K distinct tokens.
 
         Returns:
-            [`Recurrence`]: h after each token, h and c at each row's end and, if recorded, after each token. A padded
-            token leaves h and c as they were.
+            `tuple`: h after each token, `(B, T, H)`; the state at each row's end; and, if recorded, after each token,
+            `(B, T, H)` each. A padded token leaves the state as it was.
         """
+        outputs, last, past = run_cell(self.cell, x, state, self.gates(), reading, record, tokens, embeddings)
+        return outputs, *last, *past
+
+    def gates(self) -> Gates:
+        """Return the modules of the cell; while training with weight dropout, on U with entries dropped."""
         hidden_weight = weight_dropout(self.hidden_gates, self.config.weight_dropout if self.training else 0)
-        gates = (self.input_gates, self.hidden_gates)
-        return run_lstm(x, h, c, *gates, reading, record, hidden_weight, tokens, embeddings)
+        return Gates(self.input_gates, self.hidden_gates, hidden_weight, self.mogrifier)
 
 
 class ResidualLSTMLayer(LSTMLayer):
-    """An LSTM layer with a residual connection, and the gated MLP that may follow it."""
+    """A layer with a residual connection, and the gated MLP that may follow it."""
 
     def __init__(self, config: LSTMConfig):
         super().__init__(config.hidden_size, config.hidden_size, config)
@@ -116,21 +121,14 @@ class ResidualLSTMLayer(LSTMLayer):
         self.o_proj = linear(config.hidden_size, config.hidden_size, "branch")
         self.mlp = GatedMLP(config, config.intermediate_size) if config.intermediate_size is not None else None
 
-    def forward(  # type: ignore[override]  # it reads normalised input, so it gets no tokens
-        self,
-        x: torch.Tensor,
-        h: torch.Tensor,
-        c: torch.Tensor,
-        reading: Reading | None = None,
-        record: bool = False,
-    ) -> Recurrence:
-        """See [`LSTMLayer`]; x and `outputs` are the residual stream, `(B, T, H)`."""
-        recurrence = super().forward(self.norm(x), h, c, reading, record)
+    def forward(self, x: torch.Tensor, *state: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
+        """See [`LSTMLayer`]; x and the outputs are the residual stream, `(B, T, H)`."""
+        outputs, *states = super().forward(self.norm(x), *state, **options)
         p = self.config.hidden_dropout if self.training else 0
-        x = x + locked_dropout(self.o_proj(recurrence.outputs), p)
+        x = x + locked_dropout(self.o_proj(outputs), p)
         if self.mlp is not None:
             x = x + locked_dropout(self.mlp(x), p)
-        return recurrence._replace(outputs=x)
+        return x, *states
 
 
 class RMSNorm(nn.RMSNorm):
@@ -183,11 +181,23 @@ class LSTMPreTrainedModel(StrictLoading, PreTrainedModel):
         if role == "recurrent":  # drawn after the above, so that a seed reproduces a stacked model of version 0.1.0
             init.orthogonal_(module.weight)  # Saxe et al. 2014: signals neither vanish nor explode
         if role == "gates":
-            bias = torch.zeros_like(module.bias).view(4, -1)
-            bias[1] = self.config.forget_gate_bias
-            init.copy_(module.bias, bias.flatten())
+            init.copy_(module.bias, self._new_gate_biases(module.bias))
         elif module.bias is not None:
             init.zeros_(module.bias)
+
+    def _new_gate_biases(self, like: torch.Tensor) -> torch.Tensor:
+        """
+        Return new biases of the gates, `(gates H,)`: 0, but for those of the forget gate and, with `chrono_max_distance`,
+        of the input gate.
+        """
+        cell, longest = CELLS[self.config.cell_type], self.config.chrono_max_distance
+        biases = torch.zeros_like(like).view(cell.gates, -1)
+        if longest is not None:  # Tallec & Ollivier 2018: a unit remembers for about u tokens
+            biases[cell.forget_gate] = torch.empty_like(biases[0]).uniform_(1, longest - 1).log()
+            biases[cell.input_gate] = -biases[cell.forget_gate]
+        elif self.config.forget_gate_bias is not None:
+            biases[cell.forget_gate] = self.config.forget_gate_bias
+        return biases.flatten()
 
 
 def linear(inputs: int, outputs: int, role: str = "plain", bias: bool = False) -> nn.Linear:
@@ -195,6 +205,18 @@ def linear(inputs: int, outputs: int, role: str = "plain", bias: bool = False) -
     layer = nn.Linear(inputs, outputs, bias=bias)
     layer.role = role  # type: ignore[assignment]  # torch types the attributes of modules as tensors and modules
     return layer
+
+
+def mogrifier(input_size: int, cell_size: int, config: LSTMConfig) -> nn.ModuleList | None:
+    """
+    Create the rounds of a Mogrifier, each a matrix, or two by way of `mogrifier_rank` features: the first from h to the
+    width of x, the second back, and so on. Other cells have none, `None`.
+    """
+    if config.mogrifier_rounds is None:
+        return None
+    sizes = [cell_size, *([config.mogrifier_rank] if config.mogrifier_rank else []), input_size]
+    rounds = [itertools.pairwise(sizes if index % 2 == 0 else sizes[::-1]) for index in range(config.mogrifier_rounds)]
+    return nn.ModuleList(nn.Sequential(*(linear(*pair) for pair in pairs)) for pairs in rounds)
 
 
 class LSTMModel(LSTMPreTrainedModel):
@@ -218,6 +240,8 @@ class LSTMModel(LSTMPreTrainedModel):
             self.in_proj = linear(embedding_size, config.hidden_size)
             if config.tie_word_embeddings:
                 self.out_proj = linear(config.hidden_size, embedding_size)
+        if config.output_projection_size is not None:
+            self.out_proj = linear(config.cell_sizes[-1], config.output_projection_size, bias=True)
         self.gradient_checkpointing = False
         self._plain_step = None  # a weak reference
         self.post_init()
@@ -249,7 +273,8 @@ class LSTMModel(LSTMPreTrainedModel):
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 A document starts, from a zero state, wherever the position of a real token is 0.
             past_key_values ([`Cache`], *optional*):
-                State to continue from, updated in place. Its size, `2 B (H_1 + ... + H_L)` numbers, does not grow.
+                State to continue from, updated in place. Its size does not grow: `2 B (H_1 + ... + H_L)` numbers for
+                h and c, half of them for a cell without c.
             inputs_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): Embeddings instead of `input_ids`.
             use_cache (`bool`, *optional*):
                 Whether to return the state; `config.use_cache` by default, and `False` while training.
@@ -265,11 +290,11 @@ class LSTMModel(LSTMPreTrainedModel):
         """
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         asked = (inputs_embeds, *limits, *kwargs.values())
-        h = take_plain_step(self, {LSTMModel, LSTMLayer}, input_ids, past_key_values, asked)
-        if h is not None:
-            return LSTMModelOutputWithPast(last_hidden_state=h[:, None], past_key_values=past_key_values)
+        x = take_plain_step(self, {LSTMModel, LSTMLayer}, input_ids, past_key_values, asked)
+        if x is not None:
+            return LSTMModelOutputWithPast(last_hidden_state=x[:, None], past_key_values=past_key_values)
         self._check_arguments(input_ids, inputs_embeds, kwargs.get("output_attentions"))
-        x, lookup = self._embed(input_ids) if inputs_embeds is None else (inputs_embeds, ())
+        x, lookup = self._embed(input_ids) if inputs_embeds is None else (inputs_embeds, {})
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
         if use_cache and past_key_values is None:
@@ -277,18 +302,20 @@ class LSTMModel(LSTMPreTrainedModel):
 
         layers = self._layers_in_use()
         cell_sizes = [layer.hidden_gates.in_features for layer in layers]
-        cache_layers = prepare_cache_layers(past_key_values, x.shape[0], len(self.layers), cell_sizes)
+        cell = layers[0].cell
+        cache_layers = prepare_cache_layers(past_key_values, x.shape[0], len(self.layers), cell_sizes, cell.states)
         reading, documents = find_reading(x, cache_layers[0], *limits)
         x = self.in_proj(locked_dropout(x, self.config.input_dropout if self.training else 0))
         is_residual = self.config.block_type == "residual"
         for index, (layer, cache_layer, size) in enumerate(zip(layers, cache_layers, cell_sizes, strict=False)):
             if self.training and index > 0 and not is_residual:
                 x = locked_dropout(x, self.config.hidden_dropout)
-            h, c = cache_layer.initial_state(x, size)
-            # All by position: checkpointing with `use_reentrant` computes no gradients of arguments by name.
-            x, h, c, past_h, past_c = layer(x, h, c, reading, cache_layer.record_past, *lookup)
-            lookup = ()
-            cache_layer.update(h, c, num_tokens=x.shape[1], trajectory=(past_h, past_c))
+            state = cache_layer.get_state(x.device) or cell.zero_state(x, size)
+            # The state by position: checkpointing with `use_reentrant` computes no gradients of other arguments.
+            x, *states = layer(x, *state, reading=reading, record=cache_layer.record_past, **lookup)
+            lookup = {}
+            last, past = states[: len(state)], tuple(states[len(state) :])
+            cache_layer.update(*last, num_tokens=x.shape[1], past=past)
         x = self.out_proj(self.norm(x))
         if is_residual and reading is not None:  # in a stacked model h, the last output, stays over padding
             x = cache_layers[0].hold(x, reading.real)
@@ -299,17 +326,17 @@ class LSTMModel(LSTMPreTrainedModel):
             document_starts=reading.firsts if self.training and reading is not None else None,
         )
 
-    def _embed(self, input_ids) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+    def _embed(self, input_ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """
         Embed tokens `(B, T)`. Where the first layer can use them, return too the row of each token among the K distinct
         ones, `(B, T)`, and the embeddings of these, `(K, D)`.
         """
         vocab_size, p = self.config.vocab_size, self.config.embedding_dropout if self.training else 0
         if not reads_embeddings(self, LSTMLayer, input_ids):
-            return word_dropout(self.embed_tokens(input_ids), input_ids, vocab_size, p), ()
+            return word_dropout(self.embed_tokens(input_ids), input_ids, vocab_size, p), {}
         words, tokens = input_ids.unique(return_inverse=True)
         embeddings = word_dropout(self.embed_tokens(words), words, vocab_size, p)
-        return F.embedding(tokens, embeddings), (tokens, embeddings)
+        return F.embedding(tokens, embeddings), {"tokens": tokens, "embeddings": embeddings}
 
     def _check_arguments(self, input_ids, inputs_embeds, output_attentions: bool | None) -> None:
         if self.config.output_attentions if output_attentions is None else output_attentions:
@@ -353,7 +380,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, LSTMGenerationMixin):
         super().__init__(config)
         self.model = LSTMModel(config)
         if config.adaptive_softmax_cutoffs is None:
-            self.lm_head = linear(config.output_size, config.vocab_size)
+            self.lm_head = linear(config.output_size, config.vocab_size, bias=config.output_bias)
         else:
             self.lm_head = AdaptiveSoftmax(config.output_size, config.vocab_size, config.adaptive_softmax_cutoffs)
         self.post_init()

@@ -10,21 +10,23 @@ Shapes: B rows of T tokens, S segments, N real tokens in all, D width of the inp
 """
 
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .cells_lstm import (
+    Cell,
+    Gates,
+    State,
     are_few,
-    explicit_lstm,
-    fused_lstm,
+    explicit,
+    fused,
     is_plain,
     is_traced,
     is_transformed,
     is_untouched,
-    masked_lstm,
+    masked,
 )
 
 # Steps from which torch's fused LSTM is faster than the explicit one without gradients. Two CPU cores, 512 wide,
@@ -37,26 +39,22 @@ UNKNOWN = torch.iinfo(torch.int64).min
 
 class Recurrence(NamedTuple):
     """
-    Result of a layer's recurrence: `outputs` `(B, T, H)`; h and c at the end of each row, `(B, H)`; and, if recorded,
-    h and c after each token, `(B, T, H)`.
+    Result of a layer's recurrence: `outputs` `(B, T, H)`; the state at the end of each row, `(B, H)` for each of its
+    tensors; and, if recorded, the state after each token, `(B, T, H)` for each.
     """
 
     outputs: torch.Tensor
-    h: torch.Tensor
-    c: torch.Tensor
-    past_h: torch.Tensor | None = None
-    past_c: torch.Tensor | None = None
+    state: State
+    past: State = ()
 
 
-def run_lstm(
+def run_cell(
+    cell: Cell,
     x: torch.Tensor,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    input_gates: nn.Module,
-    hidden_gates: nn.Module,
+    state: State,
+    gates: Gates,
     reading: "Rows | Reading | None" = None,
     record: bool = False,
-    hidden_weight: torch.Tensor | None = None,
     tokens: torch.Tensor | None = None,
     embeddings: torch.Tensor | None = None,
 ) -> Recurrence:
@@ -64,78 +62,76 @@ def run_lstm(
     Run the recurrence of a layer.
 
     Args:
+        cell (`Cell`): Its cell.
         x (`(B, T, D)`): Input.
-        h, c (`(B, H)`): State to start from.
-        input_gates, hidden_gates (`nn.Module`): W with b, and U.
+        state (`tuple` of `(B, H)`): State to start from.
+        gates (`Gates`): The cell's modules.
         reading (`Segments` or `Steps`, *optional*): The tokens to read; by default all, each row as one document.
         record (`bool`, defaults to `False`): Whether to return the states after each token too.
-        hidden_weight (`(4 H, H)`, *optional*): Used instead of U, under weight dropout.
         tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): x as `embeddings[tokens]`, of K distinct tokens, on a CPU.
     """
     reading = reading or Rows(*x.shape[:2])
-    gates = (input_gates, hidden_gates, hidden_weight)
-    kernel = select_kernel(x, h, c, reading, record, *gates)
-    if kernel == "cell":
-        weights: Any = (input_gates.weight, hidden_gates.weight, input_gates.bias)
-        h, c = torch.lstm_cell(x[:, 0], (h, c), *weights)
-        return Recurrence(h[:, None], h, c)
+    kernel = select_kernel(x, state, gates, reading, record)
+    if kernel == "single":
+        state = cell.single(x[:, 0], state, gates.weights())
+        return Recurrence(state[0][:, None], state)
     if isinstance(reading, Steps):  # the kernel is "masked"
-        outputs, cells, h, c = masked_lstm(x, h, c, reading.real, reading.restarts, *gates)
-        return Recurrence(outputs, h, c, *((outputs, cells) if record else ()))
-    run: Any = {"explicit": explicit_lstm, "fused": fused_lstm}[kernel]
-    packed = reading.pack(x)
-    if kernel == "fused" and embeddings is not None and are_few(embeddings, packed):
-        packed, run = reading.pack(tokens), partial(fused_lstm, embeddings=embeddings)
-    outputs, cells, last_h, last_c = run(packed, reading.start(h), reading.start(c), reading.batch_sizes, *gates)
-    outputs = reading.unpack(outputs, h)
-    past = (outputs, reading.unpack(torch.cat(cells), c)) if record else ()
-    return Recurrence(outputs, reading.end(last_h, h), reading.end(last_c, c), *past)
+        steps, state = masked(cell, x, state, reading.real, reading.restarts, gates)
+        past = tuple(torch.stack(parts, dim=1) for parts in zip(*steps, strict=True))
+        return Recurrence(past[0], state, past if record else ())
+    packed, start = reading.pack(x), tuple(reading.start(part) for part in state)
+    if kernel == "fused":
+        lookup = embeddings is not None and are_few(embeddings, packed)
+        packed, known = (reading.pack(tokens), embeddings) if lookup else (packed, None)
+        outputs, last = fused(cell, packed, start, reading.batch_sizes, gates, known)
+    else:
+        steps, last = explicit(cell, packed, start, reading.batch_sizes, gates)
+        outputs = torch.cat([parts[0] for parts in steps])
+    past = ()
+    outputs = reading.unpack(outputs, state[0])
+    if record:
+        others = [torch.cat(parts) for parts in list(zip(*steps, strict=True))[1:]]
+        past = (outputs, *(reading.unpack(part, carried) for part, carried in zip(others, state[1:], strict=True)))
+    ends = tuple(reading.end(part, carried) for part, carried in zip(last, state, strict=True))
+    return Recurrence(outputs, ends, past)
 
 
-def select_kernel(
-    x: torch.Tensor,
-    h: torch.Tensor,
-    c: torch.Tensor,
-    reading: "Rows | Reading",
-    record: bool,
-    input_gates: nn.Module,
-    hidden_gates: nn.Module,
-    hidden_weight: torch.Tensor | None,
-) -> str:
+def select_kernel(x: torch.Tensor, state: State, gates: Gates, reading: "Rows | Reading", record: bool) -> str:
     """
-    Choose the kernel of [`run_lstm`]. The first line that applies decides:
+    Choose the kernel of [`run_cell`]. The first line that applies decides:
 
         masked      `Steps` are read
         explicit    gates with adapters, quantisers or hooks; recorded states; a device, an export or a `torch.func`
                     transform that torch's kernels do not support
         fused       gradients are needed
-        cell        one token of every row on a CPU
+        single      one token of every row on a CPU
         fused       at least `FUSED_STEPS` steps
         explicit    fewer
     """
     device, steps = x.device.type, len(reading.batch_sizes)
     if isinstance(reading, Steps):
         return "masked"
-    if record or not (is_plain(input_gates) and is_plain(hidden_gates)):
+    if record or not gates.are_plain():
         return "explicit"
     if steps == 0 or device not in FUSED_STEPS or torch.compiler.is_exporting() or is_transformed():
         return "explicit"
     if torch.is_grad_enabled():
         return "fused"
-    if isinstance(reading, Rows) and steps == 1 and device == "cpu" and hidden_weight is None:
-        one_type = x.dtype == h.dtype == c.dtype == input_gates.weight.dtype
-        if one_type and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
-            return "cell"
+    if isinstance(reading, Rows) and steps == 1 and device == "cpu" and gates.hidden_weight is None:
+        one_type = {x.dtype, gates.input_gates.weight.dtype, *(part.dtype for part in state)}
+        if len(one_type) == 1 and not (torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()):
+            return "single"
     return "fused" if steps >= FUSED_STEPS[device] else "explicit"
 
 
 def reads_embeddings(model: Any, kind: type, input_ids: torch.Tensor) -> bool:
     """
     Return whether the first layer of an `LSTMModel` may multiply distinct tokens once: on a CPU, in float32 or float64, from
-    `FUSED_STEPS` tokens a row on, neither traced nor transformed. The layer must be a `kind`, no features may be dropped or
-    projected before it, and no module may do more than its own forward.
+    `FUSED_STEPS` tokens a row on, neither traced nor transformed. The layer must be a `kind` whose activations are not
+    recomputed, no features may be dropped or projected before it, and no module may do more than its own forward.
     """
-    embed, is_dropped = model.embed_tokens, model.training and model.config.input_dropout > 0
+    embed, layer = model.embed_tokens, model.layers[0]
+    is_dropped = model.training and model.config.input_dropout > 0
     return (
         input_ids.shape[1] >= FUSED_STEPS["cpu"]
         and not (is_dropped or is_traced() or is_transformed())
@@ -144,7 +140,8 @@ def reads_embeddings(model: Any, kind: type, input_ids: torch.Tensor) -> bool:
         and embed.weight.device.type == input_ids.device.type == "cpu"
         and embed.weight.dtype in (torch.float32, torch.float64)
         and is_untouched(model.in_proj, {nn.Identity})
-        and is_untouched(model.layers[0], {kind})
+        and is_untouched(layer, {kind})
+        and not (layer.cell.has_rounds or layer.gradient_checkpointing)
     )
 
 
@@ -218,7 +215,7 @@ class Segments:
 class Steps:
     """
     Tokens to read where data may not be copied to the host and shapes may not depend on values: every row takes part
-    in every step (`masked_lstm`).
+    in every step (`masked`).
 
     Args:
         real, restarts (`(B, T)`): Whether each token is read, and whether a document starts with it.

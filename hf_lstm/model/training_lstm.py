@@ -237,7 +237,7 @@ def loss_without_logits(
         total = lm_head.sum_of_losses(hidden[kept], targets[kept])
     else:
         hidden, targets = hidden[kept], targets[kept]
-        total = _SumOfCrossEntropies.apply(hidden, lm_head.weight, targets, chunk_size)
+        total = _SumOfCrossEntropies.apply(hidden, lm_head.weight, lm_head.bias, targets, chunk_size)
     count = kept.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
@@ -255,22 +255,25 @@ def _dropout_mask(like: torch.Tensor, shape: Sequence[int], p: float) -> torch.T
 
 
 class _SumOfCrossEntropies(torch.autograd.Function):
-    """Sum of the cross-entropies of `hidden` `(N, D)` and `targets` `(N,)`, in chunks."""
+    """Sum of the cross-entropies of `hidden` `(N, D)` and `targets` `(N,)`, in chunks; the output layer's bias may be `None`."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_size):
+    def forward(ctx, hidden, weight, bias, targets, chunk_size):
         total = hidden.new_zeros((), dtype=at_least_float32(hidden.dtype))
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         # Hundreds of chunks are summed in float32: in bfloat16 most of the last ones would be lost to rounding.
         weight_grad = torch.zeros_like(weight, dtype=total.dtype) if needs_weight else None
+        bias_grad = torch.zeros_like(bias, dtype=total.dtype) if needs_bias else None
         for start in range(0, len(targets), chunk_size):
             part, wanted = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
-            scores = (part @ weight.t()).to(total.dtype)  # (C, V)
+            scores = F.linear(part, weight, bias).to(total.dtype)  # (C, V)
             normalizer = scores.logsumexp(dim=-1, keepdim=True)
             total += (normalizer - scores.gather(1, wanted)).sum()
             # softmax minus the target, in place: the gradient of the sum
             change = scores.sub_(normalizer).exp_().scatter_add_(1, wanted, -torch.ones_like(normalizer))
+            if needs_bias:
+                bias_grad += change.sum(dim=0)
             change = change.to(hidden.dtype)
             if needs_hidden:
                 hidden_grad[start : start + chunk_size] = change @ weight
@@ -278,17 +281,21 @@ class _SumOfCrossEntropies(torch.autograd.Function):
                 weight_grad.addmm_(change.t(), part)
             elif needs_weight:
                 weight_grad += change.t() @ part
-        ctx.save_for_backward(hidden_grad, weight_grad, hidden, weight, targets)
+        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad, hidden, weight, bias, targets)
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        *grads, hidden, weight, targets = ctx.saved_tensors
+        *grads, hidden, weight, bias, targets = ctx.saved_tensors
+        inputs, needed = (hidden, weight, bias), ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # `create_graph=True`: derivatives of the gradients are wanted
-            scores = F.linear(hidden, weight)
+            scores = F.linear(*inputs)
             total = F.cross_entropy(scores.to(at_least_float32(scores.dtype)), targets, reduction="sum")
-            wanted = [tensor for tensor, needed in zip((hidden, weight), ctx.needs_input_grad, strict=False) if needed]
+            wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
             found = iter(torch.autograd.grad(total, wanted, scale, create_graph=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:2]), None, None
-        hidden_grad, weight_grad = (None if grad is None else grad * scale.to(grad.dtype) for grad in grads)
-        return hidden_grad, None if weight_grad is None else weight_grad.to(weight.dtype), None, None
+            return *(next(found) if is_needed else None for is_needed in needed), None, None
+        scaled = (
+            (grad * scale.to(grad.dtype)).to(tensor.dtype) if is_needed else None
+            for grad, tensor, is_needed in zip(grads, inputs, needed, strict=True)
+        )
+        return *scaled, None, None

@@ -1,9 +1,11 @@
-"""Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it adapts.
+"""Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it adapts; and how
+far its gradients reach.
 
 python scripts/evaluate.py stream --model runs/shakespeare --file tinyshakespeare.txt --split validation
 python scripts/evaluate.py surprisal --model runs/shakespeare --text "The horse raced past the barn fell." --by word
 python scripts/evaluate.py pairs --model runs/shakespeare --file blimp.jsonl
 python scripts/evaluate.py adapt --model runs/shakespeare --train_file tinyshakespeare.txt
+python scripts/evaluate.py gradients --model runs/shakespeare runs/other --file tinyshakespeare.txt --picture flow.png
 
 The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
 `python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
@@ -16,7 +18,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy
+from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from standard_library import standard_library
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -29,6 +31,7 @@ from hf_lstm.evaluation import (
     NeuralCache,
     check_tokenizer,
     fit_temperature,
+    gradient_flow,
     gradient_rms,
     losses_by_position,
 )
@@ -116,7 +119,25 @@ class Adapt(Arguments):
     max_segments: int = flag("Segments of training text whose gradients are read.", 200)
 
 
-def stream(arguments: Stream, model, tokenizer) -> None:
+@dataclass
+class Gradients(Arguments):
+    """The norm of the gradient of the loss by earlier states, by their distance: do gradients vanish or explode?"""
+
+    model: list[str] = field(metadata={"help": "Folders of one or several models, or their names on the Hub."})
+    file: str | None = flag("Text, .jsonl, .csv or .parquet file; Python's standard library without it.")
+    split: str | None = flag(
+        "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
+    )
+    text_column: str = flag("The column of the records that holds the text.", "text")
+    join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
+    tokens: int = flag("Tokens to read, from the beginning.", 1600)
+    positions: int = flag("Losses whose gradients are averaged, evenly spaced over these tokens.", 32)
+    max_distance: int = flag("The largest distance, in tokens.", 200)
+    picture: str | None = flag("Where to draw the norms by the distance, a curve for each model and layer.")
+
+
+def read_split(arguments: Stream | Gradients):
+    """Read the texts of `--file` and `--split`."""
     if arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
         corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
@@ -126,7 +147,11 @@ def stream(arguments: Stream, model, tokenizer) -> None:
         split = arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
-    tokens = stream_of(corpus[split], model, tokenizer)
+    return corpus[split]
+
+
+def stream(arguments: Stream, model, tokenizer) -> None:
+    tokens = stream_of(read_split(arguments), model, tokenizer)
     resets = {"reset_at_documents": arguments.reset_at_documents, "reset_every": arguments.reset_every}
     if arguments.picture is not None and not any(resets.values()):
         raise ValueError("`--picture` shows what follows a zero state: add `--reset_at_documents` or `--reset_every`.")
@@ -301,6 +326,26 @@ def adapt(arguments: Adapt, model, tokenizer) -> None:
     write_result(as_json(results), arguments)
 
 
+def gradients(arguments: Gradients, *loaded) -> None:
+    """Unlike the other tasks, it takes a pair of model and tokenizer for each `--model`."""
+    if arguments.tokens < (least := arguments.max_distance + arguments.positions + 1):
+        raise ValueError(
+            f"`--tokens` ({arguments.tokens}) must be at least {least}, `--max_distance` + `--positions` + 1."
+        )
+    texts, results = read_split(arguments), {}
+    distances = [distance for distance in TABLE if distance <= arguments.max_distance]
+    log(f"{'distance in tokens':>40}" + "".join(f"{distance:>10}" for distance in distances))
+    for name, (model, tokenizer) in zip(arguments.model, loaded, strict=True):
+        ids = stream_of(texts, model, tokenizer)[: arguments.tokens]
+        norms = gradient_flow(model, ids[None], arguments.positions, arguments.max_distance)
+        results[name] = {"tokens": len(ids), "norms": norms.tolist()}
+        for layer, row in enumerate(norms[:, distances]):
+            log(f"{name[-30:]:>30}, layer {layer}" + "".join(f"{norm:>10.2g}" for norm in row))
+    write_result(as_json(results), arguments)
+    if arguments.picture is not None:
+        draw_gradients({name: result["norms"] for name, result in results.items()}, arguments.picture)
+
+
 def halves(tokens: TokenStream) -> tuple[TokenStream, TokenStream]:
     """Cut a stream in two, between documents if there are several."""
     starts = tokens.document_starts
@@ -325,45 +370,6 @@ def stream_of(texts, model, tokenizer) -> TokenStream:
     return tokens
 
 
-def draw_positions(nats: numpy.ndarray, counts: numpy.ndarray, path: str) -> None:
-    """Draw the loss by the number of tokens read since a zero state, in groups that double in width."""
-    edges = numpy.unique(numpy.geomspace(1, len(nats) + 1, 2 * int(math.log2(len(nats) + 1)) + 1).astype(int))
-    sums, numbers = (numpy.add.reduceat(values, edges[:-1] - 1) for values in (nats, counts))
-    figure, axes, pyplot = new_figure((7, 4))
-    middles = numpy.sqrt(edges[:-1] * (edges[1:] - 1))
-    axes.plot(middles, sums / numbers, "o-")
-    axes.set(xscale="log", xlabel="tokens read since a zero state", ylabel="nats per token")
-    axes.xaxis.set_major_formatter("{x:g}")
-    axes.grid(alpha=0.3)
-    save(figure, path, pyplot)
-
-
-def draw_surprisal(rows, by: str, unit: str, path: str) -> None:
-    """Draw a bar for each token or word of a text, in its order."""
-    rows, labels = rows.iloc[:80], rows["token" if by == "token" else "word"].iloc[:80]
-    figure, axes, pyplot = new_figure((max(4, 0.35 * len(rows) + 1), 4))
-    axes.bar(range(len(rows)), rows["surprisal"])
-    axes.set_xticks(range(len(rows)), [label.replace("$", r"\$") for label in labels], rotation=60, ha="right")
-    axes.set(ylabel=f"surprisal, {unit}", xlim=(-0.6, len(rows) - 0.4))
-    axes.grid(axis="y", alpha=0.3)
-    save(figure, path, pyplot)
-
-
-def new_figure(size):
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return *pyplot.subplots(figsize=size, layout="constrained"), pyplot
-
-
-def save(figure, path: str, pyplot) -> None:
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-    log(f"The picture is in {path}")
-
-
 def as_json(result: dict) -> str:
     """Format a result as JSON, with null for infinity and NaN, which JSON lacks."""
     return json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None), indent=2)
@@ -381,12 +387,13 @@ def log(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-PICTURES = (".png", ".svg", ".pdf", ".jpg")
+TABLE = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # distances that `gradients` logs
 TASKS = {
     "stream": (Stream, stream),
     "surprisal": (Surprisal, surprisals),
     "pairs": (Pairs, pairs),
     "adapt": (Adapt, adapt),
+    "gradients": (Gradients, gradients),
 }
 
 
@@ -397,18 +404,23 @@ def main(task: str, arguments: Arguments) -> None:
             raise ValueError(f"`--{name}` {path} lies in a folder that does not exist: make the folder first.")
     if (picture := getattr(arguments, "picture", None)) is not None and Path(picture).suffix not in PICTURES:
         raise ValueError(f"`--picture` {picture} must end in one of {', '.join(PICTURES)}.")
-    folder = Path(arguments.model)
+    names = arguments.model if isinstance(arguments.model, list) else [arguments.model]
+    loaded = [load(name, arguments.trust_remote_code) for name in names]
+    TASKS[task][1](arguments, *(loaded if isinstance(arguments.model, list) else loaded[0]))
+
+
+def load(name: str, trust_remote_code: bool):
+    """Load a model and its tokenizer, after checking that they belong together."""
+    folder = Path(name)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
-    )
+    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, device_map="auto")
     check_tokenizer(model, tokenizer)
     known = max(tokenizer.get_vocab().values()) + 1
     if known < model.config.vocab_size:
         log(f"The tokenizer has {known:,} tokens and the model {model.config.vocab_size:,}: is it the model's own?")
-    TASKS[task][1](arguments, model, tokenizer)
+    return model, tokenizer
 
 
 if __name__ == "__main__":

@@ -226,6 +226,20 @@ MUTATIONS = [
         "pass",
         "test_evaluation.py",
     ),
+    Mutation(
+        "no gradient arrives from the layers above",
+        "evaluation/gradients.py",
+        "layer.activate_past_recording()",
+        "pass",
+        "test_gradient_flow.py",
+    ),
+    Mutation(
+        "a gradient leaves out that by the cell",
+        "evaluation/gradients.py",
+        "_norm([h, *others])",
+        "_norm([h])",
+        "test_gradient_flow.py",
+    ),
 ]
 
 RUN = """

@@ -287,5 +287,5 @@ def test_invalid_flags_exit_with_one_sentence(evaluate, tmp_path, monkeypatch, t
 
 def test_a_task_is_named_first(run):
     for arguments in ([], ["--model", "x"], ["measure"]):
-        with pytest.raises(SystemExit, match="must be one of stream, surprisal, pairs, adapt"):
+        with pytest.raises(SystemExit, match="must be one of stream, surprisal, pairs, adapt, gradients"):
             run("evaluate.py", *arguments)

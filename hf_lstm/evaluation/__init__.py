@@ -1,4 +1,4 @@
-"""Evaluation: loss of a corpus, surprisal, minimal pairs, and adaptation at test time.
+"""Evaluation: loss of a corpus, surprisal, minimal pairs, adaptation at test time, and the flow of gradients.
 
 Texts may have any length here. lm-evaluation-harness reads at most 2,048 tokens at once from a model whose config and
 tokenizer set no maximum length, and truncates longer texts. `max_length=100000` among its `model_args`, or any other number,
@@ -9,6 +9,7 @@ from hf_lstm.tokenizers import check_tokenizer, start_ids
 
 from .adaptation import DynamicEvaluation, NeuralCache, fit_temperature, gradient_rms
 from .corpus import evaluate_stream, losses_by_position
+from .gradients import gradient_flow
 from .surprisal import minimal_pairs, surprisal, word_surprisal
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "check_tokenizer",
     "evaluate_stream",
     "fit_temperature",
+    "gradient_flow",
     "gradient_rms",
     "losses_by_position",
     "minimal_pairs",

@@ -137,7 +137,7 @@ class DynamicEvaluation:
 class _Learner:
     def __init__(self, options: DynamicEvaluation, model: PreTrainedModel):
         decay = cast(float, options.decay)  # neither is None after `__post_init__`
-        self.model, self.learning_rate = _trainable_copy(model), cast(float, options.learning_rate)
+        self.model, self.learning_rate = trainable_copy(model), cast(float, options.learning_rate)
         self.parameters = dict(self.model.named_parameters())
         self.trained = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
         self.scale: dict[str, float | torch.Tensor] = dict.fromkeys(self.parameters, 1.0)
@@ -162,7 +162,7 @@ class _Learner:
                 parameter.add_(self.pull[name] * (self.trained[name] - parameter) - step)
 
 
-def _trainable_copy(model):
+def trainable_copy(model):
     """Copy a model in float32 or wider, since the steps are too small for half precision."""
     return copy.deepcopy(model).to(at_least_float32(model.dtype)).requires_grad_(True)
 
@@ -203,7 +203,7 @@ def gradient_rms(
     if max_segments is not None:
         part = min(part, max_segments * segment_length)
     firsts = torch.arange(lanes) * ((len(stream) - 1) // lanes)
-    reader = _trainable_copy(model)
+    reader = trainable_copy(model)
     parameters, state = dict(reader.named_parameters()), DynamicCache(config=model.config)
     squares, segments = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}, 0
     with evaluating(reader), torch.enable_grad():

@@ -31,15 +31,16 @@ from hf_lstm.model.cache_lstm import load_state_tensors, state_tensors
 from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.tokenizers import check_tokenizer, encode, start_ids
 
-STATE, SESSION = "hf_lstm state 1", "hf_lstm session 1"
+STATE, SESSION = "hf_lstm state", "hf_lstm session"
+FORMAT, FORMATS = "2", ("1", "2")  # that is written, and those that are read; 1 holds h and c and names no cell
 READ_AT_ONCE = 1024  # tokens
 COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be drawn, and scores would overflow
 
 
 def save_state(model: PreTrainedModel, cache: Cache, path: str | Path) -> None:
     """
-    Write the state of a model after all tokens read so far into a safetensors file: `2 B` numbers for each cell,
-    however many tokens there were. An existing file of that name is replaced once the new one is complete.
+    Write the state of a model after all tokens read so far into a safetensors file: `2 B` numbers for each unit of a cell
+    (h and c; `B` without c), however many tokens there were. An existing file of that name is replaced once the new one is complete.
 
     Args:
         model (`LSTMForCausalLM` or `LSTMModel`): The model of the state; the file loads with this one only.
@@ -315,7 +316,8 @@ def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor],
     path = _checked(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"`path` ({str(path)!r}) is a device or a pipe, which would be replaced: name a file.")
-    metadata = {"format": kind, "model": _fingerprint(model), "tokens": str(int(length))}
+    metadata = {"format": f"{kind} {FORMAT}", "model": _fingerprint(model), "tokens": str(int(length))}
+    metadata["cell_type"] = model.config.cell_type
     try:
         write_tensors(tensors, path, metadata | {"digest": _digest(tensors)})
     except SafetensorError as error:
@@ -344,8 +346,13 @@ def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], 
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
     except SafetensorError as error:
         raise ValueError(f"{path} is not a valid {kind} file, or truncated ({error}): save it again.") from error
-    if metadata.get("format") != kind:
-        raise ValueError(f"{path} holds {metadata.get('format', 'something else')}: it must hold {kind}.")
+    if metadata.get("format") not in [f"{kind} {number}" for number in FORMATS]:
+        raise ValueError(f"{path} holds {metadata.get('format', 'something else')}: it must hold {kind} {FORMAT}.")
+    if (cell := metadata.get("cell_type", "lstm")) != model.config.cell_type:
+        raise ValueError(
+            f"{path} belongs to a model of another cell ({cell}, and this one's is {model.config.cell_type}): load it with "
+            "the model that wrote it."
+        )
     if metadata.get("model") != _fingerprint(model):
         raise ValueError(f"{path} belongs to a model with other weights: load it with the model that wrote it.")
     if metadata.get("digest") != _digest(tensors) or not metadata.get("tokens", "").isdecimal():

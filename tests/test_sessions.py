@@ -437,7 +437,8 @@ def test_what_is_fed_ends_a_character_that_waits():
     assert written(session, max_new_tokens=1, do_sample=False) == "\ufffd"
 
 
-def test_a_session_of_version_0_1_0_is_loaded(model, tmp_path):
+def test_a_session_of_version_0_1_0_is_loaded(model, tmp_path, monkeypatch):
+    monkeypatch.setattr("hf_lstm.generation.FORMAT", "1")
     session = session_of(model)
     tensors = _tensors_of(model, session.cache) | {"unread": torch.tensor(session._state.unread)}
     write_file(tmp_path / "old", SESSION, model, tensors, session.cache.get_seq_length())
@@ -511,7 +512,7 @@ def test_a_state_is_no_session(model, tmp_path):
     session.save(tmp_path / "session")
     save_state(model, session.cache, tmp_path / "state")
 
-    with pytest.raises(ValueError, match="holds hf_lstm state 1: it must hold hf_lstm session 1"):
+    with pytest.raises(ValueError, match="holds hf_lstm state 2: it must hold hf_lstm session 2"):
         Session.load(model, TOKENIZER, tmp_path / "state")
-    with pytest.raises(ValueError, match="holds hf_lstm session 1: it must hold hf_lstm state 1"):
+    with pytest.raises(ValueError, match="holds hf_lstm session 2: it must hold hf_lstm state 2"):
         load_state(model, tmp_path / "session")

@@ -62,6 +62,20 @@ def test_padding_and_documents_go_on_after_loading(tmp_path, name):
     assert load_state(model, tmp_path / "old.state").layers[0].document is None
 
 
+def test_a_file_of_the_first_format_is_loaded(tmp_path):
+    """It names no cell, since there was one."""
+    model, path = make_model(), tmp_path / "state"
+    save_state(model, read(model), path)
+    metadata = metadata_of(path) | {"format": "hf_lstm state 1"}
+    del metadata["cell_type"]
+    save_file(load_file(path), path, metadata=metadata)
+
+    layers = load_state(model, path).layers
+
+    for layer, expected in zip(layers, read(model).layers, strict=True):
+        assert torch.equal(torch.stack(layer.get_state()), torch.stack(expected.get_state()))
+
+
 def test_generation_goes_on_from_it(tmp_path):
     model = make_model()
     options = {"do_sample": False, "eos_token_id": None, "attention_mask": torch.ones(2, 12)}
@@ -231,7 +245,11 @@ def without_metadata(path):
 
 
 def of_later_format(path):
-    save_file(load_file(path), path, metadata=metadata_of(path) | {"format": "hf_lstm state 2"})
+    save_file(load_file(path), path, metadata=metadata_of(path) | {"format": "hf_lstm state 3"})
+
+
+def of_another_cell(path):
+    save_file(load_file(path), path, metadata=metadata_of(path) | {"cell_type": "gru"})
 
 
 def with_other_count(path):
@@ -242,13 +260,14 @@ def with_other_count(path):
     ("damage", "message"),
     [
         (lambda path: path.unlink(), "does not exist"),
-        (lambda path: path.write_text("not a state"), "is not a valid hf_lstm state 1 file, or truncated"),
-        (lambda path: path.write_bytes(b""), "is not a valid hf_lstm state 1 file, or truncated"),
-        (cut_off, "is not a valid hf_lstm state 1 file, or truncated"),
+        (lambda path: path.write_text("not a state"), "is not a valid hf_lstm state file, or truncated"),
+        (lambda path: path.write_bytes(b""), "is not a valid hf_lstm state file, or truncated"),
+        (cut_off, "is not a valid hf_lstm state file, or truncated"),
         (changed, "was changed after it was saved"),
         (shortened, "was changed after it was saved"),
-        (without_metadata, "holds something else: it must hold hf_lstm state 1"),
-        (of_later_format, "holds hf_lstm state 2"),
+        (without_metadata, "holds something else: it must hold hf_lstm state 2"),
+        (of_later_format, "holds hf_lstm state 3: it must hold hf_lstm state 2"),
+        (of_another_cell, r"belongs to a model of another cell \(gru, and this one's is lstm\)"),
         (with_other_count, "was changed after it was saved"),
     ],
 )

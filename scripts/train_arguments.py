@@ -15,6 +15,7 @@ from transformers import AutoConfig, HfArgumentParser
 
 from hf_lstm import LSTMConfig
 from hf_lstm.data import read_text
+from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
 from hf_lstm.training.checkpoints import is_complete
 from hf_lstm.training.optimization import KINDS
@@ -32,12 +33,28 @@ TOKENIZER_FLAGS = {
 class ModelArguments:
     """Fields of the model's config; with `--model_name_or_path`, those of the saved one."""
 
-    hidden_size: int = field(default=384, metadata={"help": "Width of each LSTM cell."})
+    cell_type: str = field(default="lstm", metadata={"help": f"The recurrent cell: {', '.join(CELLS)}."})
+    hidden_size: int = field(default=384, metadata={"help": "Width of each cell."})
     embedding_size: int | None = field(
         default=None, metadata={"help": "Width of the embeddings; `hidden_size` by default."}
     )
-    num_hidden_layers: int = field(default=1, metadata={"help": "LSTM layers, one on top of the other."})
+    num_hidden_layers: int = field(default=1, metadata={"help": "Layers, one on top of the other."})
+    mogrifier_rounds: int | None = field(
+        default=None,
+        metadata={"help": "Rounds in which input and state of a `mogrifier` gate each other; 5 by default."},
+    )
+    mogrifier_rank: int | None = field(
+        default=None, metadata={"help": "Rank of the matrices of these rounds; full by default."}
+    )
+    forget_gate_bias: float | None = field(
+        default=None, metadata={"help": "Bias of a new forget gate, where the cell has one; 1 by default."}
+    )
+    chrono_max_distance: int | None = field(
+        default=None,
+        metadata={"help": "The longest distance to bridge, in tokens, by which the biases of new gates are drawn."},
+    )
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Use the embedding as the output layer too."})
+    output_bias: bool = field(default=False, metadata={"help": "Whether the output layer has a bias."})
     initializer_range: float | None = field(default=None, metadata={"help": "Standard deviation of new embeddings."})
     block_type: str = field(default="stacked", metadata={"help": "`stacked`, or `residual` for a deep model."})
     intermediate_size: int | None = field(

@@ -128,6 +128,18 @@ def test_in_bfloat16_many_chunks_lose_no_more_than_one():
     assert errors[1] < 2 * errors[0] < 0.02
 
 
+def test_second_derivatives_of_a_tied_weight_are_those_of_the_whole_loss():
+    """The embedding reaches the loss twice: through the model, and as the output layer."""
+    found = []
+    for size in (None, 4):
+        model = make_model(loss_chunk_size=size).train()
+        weights = list(model.parameters())
+        first = torch.autograd.grad(model(IDS, labels=LABELS).loss, weights, create_graph=True)
+        found.append([*first, *torch.autograd.grad(sum(gradient.square().sum() for gradient in first), weights)])
+
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)  # transformers computes its loss in float32
+
+
 def test_evaluation_and_generation_are_unchanged():
     model, plain = make_model(loss_chunk_size=4), make_model()
 

@@ -289,6 +289,8 @@ class _SumOfCrossEntropies(torch.autograd.Function):
         *grads, hidden, weight, bias, targets = ctx.saved_tensors
         inputs, needed = (hidden, weight, bias), ctx.needs_input_grad[:3]
         if torch.is_grad_enabled():  # `create_graph=True`: derivatives of the gradients are wanted
+            # Views: `hidden` is computed from a tied `weight`, and the way through it is not part of this gradient.
+            inputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
             scores = F.linear(*inputs)
             total = F.cross_entropy(scores.to(at_least_float32(scores.dtype)), targets, reduction="sum")
             wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]

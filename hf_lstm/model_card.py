@@ -8,6 +8,8 @@ from pathlib import Path
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
+from hf_lstm.model.cells_lstm import CELLS
+
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PACKAGES = ("hf-lstm", "torch", "transformers", "tokenizers", "datasets", "accelerate")
 
@@ -46,12 +48,14 @@ def describe_run(
             (`list[str]`, names on the Hub).
     """
     folder, config = Path(folder), model.config
+    cell = CELLS[config.cell_type]
     return {
         "name": folder.name,
         "folder": folder.as_posix() if not folder.is_absolute() else folder.name,
         "parameters": model.num_parameters(),
         "architecture": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary of {config.vocab_size:,}",
-        "state_size": 2 * sum(config.cell_sizes),
+        "cell": cell.title,
+        "state_size": len(cell.states) * sum(config.cell_sizes),
         "data": data,
         "results": results,
         "procedure": procedure,
@@ -87,7 +91,9 @@ def render_model_card(run: dict, picture: str = "learning_curve.png") -> str:
             for metric in ("loss", "perplexity", "bits_per_byte", "accuracy")
         ],
     )
+    cell = run.get("cell", CELLS["lstm"].title)
     values = run | {
+        "cell": cell[0].upper() + cell[1:],
         "start": run["start"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         "versions": ", ".join(f"{name} {number}" for name, number in run["versions"].items()),
         "picture": picture,

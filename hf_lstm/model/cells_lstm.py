@@ -75,6 +75,7 @@ class Cell:
     A recurrent cell.
 
     Attributes:
+        title (`str`): Its name in sentences, with the article.
         gates (`int`): Blocks of H rows in W and U.
         states (`tuple[str, ...]`): Names of the tensors of its state; the first is h, its output.
         forget_gate, input_gate (`int`, *optional*): The blocks of these gates, where the cell has them.
@@ -82,6 +83,7 @@ class Cell:
         has_rounds (`bool`): Whether h and x gate each other before the cell reads them (`Gates.rounds`).
     """
 
+    title = "a recurrent"
     gates = 1
     states: tuple[str, ...] = ("h",)
     forget_gate: int | None = None
@@ -127,7 +129,7 @@ class LSTM(Cell):
         h_t = σ(o) ⊙ tanh(c_t)
     """
 
-    gates, states = 4, ("h", "c")
+    title, gates, states = "an LSTM", 4, ("h", "c")
     input_gate, forget_gate = 0, 1
 
     def step(self, read, state, gates):
@@ -154,7 +156,7 @@ class GRU(Cell):
         h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
     """
 
-    gates = 3
+    title, gates = "a GRU", 3
     has_hidden_bias = True
 
     def step(self, read, state, gates):
@@ -179,7 +181,7 @@ class TanhRNN(Cell):
         h_t = tanh(W x_t + U h_{t-1} + b)
     """
 
-    kernel, cell = torch.rnn_tanh, torch.rnn_tanh_cell
+    title, kernel, cell = "a tanh RNN", torch.rnn_tanh, torch.rnn_tanh_cell
 
     def step(self, read, state, gates):
         return ((read + gates.hidden(*state)).tanh(),)
@@ -198,7 +200,7 @@ class ReluRNN(TanhRNN):
         h_t = max(0, W x_t + U h_{t-1} + b)
     """
 
-    kernel, cell = torch.rnn_relu, torch.rnn_relu_cell
+    title, kernel, cell = "a ReLU RNN", torch.rnn_relu, torch.rnn_relu_cell
 
     def step(self, read, state, gates):
         return ((read + gates.hidden(*state)).relu(),)
@@ -214,7 +216,7 @@ class Mogrifier(LSTM):
     Since h gates x first, W x cannot be computed before the steps, nor once for each distinct token.
     """
 
-    has_rounds = True
+    title, has_rounds = "a Mogrifier LSTM", True
 
     def read(self, x, gates):
         return x

@@ -213,9 +213,7 @@ class LSTMConfig(PreTrainedConfig):
         cell, rounds, rank = CELLS[self.cell_type], self.mogrifier_rounds, self.mogrifier_rank
         for name, value in (("mogrifier_rounds", rounds), ("mogrifier_rank", rank)):
             if value is not None and not cell.has_rounds:
-                raise ValueError(
-                    f'`{name}` ({value}) needs `cell_type="mogrifier"`: a {self.cell_type} has no rounds.'
-                )
+                raise ValueError(f'`{name}` ({value}) needs `cell_type="mogrifier"`: {cell.title} has no rounds.')
         if rounds is not None and not 0 <= rounds <= MAX_LAYERS:
             raise ValueError(f"`mogrifier_rounds` ({rounds}) must be at least 0 and at most {MAX_LAYERS:,}.")
         if rank is not None and rank < 1:
@@ -224,7 +222,7 @@ class LSTMConfig(PreTrainedConfig):
         for name, value in (("forget_gate_bias", bias), ("chrono_max_distance", longest)):
             if value is not None and cell.forget_gate is None:
                 raise ValueError(
-                    f"`{name}` ({value}) sets biases of a forget gate, which a {self.cell_type} lacks: leave it out."
+                    f"`{name}` ({value}) sets biases of a forget gate, which {cell.title} lacks: leave it out."
                 )
         if bias is not None and longest is not None:
             raise ValueError(

@@ -168,7 +168,7 @@ class GRU(Cell):
         return ((1 - z) * n + z * h,)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch(torch.gru, x, steps, state[0][None], weights)
+        return _of_torch_by_rows(torch.gru, x, steps, state[0][None], weights)
 
     def single(self, x, state, weights):
         return (torch.gru_cell(x, *state, *weights),)
@@ -187,7 +187,7 @@ class TanhRNN(Cell):
         return ((read + gates.hidden(*state)).tanh(),)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch(self.kernel, x, steps, state[0][None], weights)
+        return _of_torch_by_rows(self.kernel, x, steps, state[0][None], weights)
 
     def single(self, x, state, weights):
         return (self.cell(x, *state, *weights),)
@@ -264,6 +264,15 @@ def _of_torch(kernel, x, steps, state, weights):
     batch_sizes, training = torch.tensor(steps, device="cpu"), torch.is_grad_enabled()
     outputs, *last = kernel(x, batch_sizes, state, weights, True, 1, 0.0, training, False)
     return outputs, *(part[0] for part in last)
+
+
+def _of_torch_by_rows(kernel, x, steps, state, weights):
+    """Do so for sequences of one length as rows: on a CPU the gradients of packed ones take quadratic time, but for LSTMs."""
+    if steps[0] != steps[-1]:
+        return _of_torch(kernel, x, steps, state, weights)
+    x = x.unflatten(0, (len(steps), steps[0]))  # (T, S, D)
+    outputs, last = kernel(x, state, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
+    return outputs.flatten(0, 1), last[0]
 
 
 def explicit(

@@ -12,7 +12,7 @@ def benchmarks(monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
 
 
-def test_each_run_is_stored_once_and_drawn(run, benchmarks, text_file, tmp_path):
+def test_each_run_is_stored_once_and_drawn(run, benchmarks, text_file, tmp_path, monkeypatch):
     text_file.write_text("she sells sea shells by the sea shore. " * 30)
     command = ("benchmarks/cells.py", "--train_file", text_file, "--quick", "--results", tmp_path)
 
@@ -33,6 +33,14 @@ def test_each_run_is_stored_once_and_drawn(run, benchmarks, text_file, tmp_path)
     for label in stored["labels"].values():
         assert f"| {label} |" in again
     assert (tmp_path / "cells.png").stat().st_size > 10_000
+
+    import summary
+
+    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    section = summary.cells()
+    assert section.startswith(summary.CELLS_BEGIN)
+    assert section.endswith(summary.END)
+    assert summary.cells_tables(stored) in section
 
 
 def test_a_run_with_other_settings_is_made_again(run, benchmarks, text_file, tmp_path):

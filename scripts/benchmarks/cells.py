@@ -10,7 +10,7 @@ callback stops at the budget in any case. The bias of the forget gate and chrono
 and not the time of a step, so of those LSTMs only one is trained for equal seconds.
 
 Copying (copying.py): say a key again after 10 to 500 tokens of noise. One model of each cell, of equal parameters, is
-trained on mixed distances for 90 seconds of CPU time.
+trained for 90 seconds of CPU time on mixed distances from 1 token on, since long ones are learnt after short ones.
 
 Each finished run is stored at once in cells.json; a run that is stored with the same settings is not repeated.
 `--quick` does the same with tiny models in seconds, and its figures mean nothing.
@@ -99,7 +99,7 @@ class Scale:
     flow_distances: tuple[int, ...] = tuple(range(0, 201, 4))
     copy_parameters: int = 135_000
     copy_rows: int = 16
-    copy_range: tuple[int, int] = (10, 500)
+    copy_range: tuple[int, int] = (1, 500)  # short distances are learnt first
     copy_seconds: float = 90.0
     copy_distances: tuple[int, ...] = (10, 20, 50, 100, 200, 500)
     copy_keys: int = 512

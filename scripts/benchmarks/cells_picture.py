@@ -96,7 +96,7 @@ def _draw_gradients(axes, result):
     axes.plot([], [], color="gray", label="after training")
     axes.set(yscale="log", title="How far gradients flow back", xlabel="characters between loss and state")
     axes.set_ylabel("gradient, of that at distance 0")
-    axes.set_ylim(max(1e-8, axes.get_ylim()[0]), min(1e3, axes.get_ylim()[1]))
+    axes.set_ylim(max(1e-12, axes.get_ylim()[0]), min(1e3, axes.get_ylim()[1]))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 

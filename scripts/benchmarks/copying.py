@@ -1,7 +1,9 @@
 """Copying: read a key, then noise, then a marker, and say the key (after Hochreiter & Schmidhuber 1997).
 
-k1 k2 k3  noise ... noise  marker  k1  k2     is read
-                           k1      k2  k3     is predicted, and nothing else is a target
+    k1 ... k5  noise ... noise  marker  k1 ... k4     is read
+                                k1      k2 ... k5     is predicted
+
+Nothing else is a target.
 """
 
 import math
@@ -10,7 +12,7 @@ import time
 import torch
 
 FIRST = 4  # the ids below are those of special tokens
-SYMBOLS, KEY, NOISE = 8, 3, 4  # symbols of a key, their number in it, and symbols of the noise
+SYMBOLS, KEY, NOISE = 8, 5, 8  # symbols of a key, their number in it, and symbols of the noise
 MARKER = FIRST + SYMBOLS + NOISE
 VOCABULARY = MARKER + 1
 CHANCE = 1 / SYMBOLS

@@ -172,7 +172,9 @@ class CPUTime(TrainerCallback):
         return self.times[-1] - self.times[0]
 
 
-def train(model, stream, scale: Scale, steps: int, learning_rate: float, budget: float = math.inf) -> CPUTime:
+def train(
+    model, stream, scale: Scale, steps: int, learning_rate: float, seed: int, budget: float = math.inf
+) -> CPUTime:
     """Train with the state carried on, for a number of steps and at most `budget` seconds."""
     watch = CPUTime(budget)
     with tempfile.TemporaryDirectory() as folder:
@@ -181,6 +183,7 @@ def train(model, stream, scale: Scale, steps: int, learning_rate: float, budget:
             args=LSTMTrainingArguments(
                 folder,
                 max_steps=steps,
+                seed=seed,
                 per_device_train_batch_size=scale.lanes,
                 learning_rate=learning_rate,
                 lr_scheduler_type="cosine",
@@ -279,26 +282,23 @@ class Comparison:
         scale, train_on, validation = self.scale, self.streams["train"], self.streams["validation"]
         flows = run.task == "tokens" and run.seed == 0
         found = {"gradient_at_start": flow(model, validation, scale)} if flows else {}
+        rate, budget = cell.learning_rate, math.inf
         if run.task == "tokens":
             steps = math.ceil(scale.tokens / (scale.lanes * scale.bptt_length))
-            watch = train(model, train_on, scale, steps, cell.learning_rate)
         else:
-            timed = train(
-                make_model(cell, config, run.seed), train_on, scale, scale.calibration, cell.learning_rate
-            ).times
+            trial = make_model(cell, config, run.seed)
+            times = train(trial, train_on, scale, scale.calibration, rate, run.seed).times
             skipped = scale.calibration // 3
-            seconds = (timed[-1] - timed[skipped]) / (scale.calibration - skipped)
-            set_seed(run.seed)
-            watch = train(
-                model, train_on, scale, math.ceil(scale.seconds / seconds), cell.learning_rate, scale.seconds
-            )
+            seconds = (times[-1] - times[skipped]) / (scale.calibration - skipped)
+            steps, budget = math.ceil(scale.seconds / seconds), scale.seconds
+        watch = train(model, train_on, scale, steps, rate, run.seed, budget)
         steps = len(watch.times) - 1
         found |= {"steps": steps, "tokens": steps * scale.lanes * scale.bptt_length, "cpu_seconds": watch.used}
-        found |= evaluate_stream(model, validation, batch_size=scale.parts, bptt_length=scale.reset_every)
-        del found["bits_per_word"], found["word_perplexity"]
+        scores = evaluate_stream(model, validation, batch_size=scale.parts, bptt_length=scale.reset_every)
+        found |= {name: scores[name] for name in ("loss", "loss_interval", "accuracy", "bits_per_byte")}
         found["loss_by_distance"] = by_distance(model, validation, scale)
         if flows:
-            found |= {"gradient_at_end": flow(model, validation, scale)}
+            found["gradient_at_end"] = flow(model, validation, scale)
         return found
 
 

@@ -1,7 +1,7 @@
 """Copying: read a key, then noise, then a marker, and say the key (after Hochreiter & Schmidhuber 1997).
 
-    k1 ... k5  noise ... noise  marker  k1 ... k4     is read
-                                k1      k2 ... k5     is predicted
+    k1 ... k10  noise ... noise  marker  k1 ... k9      is read
+                                 k1      k2 ... k10     is predicted
 
 Nothing else is a target.
 """
@@ -12,7 +12,7 @@ import time
 import torch
 
 FIRST = 4  # the ids below are those of special tokens
-SYMBOLS, KEY, NOISE = 8, 5, 8  # symbols of a key, their number in it, and symbols of the noise
+SYMBOLS, KEY, NOISE = 8, 10, 8  # symbols of a key, their number in it, and symbols of the noise
 MARKER = FIRST + SYMBOLS + NOISE
 VOCABULARY = MARKER + 1
 CHANCE = 1 / SYMBOLS

@@ -11,7 +11,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def write_result(name: str, result: dict, folder: Path = RESULTS) -> None:
-    """Write a result to `name`.json in a folder."""
+    """Write a result to `name`.json in a folder, wholly or not at all."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
@@ -21,5 +21,7 @@ def write_result(name: str, result: dict, folder: Path = RESULTS) -> None:
         "commit": commit.stdout.strip(),
     }
     path = folder / f"{name}.json"
-    path.write_text(json.dumps(measured_on | result, indent=2) + "\n")
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(measured_on | result, indent=2) + "\n")
+    partial.replace(path)
     print(f"written to {path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path}")

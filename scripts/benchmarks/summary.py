@@ -1,14 +1,17 @@
-"""Write the section on speed of README.md from the results of the benchmarks, so that each figure has a source.
+"""Write what the benchmarks found into README.md and scripts/recipes/README.md, so that each figure has a source.
 
 python scripts/benchmarks/summary.py
 """
 
 import json
+import statistics
 from pathlib import Path
 
 from record import RESULTS
 
 README = Path(__file__).parents[2] / "README.md"
+RECIPES = Path(__file__).parents[1] / "recipes" / "README.md"
+CELLS_BEGIN = "<!-- begin: cells, written by scripts/benchmarks/summary.py -->\n"
 BEGIN, END = "<!-- begin: written by scripts/benchmarks/summary.py -->\n", "<!-- end -->\n"
 
 
@@ -21,10 +24,10 @@ def table(head: list[str], rows: list[list]) -> str:
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
 
 
-def source(name: str, result: dict, command: str) -> str:
+def source(name: str, result: dict, command: str, folder: str = "scripts/benchmarks/results") -> str:
     return (
         f"`{command}`: {result['machine']}, commit {result['commit']} "
-        f"([figures](scripts/benchmarks/results/{name}.json), [picture](scripts/benchmarks/results/{name}.png)).\n"
+        f"([figures]({folder}/{name}.json), [picture]({folder}/{name}.png)).\n"
     )
 
 
@@ -151,6 +154,73 @@ def scaling() -> str:
     return text + "\n" + source("scaling_cpu", result, "python scripts/benchmarks/scaling.py")
 
 
+def cells() -> str:
+    """Return the comparison of cells between its two markers, with links from scripts/recipes/."""
+    result, folder = load("cells"), "../benchmarks/results"
+    command = "python scripts/benchmarks/cells.py --train_file tinyshakespeare.txt"
+    picture = f"![Loss, memory, gradients and copying of each cell]({folder}/cells.png)\n"
+    return f"{CELLS_BEGIN}\n{cells_tables(result)}\n{picture}\n{source('cells', result, command, folder)}\n{END}"
+
+
+def cells_tables(result: dict) -> str:
+    """Return two tables of the comparison of cells: a text, and copying."""
+    found: dict[tuple[str, str], list[dict]] = {}
+    for run in result["runs"]:
+        found.setdefault((run["task"], run["cell"]), []).append(run)
+    text, copies = [], []
+    for name, label in result["labels"].items():
+        if runs := found.get(("tokens", name)):
+            timed = found.get(("seconds", name), [])
+            near, far = (statistics.mean(run["loss_by_distance"][at] for run in runs) for at in _ends_of_memory(runs))
+            row = [
+                label,
+                runs[0]["width"],
+                f"{runs[0]['parameters']:,}",
+                len(runs),
+                _spread(runs),
+                f"{_mean(runs, 'cpu_seconds'):.0f}",
+            ]
+            row += [_spread(timed), f"{_mean(timed, 'tokens') / 1e6:.2f} M"] if timed else ["", ""]
+            text.append([*row, f"{near - far:.3f}"])
+        for run in found.get(("copy", name), []):
+            shares = [f"{share:.2f}" for share in run["accuracy"].values()]
+            copies.append([label, run["width"], f"{run['parameters']:,}", f"{run['tokens'] / 1e6:.1f} M", *shares])
+    tables = []
+    if text:
+        example = next(run for run in result["runs"] if run["task"] == "tokens")
+        near, far = _ends_of_memory([example])
+        tokens = f"loss, {example['tokens'] / 1e6:.1f} M tokens"
+        worth = f"worth of memory from {near} to {far} characters"
+        head = ["cell", "width", "parameters", "seeds", tokens, "CPU s", "loss, equal CPU s", "tokens in them", worth]
+        title = (
+            "Validation loss in nats per character, mean over seeds ± standard deviation. Forget bias and chrono change no "
+            "step, so one LSTM stands for them where seconds are equal:\n\n"
+        )
+        tables.append(title + table(head, text))
+    if copies:
+        example = next(run for run in result["runs"] if run["task"] == "copy")
+        head = ["cell", "width", "parameters", "trained on", *(f"{noise} tokens" for noise in example["accuracy"])]
+        title = f"Symbols of a key said right after so many tokens of noise (chance: {example['chance']:.3f}):\n\n"
+        tables.append(title + table(head, copies))
+    return "\n".join(tables)
+
+
+def _mean(runs: list[dict], name: str) -> float:
+    return statistics.mean(run[name] for run in runs)
+
+
+def _spread(runs: list[dict]) -> str:
+    """Return the mean loss, and the standard deviation over seeds where there are several."""
+    deviation = f" ± {statistics.stdev(run['loss'] for run in runs):.4f}" if len(runs) > 1 else ""
+    return f"{_mean(runs, 'loss'):.4f}{deviation}"
+
+
+def _ends_of_memory(runs: list[dict]) -> tuple[str, str]:
+    """Return the groups of distances that are compared: up to a sixteenth of the longest, and the longest."""
+    groups = list(runs[0]["loss_by_distance"])
+    return groups[-5], groups[-1]
+
+
 def render() -> str:
     """Return the section between its two markers."""
     return f"{BEGIN}\n{training()}\n{writing()}\n{memory()}\n{scaling()}\n{END}"
@@ -161,6 +231,14 @@ def main() -> None:
     before, rest = readme.split(BEGIN)
     README.write_text(before + render() + rest.split(END, 1)[1], encoding="utf-8")
     print(f"written to {README.name}")
+    if not (RESULTS / "cells.json").exists():
+        return
+    if not RECIPES.exists():
+        print(cells())
+        return
+    before, rest = RECIPES.read_text(encoding="utf-8").split(CELLS_BEGIN)
+    RECIPES.write_text(before + cells() + rest.split(END, 1)[1], encoding="utf-8")
+    print(f"written to {RECIPES.relative_to(README.parent)}")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,14 @@ class ResidualTester(LSTMTester):
     block = {"block_type": "residual", "intermediate_size": 48}
 
 
+class GRUTester(LSTMTester):
+    block = {"cell_type": "gru", "output_bias": True}
+
+
+class MogrifierTester(LSTMTester):
+    block = {"cell_type": "mogrifier", "output_projection_size": 32}
+
+
 class StackedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (LSTMModel, LSTMForCausalLM)
     has_attentions = False
@@ -50,3 +58,11 @@ class StackedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
 
 class ResidualTest(StackedTest):
     lstm_tester = ResidualTester
+
+
+class GRUTest(StackedTest):
+    lstm_tester = GRUTester
+
+
+class MogrifierTest(StackedTest):
+    lstm_tester = MogrifierTester

@@ -23,18 +23,18 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hf_lstm.decoding import bytes_of_tokens
-from hf_lstm.model.cells_lstm import CELLS, Cell, Gates
+from hf_lstm.model.cells_lstm import Gates
 from hf_lstm.model.modeling_lstm import GatedMLP, LSTMForCausalLM, LSTMLayer
 
 from .checking import largest_difference
 
 OPSET, IR_VERSION = 17, 8  # of 2022, supported by every current runtime
-# By cell: ONNX's operator, its order of the gates, its attributes. Other cells are read in a loop.
-OPERATORS: dict[Cell, tuple[str, tuple[int, ...], dict[str, Any]]] = {
-    CELLS["lstm"]: ("LSTM", (0, 3, 1, 2), {}),
-    CELLS["gru"]: ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
-    CELLS["rnn_tanh"]: ("RNN", (0,), {"activations": ["Tanh"]}),
-    CELLS["rnn_relu"]: ("RNN", (0,), {"activations": ["Relu"]}),
+# By `cell_type`: ONNX's operator, its order of the gates, its attributes. Other cells are read in a loop.
+OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
+    "lstm": ("LSTM", (0, 3, 1, 2), {}),
+    "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
+    "rnn_tanh": ("RNN", (0,), {"activations": ["Tanh"]}),
+    "rnn_relu": ("RNN", (0,), {"activations": ["Relu"]}),
 }
 ACTIVATIONS = {"relu": "Relu", "sigmoid": "Sigmoid", "tanh": "Tanh"}  # silu is composed of Sigmoid and Mul
 
@@ -217,9 +217,9 @@ class _Graph:
 
     def chunk(self, x: str, state: list[str], following: list[str], layer: LSTMLayer, name: str) -> str:
         """Add all steps of a layer's cell, by the operator that ONNX has for it or by a loop; x is `(T, B, D)`."""
-        if layer.cell not in OPERATORS:
+        if layer.config.cell_type not in OPERATORS:
             return self.loop(x, state, following, layer, name)
-        operator, order, attributes = OPERATORS[layer.cell]
+        operator, order, attributes = OPERATORS[layer.config.cell_type]
         first = self.integers(0)
         start = [self("Unsqueeze", part, first) for part in state]
 

@@ -7,9 +7,12 @@ import torch
 from conftest import make_ids, make_model
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from transformers import DynamicCache
 
-from hf_lstm import LSTMConfig, LSTMForCausalLM, LSTMModel, load_state, save_state
-from hf_lstm.model.cells_lstm import CELLS, explicit, fused, masked
+from hf_lstm import LSTMConfig, LSTMForCausalLM, LSTMModel, byte_tokenizer, load_state, save_state
+from hf_lstm.convert.torch_export import difference as torch_difference
+from hf_lstm.convert.torch_export import export_step
+from hf_lstm.model.cells_lstm import CELLS, Cell, explicit, fused, masked
 from hf_lstm.model.recurrence_lstm import Rows
 
 IDS = make_ids(3, 9)
@@ -281,3 +284,80 @@ def test_the_language_model_loads_as_its_layers_and_back(tmp_path):
     base = LSTMModel.from_pretrained(tmp_path)
 
     assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+class CoupledGates(Cell):
+    """A cell that no file knows, given by its equations alone: h = (1 - f) h + f tanh(n), where f = σ(...) shares n's input."""
+
+    gates = 2
+
+    def step(self, read, state, gates):
+        (h,) = state
+        f, n = (read + gates.hidden(h)).chunk(2, dim=-1)
+        f = f.sigmoid()
+        return ((1 - f) * h + f * n.tanh(),)
+
+
+@pytest.fixture
+def new_cell(monkeypatch):
+    monkeypatch.setitem(CELLS, "coupled", CoupledGates())
+
+
+@pytest.mark.usefixtures("new_cell")
+def test_a_new_cell_is_one_entry(tmp_path):
+    """Whatever a model does, it does with a cell that only has a `step`: nothing asks for a cell by name."""
+    model, mask = make_model(cell_type="coupled"), torch.ones_like(IDS)
+    mask[0, :4] = mask[1, 5:] = mask[2, 3:5] = 0
+
+    logits, whole = model(IDS, attention_mask=mask).logits, model(IDS)
+    for row, real in enumerate(mask.bool()):
+        assert_close(logits[row, real], model(IDS[row : row + 1, real]).logits[0], 1e-12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        steps = [model(token, past_key_values=cache).logits for token in IDS.split(1, dim=1)]
+    assert_close(torch.cat(steps, dim=1), whole.logits.detach(), 1e-12)
+    positions = torch.arange(9)[None] % 5
+    assert_close(model(IDS, position_ids=positions).logits[:, 5:], model(IDS[:, 5:]).logits, 1e-12)
+
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": None, "attention_mask": torch.ones_like(IDS)}
+    for way in ({}, {"num_beams": 3}, {"cache_implementation": "static"}, {"prefill_chunk_size": 4}):
+        beams = {"num_beams": way.get("num_beams", 1)}
+        assert model.generate(IDS, **options, **way).equal(model.generate(IDS, use_cache=False, **options, **beams))
+    row = {name: value[:1] if name == "attention_mask" else value for name, value in options.items()}
+    drafted = model.generate(IDS[:1], prompt_lookup_num_tokens=3, **row)
+    assert drafted.equal(model.generate(IDS[:1], use_cache=False, **row))
+
+    save_state(model, whole.past_key_values, tmp_path / "state")
+    loaded = load_state(model, tmp_path / "state")
+    assert_close(model(IDS, past_key_values=loaded).logits, model(IDS.repeat(1, 2)).logits[:, 9:], 1e-12)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(LSTMForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)(IDS).logits, whole.logits)
+
+
+@pytest.mark.usefixtures("new_cell")
+def test_a_new_cell_learns(kernel):
+    """Its default kernel has the gradients of the explicit steps; one step lowers the loss."""
+    model = make_model(cell_type="coupled", weight_dropout=0.3, hidden_dropout=0.1).train()
+    torch.manual_seed(1)
+    loss = model(IDS, labels=IDS).loss
+    loss.backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            assert parameter.grad.abs().max() > 0
+            parameter.sub_(0.01 * parameter.grad)
+
+    torch.manual_seed(1)
+    assert model(IDS, labels=IDS).loss < loss
+
+
+@pytest.mark.usefixtures("new_cell")
+def test_a_new_cell_is_exported(tmp_path):
+    pytest.importorskip("onnxruntime")
+    from hf_lstm.convert.onnx import difference as onnx_difference
+    from hf_lstm.convert.onnx import export_onnx
+
+    model = make_model(torch.float32, cell_type="coupled", vocab_size=260)
+
+    for path in export_onnx(model, byte_tokenizer(), tmp_path):
+        assert onnx_difference(model, path) < 1e-4
+    assert torch_difference(model, export_step(model, tmp_path / "step.pt2")) == 0

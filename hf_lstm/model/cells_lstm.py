@@ -238,6 +238,8 @@ class Mogrifier(LSTM):
         return super().step(gates.input_gates(x), (h, c), gates)
 
     def fused(self, x, steps, state, weights):
+        if x.dtype != at_least_float32(x.dtype):  # `torch.lstm_cell` would keep c in half precision
+            return Cell.fused(self, x, steps, state, weights)
         outputs, rows = [], 0
         for n in steps:
             new = self.single(x[rows : rows + n], tuple(part[:n] for part in state), weights)

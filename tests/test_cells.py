@@ -194,6 +194,17 @@ def test_a_state_is_as_large_as_the_cell_needs(cell_type, tmp_path):
 OTHERS = [("gru", "lstm", "h alone", "h and c"), ("mogrifier", "rnn_relu", "h and c", "h")]
 
 
+@pytest.mark.parametrize(("cell_type", "other", "found", "expected"), OTHERS)
+def test_a_cache_of_another_cell_is_refused(cell_type, other, found, expected):
+    cache, model = make_model(cell_type=cell_type)(IDS).past_key_values, make_model(cell_type=other)
+
+    message = f"`past_key_values` holds {found} and the model's cells have {expected}: .* of another `cell_type`"
+    with pytest.raises(ValueError, match=message):
+        model(IDS, past_key_values=cache)
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(IDS[:, :1], past_key_values=cache)
+
+
 @pytest.mark.parametrize(("cell_type", "other"), [(cell, other) for cell, other, *_ in OTHERS])
 def test_a_saved_state_of_another_cell_is_refused(cell_type, other, tmp_path):
     model = make_model(cell_type=cell_type)

@@ -315,7 +315,8 @@ def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor],
     path = _checked(path)
     if path.exists() and not path.is_file():
         raise ValueError(f"`path` ({str(path)!r}) is a device or a pipe, which would be replaced: name a file.")
-    metadata = {"format": kind, "model": _fingerprint(model), "tokens": str(int(length))}
+    metadata = {"format": kind, "model": _fingerprint(model), "cell_type": model.config.cell_type}
+    metadata["tokens"] = str(int(length))
     try:
         write_tensors(tensors, path, metadata | {"digest": _digest(tensors)})
     except SafetensorError as error:
@@ -348,6 +349,11 @@ def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"{path} holds {metadata.get('format', 'something else')}: it must hold {kind}.")
     if metadata.get("model") != _fingerprint(model):
         raise ValueError(f"{path} belongs to a model with other weights: load it with the model that wrote it.")
+    if (cell := metadata.get("cell_type", model.config.cell_type)) != model.config.cell_type:  # not in files of 0.1.0
+        raise ValueError(
+            f"{path} belongs to a model with `cell_type` {cell!r}, and this one has {model.config.cell_type!r}: load it with the "
+            "model that wrote it."
+        )
     if metadata.get("digest") != _digest(tensors) or not metadata.get("tokens", "").isdecimal():
         raise ValueError(f"{path} was changed after it was saved: save it again.")
     return tensors, int(metadata["tokens"])

@@ -216,6 +216,18 @@ def test_a_saved_state_of_another_cell_is_refused(cell_type, other, tmp_path):
         save_state(make_model(cell_type=other), model(IDS).past_key_values, tmp_path / "other")
 
 
+def test_a_saved_state_of_a_cell_with_the_same_weights_is_refused(tmp_path):
+    """A tanh and a ReLU network have weights of the same names and shapes."""
+    model, other = make_model(cell_type="rnn_relu"), make_model(cell_type="rnn_tanh")
+    other.load_state_dict(model.state_dict())
+    save_state(model, model(IDS).past_key_values, tmp_path / "state")
+
+    with pytest.raises(
+        ValueError, match="belongs to a model with `cell_type` 'rnn_relu', and this one has 'rnn_tanh'"
+    ):
+        load_state(other, tmp_path / "state")
+
+
 @pytest.mark.parametrize(
     ("cell_type", "other", "message"),
     [

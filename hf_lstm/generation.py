@@ -350,7 +350,7 @@ def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"{path} holds {metadata.get('format', 'something else')}: it must hold {kind} {FORMAT}.")
     if (cell := metadata.get("cell_type", "lstm")) != model.config.cell_type:
         raise ValueError(
-            f"{path} belongs to a model of another cell ({cell}, and this one's is {model.config.cell_type}): load it with "
+            f"{path} belongs to a model with `cell_type` {cell!r}, and this one has {model.config.cell_type!r}: load it with "
             "the model that wrote it."
         )
     if metadata.get("model") != _fingerprint(model):

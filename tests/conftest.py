@@ -16,6 +16,7 @@ import torch
 from transformers.utils import logging
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
+from hf_lstm.model.cells_lstm import CELLS
 
 torch.set_num_threads(1)
 logging.disable_progress_bar()
@@ -69,13 +70,19 @@ def recompute_activations(model, reentrant):
 
 
 def make_model(dtype=torch.float64, **config):
-    """A random model whose states are large enough for an error to show."""
+    """A random model whose states and biases are large enough for an error to show."""
     torch.manual_seed(0)
     config = {"vocab_size": 31, "hidden_size": 12, "num_hidden_layers": 2} | config
     model = LSTMForCausalLM(LSTMConfig(**config)).to(dtype).eval()
+    # Less where a step could double its input, or each token the state.
+    scales = {"mogrifier": (10, 2, 2), "rnn_relu": (10, 0.5, 1)}
+    embedding, recurrent, other = scales.get(model.config.cell_type, (20, 2, 2))
+    generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.mul_(20 if "embed" in name else 2)
+            parameter.mul_(embedding if "embed" in name else recurrent if "hidden_gates" in name else other)
+            if name.endswith("bias") and not parameter.any():
+                parameter.add_(torch.empty_like(parameter).uniform_(-0.3, 0.3, generator=generator))
     return model
 
 
@@ -84,12 +91,15 @@ def make_ids(rows, length, seed=1):
     return torch.randint(4, 31, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
+# Each shape of a model with one of the cells: the code of neither asks for the other.
 CONFIGS = {
     "stacked": {},
-    "tied_narrow": {"num_hidden_layers": 3, "embedding_size": 8},
-    "untied": {"embedding_size": 10, "tie_word_embeddings": False},
+    "tied_narrow": {"cell_type": "gru", "num_hidden_layers": 3, "embedding_size": 8},
+    "untied": {"cell_type": "mogrifier", "embedding_size": 10, "tie_word_embeddings": False, "output_bias": True},
+    "projected": {"cell_type": "rnn_relu", "embedding_size": 9, "output_projection_size": 9, "last_cell_size": 10},
     "residual": {"block_type": "residual", "initializer_range": 0.2},
     "residual_narrow": {
+        "cell_type": "rnn_tanh",
         "block_type": "residual",
         "embedding_size": 8,
         "intermediate_size": 10,
@@ -102,6 +112,12 @@ CONFIGS = {
 def model(request):
     """Float64 models of the shapes a config can say."""
     return make_model(**CONFIGS[request.param])
+
+
+@pytest.fixture(params=CELLS)
+def cell(request):
+    """Fields of a config for each cell, where a test needs one shape: `make_model(**cell)`."""
+    return {"cell_type": request.param}
 
 
 def choose_kernel(monkeypatch, name):

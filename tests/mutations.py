@@ -59,6 +59,27 @@ MUTATIONS = [
         "test_reference.py",
     ),
     Mutation(
+        "a GRU's reset comes before the product",
+        "model/cells_lstm.py",
+        "n = (x_n + r * h_n).tanh()",
+        "n = (x_n + gates.hidden(r * h).chunk(3, dim=-1)[2]).tanh()",
+        "test_reference.py",
+    ),
+    Mutation(
+        "the rounds of a Mogrifier are swapped",
+        "model/cells_lstm.py",
+        "if index % 2 == 0:",
+        "if index % 2:",
+        "test_reference.py",
+    ),
+    Mutation(
+        "the bias of U is dropped",
+        "model/cells_lstm.py",
+        "self.input_gates.bias, self.hidden_gates.bias]",
+        "self.input_gates.bias, None]",
+        "test_reference.py",
+    ),
+    Mutation(
         "the bias is added twice",
         "model/cells_lstm.py",
         "weights[3] = torch.zeros_like(weights[2])",

@@ -1,4 +1,4 @@
-"""Reference implementation of the LSTM language model: scalar float64 arithmetic in plain Python, without tensors. The
+"""Reference implementation of the language models, of every cell: scalar float64 arithmetic in plain Python, without tensors. The
 outputs, states and gradients of the package must agree with it.
 """
 
@@ -28,6 +28,9 @@ class Scalar:
     def tanh(self):
         value = math.tanh(self.value)
         return Scalar(value, ((self, 1.0 - value * value),))
+
+    def relu(self):
+        return Scalar(max(0.0, self.value), ((self, 1.0 if self.value > 0 else 0.0),))
 
     def exp(self):
         value = math.exp(self.value)
@@ -80,13 +83,15 @@ def dot(a, b):
     return total
 
 
-def linear(x, matrix):
-    return [dot(row, x) for row in matrix]
+def linear(x, matrix, bias=None):
+    products = [dot(row, x) for row in matrix]
+    return products if bias is None else [a + b for a, b in zip(products, bias, strict=True)]
 
 
-def lstm_step(x, h, c, W, U, b):
-    """One step of one cell; x has D numbers, h and c have H. The gates have the order i, f, g, o."""
-    size = len(h)
+def lstm_step(x, state, w):
+    """One step; x has D numbers, h and c have H. The gates have the order i, f, g, o."""
+    (h, c), size = state, len(state[0])
+    W, U, b = w["input_gates.weight"], w["hidden_gates.weight"], w["input_gates.bias"]
     gates = [dot(W[row], x) + dot(U[row], h) + b[row] for row in range(4 * size)]
     new_h, new_c = [], []
     for unit in range(size):
@@ -97,7 +102,63 @@ def lstm_step(x, h, c, W, U, b):
         cell = f * c[unit] + i * g
         new_c.append(cell)
         new_h.append(o * cell.tanh())
-    return new_h, new_c
+    return [new_h, new_c]
+
+
+def gru_step(x, state, w):
+    """One step in torch's form: r gates the product and its bias. The gates have the order r, z, n."""
+    (h,), size, new_h = state, len(state[0]), []
+    read = linear(x, w["input_gates.weight"], w["input_gates.bias"])
+    carried = linear(h, w["hidden_gates.weight"], w["hidden_gates.bias"])
+    for unit in range(size):
+        r = (read[unit] + carried[unit]).sigmoid()
+        z = (read[size + unit] + carried[size + unit]).sigmoid()
+        n = (read[2 * size + unit] + r * carried[2 * size + unit]).tanh()
+        new_h.append((Scalar(1.0) - z) * n + z * h[unit])
+    return [new_h]
+
+
+def rnn_sums(x, state, w):
+    W, U, b = w["input_gates.weight"], w["hidden_gates.weight"], w["input_gates.bias"]
+    return [dot(W[unit], x) + dot(U[unit], state[0]) + b[unit] for unit in range(len(b))]
+
+
+def rnn_tanh_step(x, state, w):
+    return [[number.tanh() for number in rnn_sums(x, state, w)]]
+
+
+def rnn_relu_step(x, state, w):
+    return [[number.relu() for number in rnn_sums(x, state, w)]]
+
+
+def mogrifier_step(x, state, w):
+    """One step of an LSTM whose x and h gate each other first, x in the first round."""
+    h, c = state
+    rounds = sorted({int(name.split(".")[1]) for name in w if name.startswith("mogrifier.")})
+    for index in rounds:
+        gate = h if index % 2 == 0 else x
+        for matrix in range(sum(name.startswith(f"mogrifier.{index}.") for name in w)):
+            gate = linear(gate, w[f"mogrifier.{index}.{matrix}.weight"])
+        gated = [Scalar(2.0) * a.sigmoid() * b for a, b in zip(gate, x if index % 2 == 0 else h, strict=True)]
+        x, h = (gated, h) if index % 2 == 0 else (x, gated)
+    return lstm_step(x, [h, c], w)
+
+
+STEPS = {
+    "lstm": lstm_step,
+    "gru": gru_step,
+    "rnn_tanh": rnn_tanh_step,
+    "rnn_relu": rnn_relu_step,
+    "mogrifier": mogrifier_step,
+}
+
+
+def cell_step(x, state, w, cell_type):
+    """
+    Return the state after one more input. `w` holds the weights of the cell by their names in its layer, and a state the
+    lists h and, of an LSTM or a Mogrifier, c.
+    """
+    return STEPS[cell_type](x, state, w)
 
 
 def rms_norm(x, weight, eps=1e-6):
@@ -110,38 +171,41 @@ def swiglu(x, gate, up, down):
     return linear(inner, down)
 
 
-def language_model(ids, weights):
+def language_model(ids, weights, cell_type="lstm"):
     """
-    Return the logits after each token of one row, and the state after the last: a pair of h and c for each layer.
-    `weights` come from `weights_of`.
+    Return the logits after each token of one row, and the state after the last: for each layer a list of h and, where the
+    cell has it, c. `weights` come from `weights_of`.
     """
     w = {name.removeprefix("model."): weight for name, weight in weights.items()}
     layers = sum(name.endswith("hidden_gates.weight") for name in w)
     residual = "norm.weight" in w
-    sizes = [len(w[f"layers.{index}.hidden_gates.weight"][0]) for index in range(layers)]
-    states, logits = [([Scalar(0.0)] * size, [Scalar(0.0)] * size) for size in sizes], []
+    of_layer = [
+        {name.removeprefix(f"layers.{index}."): weight for name, weight in w.items() if f"layers.{index}." in name}
+        for index in range(layers)
+    ]
+    parts = 2 if cell_type in ("lstm", "mogrifier") else 1
+    states = [[[Scalar(0.0)] * len(layer["hidden_gates.weight"][0]) for _ in range(parts)] for layer in of_layer]
+    logits = []
     for token in ids:
         x = w["embed_tokens.weight"][token]
         if "in_proj.weight" in w:
             x = linear(x, w["in_proj.weight"])
-        for index in range(layers):
-            at = f"layers.{index}."
-            read = rms_norm(x, w[at + "norm.weight"]) if residual else x
-            cell = w[at + "input_gates.weight"], w[at + "hidden_gates.weight"], w[at + "input_gates.bias"]
-            states[index] = lstm_step(read, *states[index], *cell)
+        for index, layer in enumerate(of_layer):
+            read = rms_norm(x, layer["norm.weight"]) if residual else x
+            states[index] = cell_step(read, states[index], layer, cell_type)
             if not residual:
                 x = states[index][0]
                 continue
-            x = [a + b for a, b in zip(x, linear(states[index][0], w[at + "o_proj.weight"]), strict=True)]
-            if at + "mlp.norm.weight" in w:
-                projections = (w[f"{at}mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
-                branch = swiglu(rms_norm(x, w[at + "mlp.norm.weight"]), *projections)
+            x = [a + b for a, b in zip(x, linear(states[index][0], layer["o_proj.weight"]), strict=True)]
+            if "mlp.norm.weight" in layer:
+                projections = (layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
+                branch = swiglu(rms_norm(x, layer["mlp.norm.weight"]), *projections)
                 x = [a + b for a, b in zip(x, branch, strict=True)]
         if residual:
             x = rms_norm(x, w["norm.weight"])
         if "out_proj.weight" in w:
-            x = linear(x, w["out_proj.weight"])
-        logits.append(linear(x, w.get("lm_head.weight", w["embed_tokens.weight"])))
+            x = linear(x, w["out_proj.weight"], w.get("out_proj.bias"))
+        logits.append(linear(x, w.get("lm_head.weight", w["embed_tokens.weight"]), w.get("lm_head.bias")))
     return logits, states
 
 

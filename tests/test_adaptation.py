@@ -92,9 +92,11 @@ def learn_by_hand(model, tokens, length, step):
     return nats / (len(tokens) - 1)
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-def test_plain_steps_are_those_of_the_equations(decay):
-    model, by_hand = make_model(), make_model()
+@pytest.mark.parametrize(
+    ("decay", "cell_type"), [(0.0, "lstm"), (0.1, "gru"), (0.1, "mogrifier"), (0.0, "rnn_relu"), (0.1, "rnn_tanh")]
+)
+def test_plain_steps_are_those_of_the_equations(decay, cell_type):
+    model, by_hand = make_model(cell_type=cell_type), make_model(cell_type=cell_type)
     trained = {name: parameter.detach().clone() for name, parameter in by_hand.named_parameters()}
 
     def step(name, parameter, gradient):

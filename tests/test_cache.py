@@ -52,8 +52,8 @@ def test_the_state_does_not_grow():
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_rows_can_be_reordered(kind):
-    model, order = make_model(), torch.tensor([2, 2, 0])
+def test_rows_can_be_reordered(kind, cell):
+    model, order = make_model(**cell), torch.tensor([2, 2, 0])
     cache = new_cache(kind, model.config)
     model(IDS[:, :5], past_key_values=cache)
 
@@ -63,8 +63,8 @@ def test_rows_can_be_reordered(kind):
 
 
 @torch.no_grad()
-def test_rows_can_be_repeated_and_selected():
-    model = make_model()
+def test_rows_can_be_repeated_and_selected(cell):
+    model = make_model(**cell)
     cache = DynamicCache(config=model.config)
     model(IDS[:, :5], past_key_values=cache)
 
@@ -79,8 +79,8 @@ def test_rows_can_be_repeated_and_selected():
     "mask", [None, torch.tensor([[0] * 3 + [1] * 9, [1] * 12, [1, 1, 0] * 4])], ids=["", "padded"]
 )
 @torch.no_grad()
-def test_tokens_can_be_taken_back(kind, mask):
-    model = make_model()
+def test_tokens_can_be_taken_back(kind, mask, cell):
+    model = make_model(**cell)
     cache, expected = new_cache(kind, model.config), new_cache(kind, model.config)
     parts = [(IDS[:, a:b], None if mask is None else mask[:, a:b]) for a, b in ((0, 5), (5, 6), (6, 10), (10, 12))]
     model(parts[0][0], attention_mask=parts[0][1], past_key_values=expected)
@@ -94,12 +94,12 @@ def test_tokens_can_be_taken_back(kind, mask):
 
     assert cache.get_seq_length() == 6
     for layer, wanted in zip(cache.layers, expected.layers, strict=True):
-        torch.testing.assert_close((layer.keys, layer.values), (wanted.keys, wanted.values), rtol=0, atol=1e-10)
+        torch.testing.assert_close(layer.get_state(), wanted.get_state(), rtol=0, atol=1e-10)
 
 
 @torch.no_grad()
-def test_everything_can_be_taken_back():
-    model = make_model()
+def test_everything_can_be_taken_back(cell):
+    model = make_model(**cell)
     cache = DynamicCache(config=model.config)
     cache.activate_past_recording()
     model(IDS, past_key_values=cache)
@@ -138,8 +138,8 @@ def test_tokens_that_were_not_recorded_cannot_be_taken_back():
 
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_reset_forgets(kind):
-    model = make_model()
+def test_reset_forgets(kind, cell):
+    model = make_model(**cell)
     cache = new_cache(kind, model.config)
     model(make_ids(3, 7, seed=5), past_key_values=cache)
 
@@ -151,8 +151,8 @@ def test_reset_forgets(kind):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_a_state_can_be_pickled_and_copied(kind, gradients):
-    model = make_model()
+def test_a_state_can_be_pickled_and_copied(kind, gradients, cell):
+    model = make_model(**cell)
     cache = new_cache(kind, model.config)
     with torch.set_grad_enabled(gradients and kind == "dynamic"):
         model(IDS[:, :5], past_key_values=cache)
@@ -166,8 +166,8 @@ def test_a_state_can_be_pickled_and_copied(kind, gradients):
             assert_continues(model, copied, IDS)
 
 
-def test_gradients_run_through_a_carried_state_until_it_is_detached(kernel):
-    whole, carried, cut = make_model(), make_model(), make_model()
+def test_gradients_run_through_a_carried_state_until_it_is_detached(kernel, cell):
+    whole, carried, cut = (make_model(**cell) for _ in range(3))
     whole(IDS).logits[:, 5:].square().sum().backward()
 
     cache = DynamicCache(config=carried.config)
@@ -238,8 +238,8 @@ def assert_continues(model, cache, ids, read=5):
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @pytest.mark.parametrize("change", ["crop", "reorder", "copy", "reset"])
-def test_the_last_output_and_document_go_wherever_the_state_goes(kind, change):
-    model = make_model(block_type="residual", initializer_range=0.2)
+def test_the_last_output_and_document_go_wherever_the_state_goes(kind, change, cell):
+    model = make_model(block_type="residual", initializer_range=0.2, **cell)
     seq_idx, padding = torch.tensor([[1] * 6, [1] * 3 + [2] * 3, [4] * 6]), torch.zeros(3, 2)
     cache = new_cache(kind, model.config)
     layer = cache.layers[0]
@@ -275,8 +275,8 @@ def test_the_last_output_and_document_go_wherever_the_state_goes(kind, change):
     assert cache.layers[0].document.tolist() == seq_idx[rows, min(length, 6) - 1].tolist()
 
 
-def test_recording_needs_the_states_after_each_token():
-    cache = make_model()(make_ids(2, 3), use_cache=True).past_key_values
+def test_recording_needs_the_states_after_each_token(cell):
+    cache = make_model(**cell)(make_ids(2, 3), use_cache=True).past_key_values
     cache.activate_past_recording()
 
     with pytest.raises(ValueError, match=r"`past` \(\) must hold the state after each token"):

@@ -54,6 +54,44 @@ def test_widths_from_embedding_to_output(config, sizes):
             r"`rms_norm_eps` \(nan\) must be at least 0 and finite",
         ),
         ({"rms_norm_eps": -1e-6}, r"`rms_norm_eps` \(-1e-06\) must be at least 0"),
+        ({"cell_type": "LSTM"}, r"`cell_type` \('LSTM'\) must be one of lstm, gru, rnn_tanh, rnn_relu, mogrifier\."),
+        (
+            {"mogrifier_rounds": 3},
+            r'`mogrifier_rounds` \(3\) needs `cell_type="mogrifier"`, and it is \'lstm\': leave one',
+        ),
+        (
+            {"mogrifier_rank": 3, "cell_type": "gru"},
+            r'`mogrifier_rank` \(3\) needs `cell_type="mogrifier"`, and it is',
+        ),
+        (
+            {"mogrifier_rounds": -1, "cell_type": "mogrifier"},
+            r"`mogrifier_rounds` \(-1\) must be at least 0 and at most",
+        ),
+        (
+            {"mogrifier_rank": 0, "cell_type": "mogrifier"},
+            r"`mogrifier_rank` \(0\) must be at least 1, or None for full",
+        ),
+        ({"forget_gate_bias": 1.0, "cell_type": "gru"}, r"`forget_gate_bias` \(1\.0\) .* `cell_type` \('gru'\) lacks"),
+        ({"chrono_max_distance": 9, "cell_type": "rnn_relu"}, r"`chrono_max_distance` \(9\) .* `cell_type` .* lacks"),
+        ({"chrono_max_distance": 2}, r"`chrono_max_distance` \(2\) must be at least 3 tokens"),
+        (
+            {"chrono_max_distance": 9, "forget_gate_bias": 0.5},
+            r"`forget_gate_bias` \(0\.5\) and `chrono_max_distance` \(9\) exclude each other",
+        ),
+        ({"last_cell_size": 0, "tie_word_embeddings": False}, r"`last_cell_size` \(0\) must be at least 1"),
+        ({"last_cell_size": 7}, r"`last_cell_size` \(7\) needs a stacked model .* set `tie_word_embeddings=False` or"),
+        (
+            {"last_cell_size": 7, "tie_word_embeddings": False, "block_type": "residual"},
+            r"`last_cell_size` \(7\) needs a stacked model",
+        ),
+        (
+            {"output_projection_size": 7},
+            r"`output_projection_size` \(7\) must equal `embedding_size` \(512\) with tied",
+        ),
+        (
+            {"output_bias": True, "adaptive_softmax_cutoffs": [9], "tie_word_embeddings": False},
+            r"`adaptive_softmax_cutoffs` \(\[9\]\) excludes tied embeddings, `loss_chunk_size` and `output_bias`: set",
+        ),
     ],
     ids=str,
 )
@@ -108,6 +146,62 @@ def test_what_a_default_was_derived_from_is_followed(way, saved_config):
     assert config.to_diff_dict() == expected.to_diff_dict()
 
 
+DERIVED_BY_CELL = {
+    "lstm": (1.0, None),
+    "gru": (None, None),
+    "rnn_tanh": (None, None),
+    "rnn_relu": (None, None),
+    "mogrifier": (1.0, 5),
+}
+
+
+@pytest.mark.parametrize("way", ["made", "set", "update", "update_from_string", "from_pretrained", "saved"])
+@pytest.mark.parametrize("cell_type", DERIVED_BY_CELL)
+def test_defaults_are_those_of_the_cell(cell_type, way, saved_config, tmp_path):
+    """Whatever the cell was before: the file says that it is an LSTM, with a `forget_gate_bias` of 1."""
+    config = LSTMConfig(cell_type=cell_type) if way in ("made", "saved") else AutoConfig.from_pretrained(saved_config)
+    if way == "set":
+        config.cell_type = "mogrifier"
+        config.cell_type = cell_type
+    elif way == "update":
+        config.update({"cell_type": cell_type})
+    elif way == "update_from_string":
+        config.update_from_string(f"cell_type={cell_type}")
+    elif way == "from_pretrained":
+        config = AutoConfig.from_pretrained(saved_config, cell_type=cell_type)
+    elif way == "saved":
+        config.save_pretrained(tmp_path)
+        config = AutoConfig.from_pretrained(tmp_path)
+
+    assert (config.forget_gate_bias, config.mogrifier_rounds) == DERIVED_BY_CELL[cell_type]
+    assert config.to_diff_dict() == LSTMConfig(cell_type=cell_type).to_diff_dict()
+
+
+def test_given_values_of_one_cell_are_refused_for_another():
+    config = LSTMConfig(forget_gate_bias=0.5)
+    with pytest.raises(StrictDataclassError, match=r"`forget_gate_bias` \(0\.5\) .* `cell_type` \('gru'\) lacks"):
+        config.cell_type = "gru"
+    assert (config.cell_type, config.forget_gate_bias) == ("lstm", 0.5)
+    config.update({"cell_type": "gru", "forget_gate_bias": None})
+    assert (config.cell_type, config.forget_gate_bias) == ("gru", None)
+
+    config = LSTMConfig(cell_type="mogrifier", mogrifier_rounds=2)
+    with pytest.raises(StrictDataclassError, match=r"`mogrifier_rounds` \(2\) needs"):
+        config.cell_type = "lstm"
+    assert (config.cell_type, config.mogrifier_rounds) == ("mogrifier", 2)
+
+
+def test_chrono_biases_take_the_place_of_the_derived_constant(tmp_path):
+    config = LSTMConfig()
+    config.chrono_max_distance = 50
+    config.save_pretrained(tmp_path)
+
+    config = AutoConfig.from_pretrained(tmp_path)
+    assert (config.forget_gate_bias, config.chrono_max_distance) == (None, 50)
+    config.chrono_max_distance = None
+    assert config.forget_gate_bias == 1.0
+
+
 def test_a_value_that_is_given_is_no_default():
     config = LSTMConfig(embedding_size=8, initializer_range=0.1)
 
@@ -140,7 +234,15 @@ def test_copies_of_a_config_are_validated_too(copied):
 
 
 def test_configs_come_back(tmp_path):
-    config = LSTMConfig(vocab_size=77, hidden_size=23, embedding_size=8, forget_gate_bias=0.5, eos_token_id=[3, 4])
+    fields = {
+        "vocab_size": 77,
+        "hidden_size": 23,
+        "embedding_size": 8,
+        "forget_gate_bias": 0.5,
+        "eos_token_id": [3, 4],
+    }
+    fields |= {"cell_type": "mogrifier", "mogrifier_rounds": 3, "mogrifier_rank": 2, "output_bias": True}
+    config = LSTMConfig(**fields | {"last_cell_size": 6, "output_projection_size": 8})
     config.save_pretrained(tmp_path)
 
     loaded = AutoConfig.from_pretrained(tmp_path)

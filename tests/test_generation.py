@@ -143,8 +143,9 @@ def test_the_state_of_a_row_stays_where_the_row_ended(model, cache, pad):
         torch.testing.assert_close(together[row], alone, rtol=0, atol=1e-10)
 
 
-def test_compiled_steps_hold_rows_that_have_ended():
-    model = make_model()
+@pytest.mark.parametrize("cell_type", ["gru", "mogrifier"])
+def test_compiled_steps_hold_rows_that_have_ended(cell_type):
+    model = make_model(cell_type=cell_type)
     mask = torch.tensor([[1], [0], [1]])
     states = []
     for call in (model, torch.compile(model, backend="eager", fullgraph=True)):
@@ -152,7 +153,7 @@ def test_compiled_steps_hold_rows_that_have_ended():
         with torch.no_grad():
             model(IDS, past_key_values=past)
             call(IDS[:, :1], attention_mask=mask, past_key_values=past)
-        states.append([(layer.keys, layer.values) for layer in past.layers])
+        states.append([layer.get_state() for layer in past.layers])
 
     torch.testing.assert_close(states[1], states[0])
 

@@ -10,12 +10,15 @@ from transformers import DynamicCache, GenerationConfig, TextStreamer
 from transformers.generation import LogitsProcessor
 
 from hf_lstm import bpe_tokenizer, byte_tokenizer, char_tokenizer, word_tokenizer
+from hf_lstm.model.cells_lstm import CELLS
 
 IDS = make_ids(2, 6)
 MASK = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
 
 
-COMPILED = [("tied_narrow", "eager"), ("residual_narrow", "eager")]  # of all configs, in fast tests
+COMPILED = [
+    (config, "eager") for config in ("stacked", "tied_narrow", "untied", "residual_narrow")
+]  # of all configs, in fast tests
 
 
 def generate(model, ids=IDS, mask=None, **options):
@@ -50,16 +53,21 @@ PROCESSORS = [
 
 
 @pytest.mark.parametrize(
-    ("options", "beams"),
+    ("options", "beams", "cell_type"),
     [
-        pytest.param(options, beams, marks=[pytest.mark.slow] if beams != (1, 3)[index % 2] else [])
+        pytest.param(
+            options,
+            beams,
+            list(CELLS)[index % len(CELLS)],
+            marks=[pytest.mark.slow] if beams != (1, 3)[index % 2] else [],
+        )
         for index, options in enumerate([{"do_sample": True, **warper} for warper in WARPERS] + PROCESSORS)
         for beams in (1, 3)
     ],
     ids=str,
 )
-def test_processors_and_warpers(options, beams):
-    model = make_model()
+def test_processors_and_warpers(options, beams, cell_type):
+    model = make_model(cell_type=cell_type)
     expected = generate(model, mask=MASK, use_cache=False, num_beams=beams, **options)
 
     assert generate(model, mask=MASK, num_beams=beams, **options).tolist() == expected.tolist()
@@ -78,9 +86,21 @@ def test_prompt_lookup_takes_wrong_drafts_back(model, do_sample, drafts):
     assert_state_is_that_of(model, actual.sequences, actual.past_key_values)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "heuristic"])
-def test_an_lstm_drafts_for_an_lstm(schedule):
-    model, assistant = make_model(num_hidden_layers=3), make_model(hidden_size=8)
+@pytest.mark.parametrize(
+    ("cell_type", "of_assistant", "schedule"),
+    [
+        ("lstm", "lstm", "constant"),
+        ("gru", "lstm", "heuristic"),
+        ("mogrifier", "gru", "constant"),
+        ("rnn_tanh", "mogrifier", "heuristic"),
+        ("rnn_relu", "rnn_tanh", "constant"),
+    ],
+)
+def test_any_cell_drafts_for_any(cell_type, of_assistant, schedule):
+    model, assistant = (
+        make_model(num_hidden_layers=3, cell_type=cell_type),
+        make_model(hidden_size=8, cell_type=of_assistant),
+    )
     assistant.generation_config.update(num_assistant_tokens=5, num_assistant_tokens_schedule=schedule)
     ids = IDS[:1]
     expected = generate(model, ids, max_new_tokens=40)
@@ -91,9 +111,9 @@ def test_an_lstm_drafts_for_an_lstm(schedule):
     assert_state_is_that_of(model, actual.sequences, actual.past_key_values)
 
 
-def test_a_perfect_assistant_is_always_right():
+def test_a_perfect_assistant_is_always_right(cell):
     """The same model drafts: every draft is accepted, so the assistant's own state survived its roll-backs."""
-    model = make_model()
+    model = make_model(**cell)
     calls, forward = [], model.forward
 
     @functools.wraps(forward)  # `generate()` reads its signature
@@ -102,7 +122,7 @@ def test_a_perfect_assistant_is_always_right():
         return forward(*arguments, **options)
 
     expected = generate(model, IDS[:1], max_new_tokens=40)
-    assistant = make_model()
+    assistant = make_model(**cell)
     assistant.generation_config.update(num_assistant_tokens=4, num_assistant_tokens_schedule="constant")
     assistant.generation_config.update(assistant_confidence_threshold=0.0, eos_token_id=None)
     model.forward = counted
@@ -123,22 +143,23 @@ def test_the_first_layers_draft_for_all(model):
     expected = generate(model, IDS[:1], max_new_tokens=30)
 
     if len(set(model.config.cell_sizes)) > 1:
-        with pytest.raises(
-            ValueError, match="The first 2 layers have outputs of width 12, and the output layer takes 8"
-        ):
-            generate(model, IDS[:1], assistant_early_exit=2)
-        with pytest.raises(
-            StrictDataclassError, match=r"must equal `hidden_size` .* also under `assistant_early_exit=1`"
-        ):
-            generate(model, IDS[:1], assistant_early_exit=1)
+        fewer, last = model.config.num_hidden_layers - 1, model.config.cell_sizes[-1]
+        message = f"The first {fewer} layers have outputs of width 12, and the output layer takes {last}"
+        with pytest.raises(ValueError, match=message):
+            generate(model, IDS[:1], assistant_early_exit=fewer)
+        if fewer > 1:
+            with pytest.raises(
+                StrictDataclassError, match=r"must equal `hidden_size` .* also under `assistant_early_exit=1`"
+            ):
+                generate(model, IDS[:1], assistant_early_exit=1)
         return
     assert generate(model, IDS[:1], max_new_tokens=30, assistant_early_exit=1).tolist() == expected.tolist()
 
 
-@pytest.mark.parametrize("mask", [None, MASK], ids=["whole", "padded"])
-def test_classifier_free_guidance_weighs_two_states(mask):
+@pytest.mark.parametrize(("mask", "cell_type"), [(None, "gru"), (MASK, "mogrifier"), (MASK, "lstm")], ids=str)
+def test_classifier_free_guidance_weighs_two_states(mask, cell_type):
     """By its definition, token by token without a cache: logits of the unconditional text and of the text."""
-    model, scale, negative = make_model(), 1.7, IDS[:, -1:]
+    model, scale, negative = make_model(cell_type=cell_type), 1.7, IDS[:, -1:]
     written = IDS.clone()
     read = torch.ones_like(IDS) if mask is None else mask
     for step in range(8):
@@ -238,8 +259,8 @@ def test_a_conversation_of_three_turns(model):
         assert text.tolist() == expected.tolist()
 
 
-def test_beams_need_a_state_each():
-    model = make_model()
+def test_beams_need_a_state_each(cell):
+    model = make_model(**cell)
     cache = model(IDS[:, :3]).past_key_values
 
     with pytest.raises(ValueError, match="holds the state of 2 rows and the input has 6"):
@@ -273,7 +294,7 @@ def assert_state_is_that_of(model, sequences, cache):
     expected = model(sequences[:, : cache.get_seq_length()]).past_key_values
     assert cache.get_seq_length() == sequences.shape[1] - 1
     for layer, wanted in zip(cache.layers, expected.layers, strict=True):
-        torch.testing.assert_close((layer.keys, layer.values), (wanted.keys, wanted.values), rtol=0, atol=1e-10)
+        torch.testing.assert_close(layer.get_state(), wanted.get_state(), rtol=0, atol=1e-10)
 
 
 VOCABULARIES = {

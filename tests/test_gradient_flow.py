@@ -13,7 +13,7 @@ from hf_lstm import LSTMConfig, LSTMForCausalLM, char_tokenizer
 from hf_lstm.evaluation import gradient_flow, gradients
 
 SMALL = {"vocab_size": 31, "hidden_size": 4}
-SIZES = {"embedding_size": 3, "intermediate_size": 5}
+SIZES = {"embedding_size": 3, "output_projection_size": 3, "last_cell_size": 3, "intermediate_size": 5}
 IDS = make_ids(2, 8)
 
 
@@ -24,15 +24,15 @@ def small_model(config, **other):
 
 @pytest.fixture
 def states(monkeypatch):
-    """h and c of each step of `reference.language_model`, in its order: all that is later is computed from these."""
-    states, step = [], reference.lstm_step
+    """The state after each step of `reference.language_model`, in its order: all that is later is computed from these."""
+    states, step = [], reference.cell_step
 
     def recorded(*arguments):
         state = [[number + Scalar(0.0) for number in part] for part in step(*arguments)]
         states.append(state)
         return state
 
-    monkeypatch.setattr(reference, "lstm_step", recorded)
+    monkeypatch.setattr(reference, "cell_step", recorded)
     return states
 
 
@@ -40,7 +40,7 @@ def norms_of_equations(model, states, ids, last, max_distance):
     """Norms `(L, D + 1)` for the loss of the token after `last` in one row."""
     states.clear()
     layers = model.config.num_hidden_layers
-    logits, _ = reference.language_model(ids[: last + 1], reference.weights_of(model))
+    logits, _ = reference.language_model(ids[: last + 1], reference.weights_of(model), model.config.cell_type)
     found = reference.mean_cross_entropy(logits[-1:], ids[last + 1 : last + 2]).derivatives()
     norms = [numpy.linalg.norm([found.get(n, 0.0) for part in state for n in part]) for state in states]
     return numpy.reshape(norms, (-1, layers)).T[:, ::-1][:, : max_distance + 1]
@@ -62,7 +62,7 @@ def test_norms_are_those_of_the_equations(config, positions, max_distance, state
 def test_norms_are_finite_differences(states, monkeypatch):
     """Each number of a state is moved after its token, and the rest of the text read again."""
     model, ids, last, step = small_model("untied", hidden_size=3), IDS[:1], 4, 1e-5
-    weights, recorded, moved = reference.weights_of(model), reference.lstm_step, {}
+    weights, recorded, moved = reference.weights_of(model), reference.cell_step, {}
 
     def moving(*arguments):
         state = recorded(*arguments)
@@ -74,10 +74,10 @@ def test_norms_are_finite_differences(states, monkeypatch):
         states.clear()
         moved.clear()
         moved[place] = part, unit, by
-        logits, _ = reference.language_model(ids[0, : last + 1].tolist(), weights)
+        logits, _ = reference.language_model(ids[0, : last + 1].tolist(), weights, model.config.cell_type)
         return reference.mean_cross_entropy(logits[-1:], ids[0, last + 1 : last + 2].tolist()).value
 
-    monkeypatch.setattr(reference, "lstm_step", moving)
+    monkeypatch.setattr(reference, "cell_step", moving)
 
     norms = gradient_flow(model, ids[:, : last + 2], positions=1, max_distance=last)
 

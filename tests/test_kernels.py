@@ -36,9 +36,9 @@ def taken(monkeypatch):
         (False, 16, "fused"),
     ],
 )
-def test_the_choice_depends_on_gradients_and_length(taken, gradients, length, expected):
+def test_the_choice_depends_on_gradients_and_length(taken, gradients, length, expected, cell):
     with torch.set_grad_enabled(gradients):
-        make_model()(IDS[:, :length])
+        make_model(**cell)(IDS[:, :length])
 
     assert taken == [expected] * 2
 
@@ -158,16 +158,38 @@ def with_backward_pre_hook(model):
     model.model.layers[0].hidden_gates.register_full_backward_pre_hook(lambda module, outputs: None)
 
 
+def with_hook_in_a_round(model):
+    model.model.layers[0].mogrifier[1].register_forward_hook(lambda module, inputs, output: output)
+
+
+def with_hook_of_a_matrix(model):
+    model.model.layers[0].mogrifier[4][0].register_forward_hook(lambda module, inputs, output: output)
+
+
 def with_pruning(model):
     prune.identity(model.model.layers[0].hidden_gates, "weight")
 
 
 @pytest.mark.filterwarnings("ignore:Full backward hook")
 @pytest.mark.parametrize(
-    "change", [with_adapter, with_hook, with_backward_hook, with_backward_pre_hook, with_pruning, cpu_offload]
+    ("change", "cell_type"),
+    [
+        (with_adapter, "lstm"),
+        (with_adapter, "rnn_relu"),
+        (with_hook, "gru"),
+        (with_hook_in_a_round, "mogrifier"),
+        (with_hook_of_a_matrix, "mogrifier"),
+        (with_backward_hook, "rnn_tanh"),
+        (with_backward_hook, "lstm"),
+        (with_backward_pre_hook, "gru"),
+        (with_pruning, "mogrifier"),
+        (with_pruning, "lstm"),
+        (cpu_offload, "lstm"),
+        (cpu_offload, "mogrifier"),
+    ],
 )
-def test_whatever_a_module_does_is_done(taken, change):
-    model = make_model()
+def test_whatever_a_module_does_is_done(taken, change, cell_type):
+    model = make_model(cell_type=cell_type)
     expected = model(IDS).logits.detach()
     change(model)
     taken.clear()
@@ -183,18 +205,18 @@ def test_whatever_a_module_does_is_done(taken, change):
 
 
 @pytest.mark.parametrize("weight_dropout", [0.0, 0.5])
-def test_weights_in_one_piece_are_the_same_weights(monkeypatch, weight_dropout):
+def test_weights_in_one_piece_are_the_same_weights(monkeypatch, weight_dropout, cell):
     """As cuDNN takes them; the CPU's kernel does not mind."""
-    results, pieces, lstm = [], [], torch.lstm
+    results, pieces, kind = [], [], cells_lstm.CELLS[cell["cell_type"]]
 
-    def watched(x, steps, state, weights, *options):
-        pieces.append(all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(weights)))
-        return lstm(x, steps, state, weights, *options)
+    def watched(x, steps, state, weights, run=kind.fused):
+        pieces.append(all(a.data_ptr() + a.nbytes == b.data_ptr() for a, b in itertools.pairwise(weights[:4])))
+        return run(x, steps, state, weights)
 
-    monkeypatch.setattr(torch, "lstm", watched)
+    monkeypatch.setattr(kind, "fused", watched)
     for devices in ((), ("cpu",)):
         monkeypatch.setattr(cells_lstm, "IN_ONE_PIECE", devices)
-        model = make_model(weight_dropout=weight_dropout).train()
+        model = make_model(weight_dropout=weight_dropout, **cell).train()
         loss = model(IDS, labels=IDS).loss
         loss.backward()
         results.append([loss, *(parameter.grad for parameter in model.parameters())])
@@ -262,9 +284,15 @@ def test_a_default_device_leaves_the_kernel_alone():
 
 TRANSFORMED = {
     "plain": {},
-    "residual": {"block_type": "residual", "initializer_range": 0.2},
-    "chunked": {"loss_chunk_size": 4},
-    "adaptive": {"adaptive_softmax_cutoffs": [8, 20], "tie_word_embeddings": False, "hidden_size": 16},
+    "gru": {"cell_type": "gru"},
+    "residual": {"cell_type": "rnn_tanh", "block_type": "residual", "initializer_range": 0.2},
+    "chunked": {"cell_type": "rnn_relu", "loss_chunk_size": 4, "output_bias": True},
+    "adaptive": {
+        "cell_type": "mogrifier",
+        "adaptive_softmax_cutoffs": [8, 20],
+        "tie_word_embeddings": False,
+        "hidden_size": 16,
+    },
 }
 MASK = torch.tensor([[0] * 3 + [1] * 17, [1] * 9 + [0] * 2 + [1] * 5 + [0] * 4])
 

@@ -33,9 +33,9 @@ TARGETS = {
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
 @pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("tied", [True, False])
-def test_loss_and_gradients_are_those_of_the_plain_loss(chunk_size, targets, tied):
-    model = make_model(tie_word_embeddings=tied, activation_regularization=0.5).train()
+@pytest.mark.parametrize(("tied", "bias"), [(True, True), (False, False)])
+def test_loss_and_gradients_are_those_of_the_plain_loss(chunk_size, targets, tied, bias):
+    model = make_model(tie_word_embeddings=tied, output_bias=bias, activation_regularization=0.5).train()
     loss, expected, plain = grads_of(model, **TARGETS[targets])
     model.config.loss_chunk_size = chunk_size
 
@@ -50,28 +50,31 @@ def test_loss_and_gradients_are_those_of_the_plain_loss(chunk_size, targets, tie
     torch.testing.assert_close(chunked.regularization_loss, plain.regularization_loss)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("chunk_size", [1, 7, 1000])
-def test_it_is_the_cross_entropy_to_the_last_digit(chunk_size):
+def test_it_is_the_cross_entropy_to_the_last_digit(chunk_size, bias):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 8, 5, generator=generator, dtype=torch.float64, requires_grad=True)
-    head = nn.Linear(5, 31, bias=False).double()
+    head = nn.Linear(5, 31, bias=bias).double()
     expected = F.cross_entropy(head(hidden)[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten())
-    gradients = torch.autograd.grad(expected * 3, [hidden, head.weight])
+    inputs = [hidden, *head.parameters()]
+    gradients = torch.autograd.grad(expected * 3, inputs)
 
     targets = F.pad(LABELS[:, 1:], (0, 1), value=-100)
     found = loss_without_logits(hidden, head, targets, chunk_size)
 
     torch.testing.assert_close(found, expected, rtol=1e-14, atol=0)
-    for gradient, other in zip(torch.autograd.grad(found * 3, [hidden, head.weight]), gradients, strict=True):
+    for gradient, other in zip(torch.autograd.grad(found * 3, inputs), gradients, strict=True):
         torch.testing.assert_close(gradient, other, rtol=0, atol=1e-14)
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("frozen", [None, "head", "hidden"])
-def test_second_derivatives_are_those_of_the_cross_entropy(frozen):
+def test_second_derivatives_are_those_of_the_cross_entropy(frozen, bias):
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(3, 8, 5, generator=generator, dtype=torch.float64, requires_grad=frozen != "hidden")
-    head = nn.Linear(5, 31, bias=False).double().requires_grad_(frozen != "head")
-    targets, inputs = LABELS.clone(), [tensor for tensor in (hidden, head.weight) if tensor.requires_grad]
+    head = nn.Linear(5, 31, bias=bias).double().requires_grad_(frozen != "head")
+    targets, inputs = LABELS.clone(), [tensor for tensor in (hidden, *head.parameters()) if tensor.requires_grad]
 
     def second(loss):
         first = torch.autograd.grad(loss * 3, inputs, create_graph=True)

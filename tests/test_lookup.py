@@ -23,9 +23,15 @@ MASK[0, :6] = MASK[2, 13:] = MASK[3, 5:8] = 0
 
 @pytest.fixture
 def widths(monkeypatch):
-    """The width of the input of each call of torch's kernel, where every number of tokens is few."""
-    seen, lstm = [], torch.lstm
-    monkeypatch.setattr(torch, "lstm", lambda x, *arguments: (seen.append(x.shape[1]), lstm(x, *arguments))[1])
+    """The width of the input of each call of a kernel, where every number of tokens is few."""
+    seen = []
+    for cell in cells_lstm.CELLS.values():
+
+        def fused(x, *arguments, run=cell.fused):
+            seen.append(x.shape[1])
+            return run(x, *arguments)
+
+        monkeypatch.setattr(cell, "fused", fused)
     monkeypatch.setattr(cells_lstm, "FEW_PRODUCTS", math.inf)
     return seen
 
@@ -62,9 +68,9 @@ BATCHES = {
 }
 SHAPES = {
     "two layers": {},
-    "untied": {"embedding_size": 10, "tie_word_embeddings": False},
-    "words dropped": {"embedding_dropout": 0.4, "weight_dropout": 0.3, "output_dropout": 0.2},
-    "chunked loss": {"loss_chunk_size": 8},
+    "untied": {"cell_type": "gru", "embedding_size": 10, "tie_word_embeddings": False},
+    "words dropped": {"cell_type": "rnn_tanh", "embedding_dropout": 0.4, "weight_dropout": 0.3, "output_dropout": 0.2},
+    "chunked loss": {"cell_type": "rnn_relu", "loss_chunk_size": 8, "output_bias": True},
 }
 
 
@@ -186,8 +192,9 @@ def test_what_is_more_than_a_lookup_reads_every_position(widths, change):
     assert is_seen == (change is not with_frequencies)
 
 
-def test_a_residual_layer_reads_every_position(widths):
-    model = make_model(block_type="residual").train()
+@pytest.mark.parametrize("config", [{"block_type": "residual"}, {"cell_type": "mogrifier"}], ids=str)
+def test_a_layer_that_changes_embeddings_first_reads_every_position(widths, config):
+    model = make_model(**config).train()
 
     assert_equal(results(model), results(model, few=0), atol=0)
     assert WORDS not in widths

@@ -48,9 +48,11 @@ def test_the_state_of_one_graph_continues_in_the_other(name, tmp_path):
     assert abs(logits - expected).max() < 1e-5 * abs(expected).max()
 
 
-def test_an_untied_output_layer_with_a_bias_is_exported(tmp_path):
-    model = byte_model()
-    model.lm_head = torch.nn.Linear(12, 260)
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_output_layer_with_a_bias_is_exported(tied, tmp_path):
+    model = byte_model(output_bias=True)
+    if not tied:
+        model.lm_head = torch.nn.Linear(12, 260)
 
     for path in export_onnx(model, byte_tokenizer(), tmp_path):
         assert difference(model, path) < 1e-4

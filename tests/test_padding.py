@@ -28,8 +28,8 @@ def test_padded_row_equals_row_alone(model, kernel, dtype):
         alone = model(IDS[row : row + 1, mask])
         torch.testing.assert_close(together.logits[row, mask], alone.logits[0], rtol=0, atol=1e-10)
         for layer, expected in zip(together.past_key_values.layers, alone.past_key_values.layers, strict=True):
-            torch.testing.assert_close(layer.keys[row], expected.keys[0], rtol=0, atol=1e-10)
-            torch.testing.assert_close(layer.values[row], expected.values[0], rtol=0, atol=1e-10)
+            state, wanted = ([part[index] for part in one.get_state()] for one, index in ((layer, row), (expected, 0)))
+            torch.testing.assert_close(state, wanted, rtol=0, atol=1e-10)
 
 
 def test_padding_repeats_the_last_output(model, kernel):
@@ -39,18 +39,22 @@ def test_padding_repeats_the_last_output(model, kernel):
         for t in range(1, 12):
             if not mask[t]:
                 torch.testing.assert_close(logits[row, t], logits[row, t - 1], rtol=0, atol=0)
-    assert not logits[list(MASKS).index("all")].any()
+    zero = torch.zeros(model.config.output_size, dtype=torch.float64)
+    if model.config.output_projection_size is not None:
+        zero = model.model.out_proj(torch.zeros(model.config.cell_sizes[-1], dtype=torch.float64))
+    expected = model.lm_head(zero).expand(12, -1)  # of the zero state: 0 without biases
+    torch.testing.assert_close(logits[list(MASKS).index("all")], expected, rtol=0, atol=1e-12)
 
 
 def test_a_row_of_padding_keeps_its_state(model, kernel):
     cache = DynamicCache(config=model.config)
     model(IDS, past_key_values=cache)
-    before = [(layer.keys, layer.values) for layer in cache.layers]
+    before = [layer.get_state() for layer in cache.layers]
 
     model(IDS[:, :5], attention_mask=torch.zeros(len(IDS), 5), past_key_values=cache)
 
-    for layer, (h, c) in zip(cache.layers, before, strict=True):
-        torch.testing.assert_close((layer.keys, layer.values), (h, c), rtol=0, atol=0)
+    for layer, expected in zip(cache.layers, before, strict=True):
+        torch.testing.assert_close(layer.get_state(), expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("width", ["new tokens", "all tokens"])
@@ -81,11 +85,20 @@ def test_padding_repeats_the_last_output_of_an_earlier_call(model, length):
 
 
 LOSSES = {
-    "plain": {},
-    "chunked": {"loss_chunk_size": 4},
-    "adaptive": {"adaptive_softmax_cutoffs": [8, 20], "tie_word_embeddings": False, "hidden_size": 16},
-    "penalties": {"activation_regularization": 2.0, "temporal_activation_regularization": 1.0},
-    "residual": {"block_type": "residual", "activation_regularization": 2.0},
+    "plain": {"cell_type": "gru"},
+    "chunked": {"loss_chunk_size": 4, "output_bias": True},
+    "adaptive": {
+        "cell_type": "mogrifier",
+        "adaptive_softmax_cutoffs": [8, 20],
+        "tie_word_embeddings": False,
+        "hidden_size": 16,
+    },
+    "penalties": {
+        "cell_type": "rnn_relu",
+        "activation_regularization": 2.0,
+        "temporal_activation_regularization": 1.0,
+    },
+    "residual": {"cell_type": "rnn_tanh", "block_type": "residual", "activation_regularization": 2.0},
 }
 
 
@@ -110,8 +123,8 @@ def test_the_loss_is_that_of_the_rows_alone(loss, side, ignore_index):
     torch.testing.assert_close(together.regularization_loss or 0.0, penalty or 0.0, rtol=1e-10, atol=0)
 
 
-def test_the_loss_of_a_padded_batch_is_the_sum_over_its_chunks():
-    model = make_model()
+def test_the_loss_of_a_padded_batch_is_the_sum_over_its_chunks(cell):
+    model = make_model(**cell)
     labels = IDS.masked_fill(MASK == 0, -100)
     shift_labels = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
     whole = model(IDS, attention_mask=MASK, labels=labels, num_items_in_batch=1).loss
@@ -133,8 +146,8 @@ def test_the_loss_of_some_positions_is_theirs():
     torch.testing.assert_close(actual, expected)
 
 
-def test_padding_has_no_part_in_gradients(kernel):
-    padded, alone = make_model(), make_model()
+def test_padding_has_no_part_in_gradients(kernel, cell):
+    padded, alone = make_model(**cell), make_model(**cell)
 
     logits = padded(IDS, attention_mask=MASK).logits
     logits[MASK.bool()].square().sum().backward()

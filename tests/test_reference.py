@@ -22,19 +22,20 @@ class Equations:
     states: list
     loss: float
     loss_gradients: dict  # by the names of the weights
-    squares_gradients: dict  # of the squares of the last logits and of the cell of the first layer
+    squares_gradients: dict  # of the squares of the last logits and of the last part of the first layer's state
 
 
 @functools.cache
 def equations_of(config):
     """Computed once for all tests of a config, since it takes a second."""
-    weights = reference.weights_of(make_model(**CONFIGS[config]))
-    logits, states = reference.language_model(IDS[0].tolist(), weights)
+    model = make_model(**CONFIGS[config])
+    weights = reference.weights_of(model)
+    logits, states = reference.language_model(IDS[0].tolist(), weights, model.config.cell_type)
     loss = reference.mean_cross_entropy(logits[:-1], IDS[0, 1:].tolist())
-    squares = reference.dot([*logits[-1], *states[0][1]], [*logits[-1], *states[0][1]])
+    squares = reference.dot([*logits[-1], *states[0][-1]], [*logits[-1], *states[0][-1]])
     return Equations(
         reference.values(logits),
-        [(reference.values(h), reference.values(c)) for h, c in states],
+        reference.values(states),
         loss.value,
         *(reference.gradients(result, weights) for result in (loss, squares)),
     )
@@ -49,9 +50,9 @@ def test_logits_and_states_are_those_of_the_equations(model, equations, kernel):
     output = model(IDS)
 
     assert_equal(output.logits[0], equations.logits)
-    for layer, (h, c) in zip(output.past_key_values.layers, equations.states, strict=True):
-        assert_equal(layer.keys[0], h)
-        assert_equal(layer.values[0], c)
+    for layer, expected in zip(output.past_key_values.layers, equations.states, strict=True):
+        for part, numbers in zip(layer.get_state(), expected, strict=True):
+            assert_equal(part[0], numbers)
 
 
 def test_a_carried_state_is_that_of_the_equations(model, equations, kernel):
@@ -73,15 +74,38 @@ def test_loss_and_gradients_are_those_of_the_equations(model, equations, kernel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_gradients_of_logits_and_cells_are_those_of_the_equations(model, equations, dtype, kernel):
+def test_gradients_of_logits_and_states_are_those_of_the_equations(model, equations, dtype, kernel):
     model = model.to(dtype)
 
     output = model(IDS, use_cache=True)
-    (output.logits[0, -1].square().sum() + output.past_key_values.layers[0].values.square().sum()).backward()
+    (output.logits[0, -1].square().sum() + output.past_key_values.layers[0].get_state()[-1].square().sum()).backward()
 
     precision = 1e-10 if dtype == torch.float64 else 1e-5
     for name, parameter in model.named_parameters():
         assert_equal(parameter.grad, equations.squares_gradients[name], precision)
+
+
+@pytest.mark.parametrize("options", [{"mogrifier_rounds": 2, "mogrifier_rank": 2}, {"mogrifier_rounds": 0}], ids=str)
+def test_rounds_of_a_mogrifier_are_those_of_the_equations(options, kernel):
+    """Low-rank matrices; and without rounds an LSTM."""
+    model = make_model(cell_type="mogrifier", hidden_size=5, embedding_size=4, tie_word_embeddings=False, **options)
+    weights = reference.weights_of(model)
+
+    output = model(IDS)
+
+    logits, states = reference.language_model(IDS[0].tolist(), weights, "mogrifier")
+    assert_equal(output.logits[0], reference.values(logits))
+    for layer, expected in zip(output.past_key_values.layers, states, strict=True):
+        assert_equal(torch.stack(layer.get_state())[:, 0], reference.values(expected))
+    if options["mogrifier_rounds"] == 0:
+        lstm = make_model(hidden_size=5, embedding_size=4, tie_word_embeddings=False)
+        lstm.load_state_dict(model.state_dict())
+        assert_equal(output.logits, lstm(IDS).logits.tolist(), 1e-14)
+        return
+    output.logits[0, -1].square().sum().backward()
+    gradients = reference.gradients(reference.dot(logits[-1], logits[-1]), weights)
+    for name, parameter in model.named_parameters():
+        assert_equal(parameter.grad, gradients[name])
 
 
 def test_new_models_remember_and_do_not_explode():

@@ -85,13 +85,13 @@ def test_every_dropout_is_where_it_belongs(name, masks):
         with torch.no_grad():
             layer.hidden_gates.weight.mul_(by_weight[index])
         size = layer.hidden_gates.in_features
-        zeros = x.new_zeros(len(x), size)
+        zeros = layer.cell.zero_state(x, size)
         if residual:
-            outputs = modeling_lstm.LSTMLayer.forward(layer, layer.norm(x), zeros, zeros)[0]
+            outputs = modeling_lstm.LSTMLayer.forward(layer, layer.norm(x), *zeros)[0]
             x = x + layer.o_proj(outputs) * next(branches)
             x = x if layer.mlp is None else x + layer.mlp(x) * next(branches)
         else:
-            x = layer(x, zeros, zeros)[0]
+            x = layer(x, *zeros)[0]
     expected = model.lm_head(base.out_proj(base.norm(x)) * output)
 
     assert next(branches, None) is None

@@ -62,13 +62,14 @@ KILLS = {
     "in the middle of a save": "on_save 8",
     "just after a save": "on_step_begin 8",
 }
+CELLS = {"between steps": "lstm", "in the middle of a save": "gru", "just after a save": "mogrifier"}
 
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory):
     """A folder with a run for each kill."""
     folder = tmp_path_factory.mktemp("killed")
-    runs = [Program(SCRIPT, folder / name, kill) for name, kill in KILLS.items()]
+    runs = [Program(SCRIPT, folder / name, kill, CELLS[name]) for name, kill in KILLS.items()]
     assert [run.wait().returncode for run in runs] == [-signal.SIGKILL] * len(KILLS)
     return folder
 
@@ -89,11 +90,12 @@ def finished(whole, tmp_path):
 @pytest.mark.parametrize(
     ("kill", "resumed"), [("between steps", 4), ("in the middle of a save", 4), ("just after a save", 8)]
 )
-def test_a_killed_run_resumes_bit_equal(killed, whole, kill, resumed):
-    folder, (_, expected_logs, expected_weights) = killed, whole
+def test_a_killed_run_resumes_bit_equal(killed, tmp_path, kill, resumed):
+    folder, config = killed, {"cell_type": CELLS[kill]}
+    expected_logs, expected_weights = run(tmp_path, model=make_model(torch.float32, **config))
 
     checkpoint = last_complete_checkpoint(folder / kill)
-    logs, weights = run(folder / kill, resume=str(checkpoint))
+    logs, weights = run(folder / kill, resume=str(checkpoint), model=make_model(torch.float32, **config))
 
     assert checkpoint.name == f"checkpoint-{resumed}"
     assert [entry["loss"] for entry in logs if "loss" in entry] == [
@@ -297,4 +299,4 @@ def test_a_state_that_is_not_written_leaves_nothing_behind(tmp_path, monkeypatch
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), kill=sys.argv[2])
+    run(Path(sys.argv[1]), kill=sys.argv[2], model=make_model(torch.float32, cell_type=sys.argv[3]))

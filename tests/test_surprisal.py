@@ -44,7 +44,7 @@ def expected_nats(model, ids, start=()):
 def test_the_sum_is_the_probability_by_brute_force():
     """Every text of up to two letters and some of three: its probability by the equations, letter by letter."""
     tokenizer = char_tokenizer(["abc"])
-    model = model_for(tokenizer)
+    model = model_for(tokenizer, cell_type="gru")
     texts = ["".join(letters) for length in (1, 2) for letters in product("abc", repeat=length)]
     texts += ["aab", "bca", "ccc"]
 
@@ -53,7 +53,7 @@ def test_the_sum_is_the_probability_by_brute_force():
     sums, weights = frame.groupby("text")["surprisal"].sum(), reference.weights_of(model)
     for number, text in enumerate(texts):
         ids = [tokenizer.eos_token_id, *tokenizer(text)["input_ids"]]
-        logits, _ = reference.language_model(ids, weights)
+        logits, _ = reference.language_model(ids, weights, "gru")
         probability = 1.0
         for scores, token in zip(logits, ids[1:], strict=False):
             exponentials = [math.exp(score.value) for score in scores]
@@ -63,8 +63,8 @@ def test_the_sum_is_the_probability_by_brute_force():
 
 @pytest.mark.parametrize("start_token", [None, "<eos>"])
 @pytest.mark.parametrize(("batch_size", "bptt_length"), [(1, 1000), (2, 7), (8, 256), (100, 1)])
-def test_batching_does_not_change_surprisal(start_token, batch_size, bptt_length):
-    model = model_for(CHARACTERS).train()
+def test_batching_does_not_change_surprisal(start_token, batch_size, bptt_length, cell):
+    model = model_for(CHARACTERS, **cell).train()
     options = {"batch_size": batch_size, "bptt_length": bptt_length}
 
     frame = surprisal(model, CHARACTERS, TEXTS, math.e, start_token, **options)

@@ -88,8 +88,8 @@ def test_masks_and_positions_are_copied_once(kernel, count, inputs):
     assert (count.copies, count.waits) == (1, [])
 
 
-def test_without_masks_and_positions_nothing_is_copied(kernel, count):
-    model, cache = make_model(), DynamicCache()
+def test_without_masks_and_positions_nothing_is_copied(kernel, count, cell):
+    model, cache = make_model(**cell), DynamicCache()
 
     with count:
         for ids in IDS.split(3, dim=1):
@@ -100,9 +100,9 @@ def test_without_masks_and_positions_nothing_is_copied(kernel, count):
     assert (count.copies, count.waits) == (0, [])
 
 
-def test_decoding_copies_nothing(count, monkeypatch):
+def test_decoding_copies_nothing(count, monkeypatch, cell):
     """Counted inside the forwards of `generate()` alone, which itself waits for the device too."""
-    model, kept = make_model(), []
+    model, kept = make_model(**cell), []
     forward = type(model).forward
 
     @functools.wraps(forward)  # `generate()` reads its signature

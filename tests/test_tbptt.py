@@ -79,18 +79,19 @@ def train_by_hand(model, tokens, epochs=1, accumulate=1):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "cell_type"),
     [
-        {},
-        {"gradient_accumulation_steps": 2},
-        {CHECKPOINTING: True},
-        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
+        ({}, "lstm"),
+        ({}, "rnn_tanh"),
+        ({"gradient_accumulation_steps": 2}, "gru"),
+        ({CHECKPOINTING: True}, "mogrifier"),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, "gru", marks=pytest.mark.slow),
     ],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
-def test_training_equals_a_loop_by_hand(tmp_path, options):
-    expected_model, model = make_model(), make_model()
+def test_training_equals_a_loop_by_hand(tmp_path, options, cell_type):
+    expected_model, model = make_model(cell_type=cell_type), make_model(cell_type=cell_type)
     accumulate = options.get("gradient_accumulation_steps", 1)
     expected = train_by_hand(expected_model, TOKENS, epochs=2, accumulate=accumulate)
 

@@ -131,6 +131,7 @@ PRECISION = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
 @pytest.mark.parametrize("dtype", PRECISION, ids=str)
 def test_low_precision_weights_give_close_logits_and_float32_cells(dtype, kernel, model):
+    precision = PRECISION[dtype] * (2 if model.config.cell_type == "mogrifier" else 1)  # five more products a step
     expected = model(IDS).logits
     low = model.to(dtype)
 
@@ -139,9 +140,11 @@ def test_low_precision_weights_give_close_logits_and_float32_cells(dtype, kernel
 
     assert logits.dtype == dtype
     assert all(parameter.grad.dtype == dtype and parameter.grad.isfinite().all() for parameter in low.parameters())
-    assert (logits.double() - expected).norm() < PRECISION[dtype] * expected.norm()
+    assert (logits.double() - expected).norm() < precision * expected.norm()
     cache = low(IDS, use_cache=True).past_key_values
-    assert {layer.values.dtype for layer in cache.layers} == {torch.float32}
+    types = {"h": dtype, "c": torch.float32}
+    for layer, block in zip(cache.layers, low.model.layers, strict=True):
+        assert [part.dtype for part in layer.get_state()] == [types[name] for name in block.cell.states]
     written = low.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert written.shape == (3, 17)
 
@@ -179,8 +182,9 @@ def test_autocast_on_a_cpu_gives_close_logits(model, kernel, length):
         output.loss.backward()
         assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
-    assert (output.logits.float() - expected).norm() < PRECISION[torch.bfloat16] * expected.norm()
-    assert {layer.values.dtype for layer in cache.layers} == {torch.float32}
+    precision = PRECISION[torch.bfloat16] * (2 if model.config.cell_type == "mogrifier" else 1)
+    assert (output.logits.float() - expected).norm() < precision * expected.norm()
+    assert {layer.values.dtype for layer in cache.layers if layer.values is not None} <= {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
@@ -210,8 +214,9 @@ def test_one_token_can_be_exported(block):
 
         def forward(self, ids, *states):
             cache = DynamicCache(config=self.model.config)
-            for layer, h, c in zip(cache.layers, states[::2], states[1::2], strict=True):
-                layer.update(h, c)
+            size = len(states) // len(cache.layers)
+            for index, layer in enumerate(cache.layers):
+                layer.update(*states[size * index : size * (index + 1)])
             logits = self.model(ids, past_key_values=cache).logits
             return logits, *(state for layer in cache.layers for state in layer.get_state())
 
@@ -225,7 +230,7 @@ def test_one_token_can_be_exported(block):
         expected = model(IDS[:, :1], past_key_values=cache).logits
 
     torch.testing.assert_close(actual[0], expected, rtol=0, atol=1e-10)
-    assert torch.equal(actual[1], cache.layers[0].keys)
+    torch.testing.assert_close(actual[1], cache.layers[0].keys, rtol=0, atol=1e-14)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 A cell is an object without parameters: it says which gates and states there are, and how one step is taken. Its weights
 lie in the modules of a layer (`Gates`). Everything else goes through this interface and asks no cell by name, so that a
-new cell is a subclass of [`Cell`] and an entry of `CELLS`.
+new cell is a subclass of [`Cell`] with a `step`, and an entry of `CELLS`; a kernel makes it faster.
 
 Shapes: S sequences of N tokens in all, n of them at one step, or B rows of T tokens; D width of the input, H width of the
 cell.
@@ -10,6 +10,7 @@ cell.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any
 
 import torch
@@ -112,12 +113,20 @@ class Cell:
         raise NotImplementedError
 
     def fused(self, x: torch.Tensor, steps: list[int], state: State, weights: list[Any]) -> State:
-        """Run a kernel over packed tokens `(N, D)`, `steps` of them at once. Returns h after each, `(N, H)`, and the last state."""
-        raise NotImplementedError
+        """
+        Run packed tokens `(N, D)`, `steps` of them at once, by a kernel; by default by the equations. Returns h after each,
+        `(N, H)`, and the last state.
+        """
+        past, last = explicit(self, x, state, steps, as_functions(weights))
+        return torch.cat([parts[0] for parts in past]), *last
 
     def single(self, x: torch.Tensor, state: State, weights: Sequence[Any]) -> State:
-        """Take one step of every row, from x `(B, D)` and the weights in one type, without gradients."""
-        raise NotImplementedError
+        """
+        Take one step of every row, from x `(B, D)` and the weights in one type, without gradients, by a kernel; by default by
+        the equations.
+        """
+        gates = as_functions(weights)
+        return self.step(self.read(x, gates), state, gates)
 
 
 class LSTM(Cell):
@@ -231,6 +240,8 @@ class Mogrifier(LSTM):
         return super().step(gates.input_gates(x), (h, c), gates)
 
     def fused(self, x, steps, state, weights):
+        if x.dtype != at_least_float32(x.dtype):  # `torch.lstm_cell` would keep c in half precision
+            return Cell.fused(self, x, steps, state, weights)
         outputs, rows = [], 0
         for n in steps:
             new = self.single(x[rows : rows + n], tuple(part[:n] for part in state), weights)
@@ -273,6 +284,16 @@ def _of_torch_by_rows(kernel, x, steps, state, weights):
     x = x.unflatten(0, (len(steps), steps[0]))  # (T, S, D)
     outputs, last = kernel(x, state, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
     return outputs.flatten(0, 1), last[0]
+
+
+def as_functions(weights: Sequence[Any]) -> Gates:
+    """Return gates that multiply by the weights of `Gates.weights`, in place of the modules."""
+
+    def product(matrices: Sequence[torch.Tensor], bias: torch.Tensor | None = None):
+        return lambda x: F.linear(reduce(F.linear, matrices[:-1], x), matrices[-1], bias)
+
+    W, U, b, hidden_bias, *rounds = weights
+    return Gates(product([W], b), product([U], hidden_bias), rounds=[product(part) for part in rounds])
 
 
 def explicit(

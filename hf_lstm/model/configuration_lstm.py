@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .cells_lstm import CELLS
+from .cells_lstm import CELLS, Cell
 
 
 @strict
@@ -127,7 +127,6 @@ class LSTMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.validate_depth()
-        self.validate_cell_type()
         self._derive(set(), {})
         super().__post_init__(**kwargs)
         self._is_complete = True
@@ -143,7 +142,6 @@ class LSTMConfig(PreTrainedConfig):
         """Set fields together: all are validated after the last, and either all or none of them are set."""
         changed = self._incomplete_copy()
         PreTrainedConfig.update(changed, config_dict)
-        changed.validate_cell_type()
         changed._derive(config_dict.keys(), self._defaults())
         changed.validate()
         vars(self).update(vars(changed), _is_complete=True)
@@ -171,7 +169,7 @@ class LSTMConfig(PreTrainedConfig):
 
     def _defaults(self) -> dict:
         """Return the defaults that depend on other fields."""
-        cell = CELLS[self.cell_type]
+        cell = CELLS.get(self.cell_type, Cell())  # `validate_cell` refuses another
         has_constant_bias = cell.forget_gate is not None and self.chrono_max_distance is None
         return {
             "embedding_size": self.hidden_size,
@@ -204,16 +202,15 @@ class LSTMConfig(PreTrainedConfig):
         if self.num_hidden_layers > MAX_LAYERS:
             raise ValueError(f"`num_hidden_layers` ({self.num_hidden_layers}) must be at most {MAX_LAYERS:,}.")
 
-    def validate_cell_type(self):
-        """Run before the defaults of a cell are derived."""
+    def validate_cell(self):
         if self.cell_type not in CELLS:
             raise ValueError(f"`cell_type` ({self.cell_type!r}) must be one of {', '.join(CELLS)}.")
-
-    def validate_cell(self):
         cell, rounds, rank = CELLS[self.cell_type], self.mogrifier_rounds, self.mogrifier_rank
         for name, value in (("mogrifier_rounds", rounds), ("mogrifier_rank", rank)):
             if value is not None and not cell.has_rounds:
-                raise ValueError(f'`{name}` ({value}) needs `cell_type="mogrifier"`: {cell.title} has no rounds.')
+                raise ValueError(
+                    f'`{name}` ({value}) needs `cell_type="mogrifier"`, and it is {self.cell_type!r}: leave one out.'
+                )
         if rounds is not None and not 0 <= rounds <= MAX_LAYERS:
             raise ValueError(f"`mogrifier_rounds` ({rounds}) must be at least 0 and at most {MAX_LAYERS:,}.")
         if rank is not None and rank < 1:
@@ -222,7 +219,8 @@ class LSTMConfig(PreTrainedConfig):
         for name, value in (("forget_gate_bias", bias), ("chrono_max_distance", longest)):
             if value is not None and cell.forget_gate is None:
                 raise ValueError(
-                    f"`{name}` ({value}) sets biases of a forget gate, which {cell.title} lacks: leave it out."
+                    f"`{name}` ({value}) sets biases of a forget gate, which `cell_type` ({self.cell_type!r}) lacks: leave "
+                    "it out."
                 )
         if bias is not None and longest is not None:
             raise ValueError(

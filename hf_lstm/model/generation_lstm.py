@@ -41,6 +41,7 @@ class PlainStep:
         self.cell = model.layers[0].cell
         self.embeddings = model.embed_tokens.weight
         self.gates = [layer.gates().weights() for layer in model.layers]
+        self.sizes = [layer.hidden_gates.in_features for layer in model.layers]
         self.weights = [self.embeddings, *(weight for layer in model.layers for weight in layer.parameters())]
         self.config, self.fields = model.config, vars(model.config)
         self.modules = [vars(module) for module in modules]  # looking into these is faster than calling `is_untouched`
@@ -79,16 +80,16 @@ class PlainStep:
         return all(places.get(name) is part for places, name, part in self.parts) and self._key() == self.key
 
     def fits(self, input_ids: torch.Tensor, cache: Cache) -> bool:
-        """Return whether the cache holds a state of each row, in the dtype of the weights, and does not record a history."""
+        """Return whether the cache holds a state of this cell for each row, in the dtype of the weights, and records no history."""
         layers: list[Any] = cache.layers
-        place = (self.embeddings.dtype, self.embeddings.device)
+        rows, place = len(input_ids), (self.embeddings.dtype, self.embeddings.device)
         return len(layers) == len(self.gates) and all(
             layer.is_initialized
             and not getattr(layer, "record_past", True)
             and not layer.is_compileable
-            and len(layer.keys) == len(input_ids)
-            and all((part.dtype, part.device) == place for part in layer.get_state())
-            for layer in layers
+            and len(state := layer.get_state()) == len(self.cell.states)
+            and all((part.shape, part.dtype, part.device) == ((rows, size), *place) for part in state)
+            for layer, size in zip(layers, self.sizes, strict=True)
         )
 
     def take(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:

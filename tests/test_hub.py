@@ -514,7 +514,7 @@ def test_8_bit_weights_can_be_uploaded(model_folder):
     assert model_folder / "model.safetensors" in files_to_push(model_folder)
 
 
-@pytest.mark.parametrize("kind", ["base", "sharded", "untied", "residual_narrow"])
+@pytest.mark.parametrize("kind", ["base", "sharded", *CONFIGS])
 def test_saved_models_fit_their_config(tmp_path, kind):
     model = make_model(torch.float32, vocab_size=260, **CONFIGS.get(kind, {}))
     (model.model if kind == "base" else model).save_pretrained(

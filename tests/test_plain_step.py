@@ -242,8 +242,21 @@ def with_another_module(model):
     model.model.layers[1].hidden_gates.in_features = 12
 
 
+def with_a_hook_on_a_round(model):
+    model.model.layers[0].mogrifier[1].register_forward_hook(lambda module, inputs, output: -output)
+
+
+def with_a_hook_on_a_matrix(model):
+    model.model.layers[1].mogrifier[4][0].register_forward_hook(lambda module, inputs, output: -output)
+
+
+def with_a_round_of_two_matrices(model):
+    model.model.layers[0].mogrifier[2].append(nn.Linear(12, 12, bias=False, dtype=torch.float64).eval())
+
+
 WHAT_MAY_CHANGE = [inside_in_training, with_a_hook, with_a_hook_on_the_embeddings, with_another_forward]
 WHAT_MAY_CHANGE += [compiled_in_place, asked_for_hidden_states, with_another_module]
+OF_ROUNDS = [with_a_hook_on_a_round, with_a_hook_on_a_matrix]
 
 
 class Change(LogitsProcessor):
@@ -258,9 +271,9 @@ class Change(LogitsProcessor):
         return scores
 
 
-@pytest.mark.parametrize("change", WHAT_MAY_CHANGE)
+@pytest.mark.parametrize("change", WHAT_MAY_CHANGE + OF_ROUNDS)
 def test_a_change_in_the_middle_of_a_text_ends_plain_steps(taken, change):
-    model = make_model()
+    model = make_model(cell_type="mogrifier" if change in OF_ROUNDS else "lstm")
 
     generate(model, logits_processor=[Change(model, change)], use_cache=True)
 
@@ -296,19 +309,21 @@ def by_more_tokens(model):
 
 
 CHANGED = [by_an_optimizer, by_loading, by_other_data, by_an_operation_in_place, by_another_parameter, by_more_tokens]
+OF_CELLS = [(change, cell) for change in CHANGED for cell in ("lstm", "gru", "mogrifier")]
 
 
-@pytest.mark.parametrize("change", CHANGED)
+@pytest.mark.parametrize(("change", "cell_type"), [*OF_CELLS, (with_a_round_of_two_matrices, "mogrifier")])
 @torch.no_grad()
-def test_weights_changed_in_the_middle_of_a_text_are_used(taken, through_modules, change):
+def test_weights_changed_in_the_middle_of_a_text_are_used(taken, through_modules, change, cell_type):
     ids, logits = make_ids(1, 30), []
     for reference in (False, True):
         if reference:
             through_modules()
-        model, parts = make_model(), []
+        model, parts = make_model(cell_type=cell_type), []
         cache = model(ids[:, :1]).past_key_values
         for index in range(1, 30):
             if index == 15:
+                torch.manual_seed(1)
                 change(model)
             parts.append(model(ids[:, index : index + 1], past_key_values=cache).logits)
         logits.append(parts)

@@ -149,7 +149,7 @@ tokenizer.save_pretrained(copy)
 
 
 def test_models_load_where_hf_lstm_is_not_installed(tmp_path):
-    model = make_model(torch.float32, vocab_size=260)
+    model = make_model(torch.float32, vocab_size=260, cell_type="mogrifier", output_bias=True)
     folder, copy = tmp_path / "model", tmp_path / "copy"
     model.save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)

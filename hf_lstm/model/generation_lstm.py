@@ -48,6 +48,7 @@ class PlainStep:
         self.hooks = [own[hooks] for own in self.modules for hooks in HOOKS]
         kept = [own[places] for own in self.modules for places in ("_modules", "_parameters")]
         self.parts = [(places, *part) for places in kept for part in places.items()]
+        self.numbers = [(own["_modules"], len(own["_modules"])) for own in self.modules]
         self.key, self.count, self.copy = self._key(), 0, None
 
     @classmethod
@@ -77,6 +78,8 @@ class PlainStep:
         for own in self.modules:
             if own["training"] or "forward" in own or own.get("_compiled_call_impl") is not None:
                 return False
+        if any(len(modules) != number for modules, number in self.numbers):  # one was added
+            return False
         return all(places.get(name) is part for places, name, part in self.parts) and self._key() == self.key
 
     def fits(self, input_ids: torch.Tensor, cache: Cache) -> bool:

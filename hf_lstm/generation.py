@@ -32,15 +32,15 @@ from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.tokenizers import check_tokenizer, encode, start_ids
 
 STATE, SESSION = "hf_lstm state", "hf_lstm session"
-FORMAT, FORMATS = "2", ("1", "2")  # that is written, and those that are read; 1 holds h and c and names no cell
+FORMAT, FORMATS = "2", ("1", "2")  # written; read. Format 1 has no `cell_type`: it is always an LSTM's.
 READ_AT_ONCE = 1024  # tokens
 COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be drawn, and scores would overflow
 
 
 def save_state(model: PreTrainedModel, cache: Cache, path: str | Path) -> None:
     """
-    Write the state of a model after all tokens read so far into a safetensors file: `2 B` numbers for each unit of a cell
-    (h and c; `B` without c), however many tokens there were. An existing file of that name is replaced once the new one is complete.
+    Write the state of a model after all tokens read so far into a safetensors file, whose size does not depend on the
+    number of tokens: h and, where the cell has it, c of each layer and row. An existing file of that name is replaced once the new one is complete.
 
     Args:
         model (`LSTMForCausalLM` or `LSTMModel`): The model of the state; the file loads with this one only.
@@ -376,7 +376,7 @@ def _check_shapes(tensors: dict[str, torch.Tensor], config, source: str) -> None
         for name in CELLS[config.cell_type].states
     }
     # Files of version 0.1.0 lack these.
-    optional = {"layers.0.held": (rows, config.output_size), "layers.0.document": (rows,)}
+    optional = {"layers.0.held": (rows, config.output_size), "layers.0.document": (rows,), "layers.0.read": (rows,)}
     expected |= {name: shape for name, shape in optional.items() if name in tensors}
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != expected or rows == 0:

@@ -51,7 +51,9 @@ class ModelArguments:
     )
     chrono_max_distance: int | None = field(
         default=None,
-        metadata={"help": "The longest distance to bridge, in tokens, by which the biases of new gates are drawn."},
+        metadata={
+            "help": "Longest distance to bridge, in tokens: new gate biases are drawn for it (chrono initialisation)."
+        },
     )
     tie_word_embeddings: bool = field(default=True, metadata={"help": "Use the embedding as the output layer too."})
     output_bias: bool = field(default=False, metadata={"help": "Whether the output layer has a bias."})

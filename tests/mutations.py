@@ -75,15 +75,15 @@ MUTATIONS = [
     Mutation(
         "the bias of U is dropped",
         "model/cells_lstm.py",
-        "self.input_gates.bias, self.hidden_gates.bias]",
-        "self.input_gates.bias, None]",
+        "self.input_gates.bias, self.hidden_gates.bias, rounds)",
+        "self.input_gates.bias, None, rounds)",
         "test_reference.py",
     ),
     Mutation(
         "the bias is added twice",
         "model/cells_lstm.py",
-        "weights[3] = torch.zeros_like(weights[2])",
-        "weights[3] = weights[2]",
+        "weights = [W, U, b, torch.zeros_like(b) if",
+        "weights = [W, U, b, b if",
         "test_reference.py",
     ),
     Mutation(

@@ -79,10 +79,13 @@ def test_widths_from_embedding_to_output(config, sizes):
             r"`forget_gate_bias` \(0\.5\) and `chrono_max_distance` \(9\) exclude each other",
         ),
         ({"last_cell_size": 0, "tie_word_embeddings": False}, r"`last_cell_size` \(0\) must be at least 1"),
-        ({"last_cell_size": 7}, r"`last_cell_size` \(7\) needs a stacked model .* set `tie_word_embeddings=False` or"),
+        (
+            {"last_cell_size": 7},
+            r'`last_cell_size` \(7\) needs `block_type="stacked"` and either `tie_word_embeddings=False` or',
+        ),
         (
             {"last_cell_size": 7, "tie_word_embeddings": False, "block_type": "residual"},
-            r"`last_cell_size` \(7\) needs a stacked model",
+            r'`last_cell_size` \(7\) needs `block_type="stacked"`',
         ),
         (
             {"output_projection_size": 7},

@@ -58,6 +58,14 @@ def test_an_output_layer_with_a_bias_is_exported(tied, tmp_path):
         assert difference(model, path) < 1e-4
 
 
+def test_a_model_in_training_is_exported_without_dropout(tmp_path):
+    model = byte_model(weight_dropout=0.5)
+
+    for path in export_onnx(model.train(), byte_tokenizer(), tmp_path):
+        assert difference(model.eval(), path) < 1e-4
+        model.train()
+
+
 def test_8_bit_graphs_are_small_and_close_to_the_model(tmp_path):
     model = byte_model(hidden_size=256)
     with torch.no_grad():

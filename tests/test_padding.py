@@ -1,9 +1,15 @@
 """Padding changes nothing: logits, states and gradients of a padded row are those of the row alone."""
 
+import copy
+import math
+
 import pytest
 import torch
 from conftest import make_ids, make_model
 from transformers import DynamicCache
+
+from hf_lstm import load_state, save_state
+from hf_lstm.model.cache_lstm import rows_that_read
 
 MASKS = {
     "none": "111111111111",
@@ -135,6 +141,34 @@ def test_the_loss_of_a_padded_batch_is_the_sum_over_its_chunks(cell):
         total += model(**batch, past_key_values=cache, num_items_in_batch=1).loss
 
     torch.testing.assert_close(total, whole, rtol=1e-6, atol=0)
+
+
+def test_a_row_whose_state_is_zero_has_read_a_token(tmp_path):
+    """A ReLU network may keep nothing: its state does not say whether the first token of the next chunk has a history."""
+    model = make_model(cell_type="rnn_relu")
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.input_gates.bias.fill_(-1e3)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(IDS[:2, :3], attention_mask=torch.tensor([[1, 1, 1], [0, 0, 0]]), past_key_values=cache)
+    assert not any(layer.keys.any() for layer in cache.layers)
+
+    for length in (1, 5):
+        going_on = copy.deepcopy(cache)
+        going_on.activate_past_recording()
+        for recorded in (True, False):
+            with torch.no_grad():
+                model(IDS[:2, :length], past_key_values=going_on)
+            assert rows_that_read(going_on).tolist() == [True, True]
+            going_on.crop(-length if recorded else 0)
+            assert rows_that_read(going_on).tolist() == [True, not recorded]
+    save_state(model, cache, tmp_path / "state")
+    assert rows_that_read(load_state(model, tmp_path / "state")).tolist() == [True, False]
+    batch = {"labels": IDS[:2, 8:], "attention_mask": torch.tensor([[0, 0, 0, 1]] * 2), "past_key_values": cache}
+    assert model(IDS[:2, 8:], **batch, num_items_in_batch=1).loss.item() == pytest.approx(3 * math.log(31))
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert rows_that_read(cache).tolist() == [True, True]
 
 
 def test_the_loss_of_some_positions_is_theirs():

@@ -29,7 +29,7 @@ from hf_lstm.model.modeling_lstm import GatedMLP, LSTMForCausalLM, LSTMLayer
 from .checking import largest_difference
 
 OPSET, IR_VERSION = 17, 8  # of 2022, supported by every current runtime
-# By `cell_type`: ONNX's operator, its order of the gates, its attributes. Other cells are read in a loop.
+# By `cell_type`: ONNX's operator, its order of the gates, its attributes. Other cells run in a `Scan`.
 OPERATORS: dict[str, tuple[str, tuple[int, ...], dict[str, Any]]] = {
     "lstm": ("LSTM", (0, 3, 1, 2), {}),
     "gru": ("GRU", (1, 0, 2), {"linear_before_reset": 1}),
@@ -76,13 +76,15 @@ def export_onnx(model: LSTMForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
 def quantize_onnx(path: str | Path) -> Path:
     """
     Quantize the matrices of a graph to 8 bits, write the result beside it as NAME_int8.onnx, and return its path. The
-    other factor of each product is quantized at run time; sums, gates and the state stay float32.
+    other factor of each product is quantized at run time; sums, gates and the state stay float32, as do the matrices of
+    ONNX's GRU and RNN in chunk.onnx, for which onnxruntime has no operator in 8 bits.
     """
     from onnxruntime.quantization import QuantType, quantize_dynamic  # writes to the log when it is imported
 
     path = Path(path)
     quantized = path.with_name(f"{path.stem}_int8.onnx")
-    quantize_dynamic(path, quantized, op_types_to_quantize=["MatMul", "LSTM", "Gather"], weight_type=QuantType.QInt8)
+    options: dict[str, Any] = {"weight_type": QuantType.QInt8, "extra_options": {"EnableSubgraph": True}}
+    quantize_dynamic(path, quantized, op_types_to_quantize=["MatMul", "LSTM", "Gather"], **options)
     return quantized
 
 
@@ -195,11 +197,11 @@ class _Graph:
         def product(module: Any, place: str) -> Callable[["_Value"], "_Product"]:
             return lambda x: _Product(self, f"{name}.{place}", [(x, module.weight)], module.bias)
 
-        def in_turn(part: Any, place: str) -> Callable[["_Value"], "_Value"]:
+        def chained(part: Any, place: str) -> Callable[["_Value"], "_Value"]:
             products = [product(module, f"{place}.{index}") for index, module in enumerate(part)]
             return lambda x: reduce(lambda value, multiply: multiply(value), products, x)
 
-        rounds = [in_turn(part, f"mogrifier.{index}") for index, part in enumerate(layer.mogrifier or ())]
+        rounds = [chained(part, f"mogrifier.{index}") for index, part in enumerate(layer.mogrifier or ())]
         input_gates, hidden_gates = (
             product(getattr(layer, place), place) for place in ("input_gates", "hidden_gates")
         )
@@ -226,7 +228,7 @@ class _Graph:
         def reordered(gates: torch.Tensor) -> torch.Tensor:
             return torch.cat([gates.detach().chunk(len(order))[index] for index in order])
 
-        W, U, b, hidden_bias = layer.gates().weights()
+        W, U, b, hidden_bias, _ = Gates(layer.input_gates, layer.hidden_gates).weights()  # without weight dropout
         bias = torch.cat([reordered(b), reordered(torch.zeros_like(b) if hidden_bias is None else hidden_bias)])
         weights = [
             self.weight(f"{name}.input_gates", reordered(W)[None]),
@@ -261,8 +263,8 @@ class _Graph:
 
 class _Value:
     """
-    A tensor of a graph. What `Cell.step` does with tensors it does with these too, which adds nodes: so its equations are
-    written once. Types are those of the graph, float32.
+    Symbolic float32 tensor. Its operations add nodes to the graph, so that `Cell.step` writes the graph from its own
+    equations.
     """
 
     dtype = None
@@ -308,8 +310,8 @@ class _Value:
 
 class _Product(_Value):
     """
-    The sum of products with matrices, of `(value, matrix)` each, and of a bias. It is computed when it is used: the sum of
-    two is one product, W x + b + U h = [W U] [x; h] + b.
+    Linear map W x + b, computed when it is first used. Adding one without a bias joins both into one product:
+    W x + b + U h = [W U] [x; h] + b.
     """
 
     def __init__(

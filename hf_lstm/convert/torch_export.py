@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.model.modeling_lstm import LSTMForCausalLM
 
 from .checking import largest_difference
@@ -24,9 +25,9 @@ class Step(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, state: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         cache: Any = DynamicCache(config=self.model.config)
-        size = len(state) // len(cache.layers)  # tensors of a layer
-        for index, layer in enumerate(cache.layers):
-            layer.update(*state[index * size : (index + 1) * size])
+        size = len(CELLS[self.model.config.cell_type].states)
+        for layer, first in zip(cache.layers, range(0, len(state), size), strict=True):
+            layer.update(*state[first : first + size])
         logits = self.model(input_ids, past_key_values=cache).logits
         return logits, [part for layer in cache.layers for part in layer.get_state()]
 

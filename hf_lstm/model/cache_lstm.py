@@ -17,11 +17,11 @@ from .cells_lstm import State
 from .recurrence_lstm import UNKNOWN, hold
 
 LAYER_TYPE = "hf_lstm"
-KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN}
+KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN, "read": False}
 """The tensors that a layer keeps, and the value of each in a row without tokens so far."""
 CELL_STATE = ("keys", "values")
 """Those that hold the state of the cell: h and c."""
-SAVED_AS = {"keys": "h", "values": "c", "held": "held", "document": "document"}
+SAVED_AS = {"keys": "h", "values": "c", "held": "held", "document": "document", "read": "read"}
 MAX_HISTORY = 1024
 """Tokens that can be rolled back: more than any assistant drafts between two checks, and a limit on memory."""
 
@@ -33,8 +33,8 @@ class LSTMCacheLayer(CacheLayerMixin):
     autograd graph.
 
     The first layer also keeps data about the last token of each row that is not part of the state (`remember`):
-    `held`, the model's output `(B, D)`, which padding repeats, and `document` `(B,)`, its `seq_idx`. Each is `None`
-    where not needed.
+    `held`, the model's output `(B, D)`, which padding repeats; `document` `(B,)`, its `seq_idx`; and `read` `(B,)`,
+    whether there was one. Each is `None` where not needed: without `read`, all rows have read.
 
     After `activate_past_recording()` the states of the last `MAX_HISTORY` tokens are kept too, until `crop` rolls some
     of them back or `crop(0)` accepts them.
@@ -51,10 +51,10 @@ class LSTMCacheLayer(CacheLayerMixin):
         # layer.
         self.cumulative_length: Any = 0
         self.record_past = False
-        self.held = self.document = None
+        self.held = self.document = self.read = None
         self.plain_step: Any = None  # in the first layer: the generation_lstm.PlainStep that reads this text
         # (B, n + 1, ...): the same tensors before the last n tokens and after each of them
-        self.past_keys = self.past_values = self.past_held = self.past_document = None
+        self.past_keys = self.past_values = self.past_held = self.past_document = self.past_read = None
 
     @property
     def nbytes(self) -> int:
@@ -88,12 +88,12 @@ class LSTMCacheLayer(CacheLayerMixin):
         """
         if self.record_past and len(past) < len(state):
             raise ValueError(
-                "`past` () must hold the state after each token while past states are recorded: give it, or call `update` "
-                "before `activate_past_recording()`."
+                f"`past` ({len(past)} tensors) must hold the state after each token while past states are recorded: give it, "
+                "or call `update` before `activate_past_recording()`."
             )
         if not self.is_initialized:
             self.lazy_initialization(*state)
-        for name, last, states in zip(CELL_STATE, state, past or (None, None), strict=False):
+        for name, last, states in zip(CELL_STATE[: len(state)], state, past or [None] * len(state), strict=True):
             self._replace(name, last, states)
         self.cumulative_length += num_tokens
         return state
@@ -102,8 +102,27 @@ class LSTMCacheLayer(CacheLayerMixin):
         """Repeat the output `x` `(B, T, D)` of the last real token, of this call or an earlier one, over padding."""
         return hold(x, x.new_zeros(x.shape[0], x.shape[2]) if self.held is None else self.held.to(x), real)
 
+    def rows_read(self) -> torch.Tensor | None:
+        """Return which rows have read a token, `(B,)`; `None` if none has."""
+        if self.keys is None or self.read is not None:
+            return self.read
+        return torch.ones(len(self.keys), dtype=torch.bool, device=self.keys.device)
+
+    def read_after(self, real: torch.Tensor) -> torch.Tensor:
+        """Return whether each row has read a token after each of this call, `(B, T)`, of which `real` `(B, T)` are read."""
+        read, before = real.cumsum(dim=1) > 0, self.rows_read()
+        if before is None:
+            return read
+        if self.read is None:
+            self._set("read", before)
+        return read | before[:, None].to(read.device)
+
     def remember(
-        self, num_tokens: int, held: torch.Tensor | None = None, document: torch.Tensor | None = None
+        self,
+        num_tokens: int,
+        held: torch.Tensor | None = None,
+        document: torch.Tensor | None = None,
+        read: torch.Tensor | None = None,
     ) -> None:
         """
         Replace the data that the first layer keeps about the last token of each row.
@@ -112,8 +131,12 @@ class LSTMCacheLayer(CacheLayerMixin):
             num_tokens (`int`): T.
             held (`torch.Tensor` of shape `(B, T, D)`, *optional*): The model's output at each token of the call.
             document (`torch.LongTensor` of shape `(B, T)`, *optional*): The `seq_idx` after each token.
+            read (`torch.BoolTensor` of shape `(B, T)`, *optional*):
+                Whether the row has read a token by then, in this call or an earlier one; needed where rows are padded.
         """
-        for name, states in (("held", held), ("document", document)):
+        if read is None and self.read is not None:
+            read = torch.ones_like(self.read)[:, None].expand(-1, num_tokens)
+        for name, states in (("held", held), ("document", document), ("read", read)):
             kept = getattr(self, name)
             if states is None and kept is not None and self.record_past:
                 states = kept[:, None].expand(-1, num_tokens, *kept.shape[1:])  # unchanged by these tokens
@@ -258,10 +281,9 @@ class LSTMStaticCacheLayer(LSTMCacheLayer):
 
 
 def rows_that_read(cache: Cache | None) -> torch.Tensor | None:
-    """Return which rows have read a token and so have a state other than zero, `(B,)`; `None` for an empty cache."""
+    """Return which rows of a cache have read a token, `(B,)`; `None` for an empty one."""
     layer: Any = cache.layers[0] if isinstance(cache, Cache) and cache.layers else None
-    state = layer.get_state() if hasattr(layer, "get_state") else None
-    return None if state is None else (state[0] != 0).any(dim=1)
+    return layer.rows_read() if hasattr(layer, "rows_read") else None
 
 
 def prepare_cache_layers(
@@ -278,7 +300,7 @@ def prepare_cache_layers(
         states (`tuple[str, ...]`): Names of the tensors of the cell's state, h or h and c.
 
     Raises:
-        ValueError: if the cache is not that of an LSTM, or its state belongs to another model or number of rows.
+        ValueError: if the cache is not that of a recurrent model, or its state belongs to another model or number of rows.
     """
     if cache is None:
         return [LSTMCacheLayer() for _ in range(num_layers)]
@@ -311,8 +333,8 @@ def prepare_cache_layers(
             )
         if layer.is_initialized and (found := len(layer.get_state())) != len(states):
             raise ValueError(
-                f"`past_key_values` holds {'h alone' if found == 1 else 'h and c'} and the model's cells have "
-                f"{' and '.join(states)}: it belongs to a model of another `cell_type`."
+                f"`past_key_values` holds {found} tensors a layer and the model's cells have {len(states)} "
+                f"({', '.join(states)}): it belongs to a model of another `cell_type`."
             )
         if layer.is_initialized and layer.keys.shape[1] != size:
             raise ValueError(

@@ -5,13 +5,13 @@ lie in the modules of a layer (`Gates`). Everything else goes through this inter
 new cell is a subclass of [`Cell`] with a `step`, and an entry of `CELLS`; a kernel makes it faster.
 
 Shapes: S sequences of N tokens in all, n of them at one step, or B rows of T tokens; D width of the input, H width of the
-cell.
+cell, G its gates.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -32,6 +32,23 @@ State = tuple[torch.Tensor, ...]
 """The state of a cell, a tensor `(B, H)` for each name in `Cell.states`: h first."""
 
 
+class Weights(NamedTuple):
+    """
+    The weights of a cell, for kernels that call no modules.
+
+    Args:
+        W (`(G H, D)`), U (`(G H, H)`), b (`(G H,)`): Those of the gates.
+        hidden_bias (`(G H,)`, *optional*): The bias of U, in a GRU.
+        rounds (`tuple`): Q and R of a Mogrifier: for each round a matrix, or two to be applied in this order.
+    """
+
+    W: torch.Tensor
+    U: torch.Tensor
+    b: torch.Tensor
+    hidden_bias: torch.Tensor | None
+    rounds: tuple[tuple[torch.Tensor, ...], ...]
+
+
 @dataclass
 class Gates:
     """
@@ -40,7 +57,7 @@ class Gates:
     Args:
         input_gates (`nn.Module`): W with b.
         hidden_gates (`nn.Module`): U, in a GRU with a bias.
-        hidden_weight (`(gates H, H)`, *optional*): Used instead of U, under weight dropout.
+        hidden_weight (`(G H, H)`, *optional*): Used instead of U, under weight dropout.
         rounds (`nn.ModuleList`, *optional*): Q and R of a Mogrifier, a sequence of linear layers for each round.
     """
 
@@ -53,19 +70,22 @@ class Gates:
         """Return the linear layers."""
         return [self.input_gates, self.hidden_gates, *(module for part in self.rounds or () for module in part)]
 
-    def weights(self) -> list[Any]:
-        """Return W, U, b, the bias of U or `None`, and a list of matrices for each round, for kernels that call no modules."""
-        hidden_weight = self.hidden_gates.weight if self.hidden_weight is None else self.hidden_weight
-        first = [self.input_gates.weight, hidden_weight, self.input_gates.bias, self.hidden_gates.bias]
-        return first + [[module.weight for module in part] for part in self.rounds or ()]
+    def weights(self) -> Weights:
+        """Return the weights of plain modules."""
+        U = self.hidden_gates.weight if self.hidden_weight is None else self.hidden_weight
+        rounds = tuple(tuple(module.weight for module in part) for part in self.rounds or ())
+        return Weights(self.input_gates.weight, U, self.input_gates.bias, self.hidden_gates.bias, rounds)
 
     def are_plain(self) -> bool:
         """Return whether the modules only apply their weights, which a kernel may then read instead."""
-        sequences = all(is_untouched(part, {nn.Sequential}) for part in self.rounds or ())
-        return sequences and all(is_plain(module) for module in self.modules())
+        rounds = all(
+            is_untouched(part, {nn.Sequential}) and all(module.bias is None for module in part)
+            for part in self.rounds or ()
+        )
+        return rounds and all(is_plain(module) for module in self.modules())
 
     def hidden(self, h: torch.Tensor) -> torch.Tensor:
-        """Return U h, `(n, gates H)`."""
+        """Return U h, `(n, G H)`."""
         if self.hidden_weight is None:
             return self.hidden_gates(h)
         return F.linear(h, self.hidden_weight, self.hidden_gates.bias)
@@ -77,16 +97,19 @@ class Cell:
 
     Attributes:
         title (`str`): Its name in sentences, with the article.
-        gates (`int`): Blocks of H rows in W and U.
+        num_gates (`int`): G, the blocks of H rows in W and U.
         states (`tuple[str, ...]`): Names of the tensors of its state; the first is h, its output.
+        accumulating (`tuple[str, ...]`):
+            Those that add up small changes over thousands of tokens, and are kept in float32 or wider.
         forget_gate, input_gate (`int`, *optional*): The blocks of these gates, where the cell has them.
         has_hidden_bias (`bool`): Whether U has a bias of its own.
         has_rounds (`bool`): Whether h and x gate each other before the cell reads them (`Gates.rounds`).
     """
 
-    title = "a recurrent"
-    gates = 1
+    title: str
+    num_gates = 1
     states: tuple[str, ...] = ("h",)
+    accumulating: tuple[str, ...] = ()
     forget_gate: int | None = None
     input_gate: int | None = None
     has_hidden_bias = False
@@ -97,30 +120,32 @@ class Cell:
         return self.as_state([x.new_zeros(x.shape[0], size) for _ in self.states], x.dtype)
 
     def as_state(self, parts: Sequence[torch.Tensor], dtype: torch.dtype) -> State:
-        """Return a state in the types of steps in `dtype`: c, which accumulates over thousands of steps, at least float32."""
-        types = {"c": at_least_float32(dtype)}
-        return tuple(part.to(types.get(name, dtype)) for name, part in zip(self.states, parts, strict=True))
+        """Return a state in the types of steps in `dtype`."""
+        return tuple(
+            part.to(at_least_float32(dtype) if name in self.accumulating else dtype)
+            for name, part in zip(self.states, parts, strict=True)
+        )
 
     def read(self, x: Any, gates: Gates) -> Any:
-        """Return the part of the steps that does not depend on the state: W x + b, `(..., gates H)` from `(..., D)`."""
+        """Return the part of the steps that does not depend on the state: W x + b, `(..., G H)` from `(..., D)`."""
         return gates.input_gates(x)
 
     def step(self, read: Any, state: Any, gates: Gates) -> tuple[Any, ...]:
         """
-        Take one step of n sequences, from `read`, `(n, gates H)`, and the state before it. The methods of tensors that it
+        Take one step of n sequences, from `read`, `(n, G H)`, and the state before it. The methods of tensors that it
         calls are those of convert/onnx.py's `_Value` too, by which the equations become a graph.
         """
         raise NotImplementedError
 
-    def fused(self, x: torch.Tensor, steps: list[int], state: State, weights: list[Any]) -> State:
+    def fused(self, x: torch.Tensor, steps: list[int], state: State, weights: Weights) -> State:
         """
-        Run packed tokens `(N, D)`, `steps` of them at once, by a kernel; by default by the equations. Returns h after each,
-        `(N, H)`, and the last state.
+        Run packed tokens `(N, D)`, `steps[t]` of them at step t, by a kernel; by default by the equations. Returns h after
+        each, `(N, H)`, and the last state of each sequence.
         """
         past, last = explicit(self, x, state, steps, as_functions(weights))
         return torch.cat([parts[0] for parts in past]), *last
 
-    def single(self, x: torch.Tensor, state: State, weights: Sequence[Any]) -> State:
+    def single(self, x: torch.Tensor, state: State, weights: Weights) -> State:
         """
         Take one step of every row, from x `(B, D)` and the weights in one type, without gradients, by a kernel; by default by
         the equations.
@@ -138,7 +163,7 @@ class LSTM(Cell):
         h_t = σ(o) ⊙ tanh(c_t)
     """
 
-    title, gates, states = "an LSTM", 4, ("h", "c")
+    title, num_gates, states, accumulating = "an LSTM", 4, ("h", "c"), ("c",)
     input_gate, forget_gate = 0, 1
 
     def step(self, read, state, gates):
@@ -148,24 +173,22 @@ class LSTM(Cell):
         return (o.sigmoid() * c.tanh()).to(h.dtype), c
 
     def fused(self, x, steps, state, weights):
-        state = tuple(part[None] for part in state)
         return _of_torch(torch.lstm, x, steps, state, weights)
 
     def single(self, x, state, weights):
-        return torch.lstm_cell(x, state, *weights)
+        return torch.lstm_cell(x, state, *weights[:4])
 
 
 class GRU(Cell):
     """
-    Gated recurrent unit (Cho et al. 2014), in the form and order of torch and cuDNN: r gates the product, not h itself, and
-    there are two biases, of which b' lies under r.
+    Gated recurrent unit (Cho et al. 2014), in the form and order of torch and cuDNN: r gates the product U h + b', not h.
 
         r, z = σ(W x_t + b + U h_{t-1} + b')        the blocks of r and z
         n = tanh(W x_t + b + r ⊙ (U h_{t-1} + b'))  the block of n
         h_t = (1 - z) ⊙ n + z ⊙ h_{t-1}
     """
 
-    title, gates = "a GRU", 3
+    title, num_gates = "a GRU", 3
     has_hidden_bias = True
 
     def step(self, read, state, gates):
@@ -177,10 +200,10 @@ class GRU(Cell):
         return ((1 - z) * n + z * h,)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch_by_rows(torch.gru, x, steps, state[0][None], weights)
+        return _of_torch(torch.gru, x, steps, state, weights, unpacked=True)
 
     def single(self, x, state, weights):
-        return (torch.gru_cell(x, *state, *weights),)
+        return (torch.gru_cell(x, *state, *weights[:4]),)
 
 
 class TanhRNN(Cell):
@@ -196,10 +219,10 @@ class TanhRNN(Cell):
         return ((read + gates.hidden(*state)).tanh(),)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch_by_rows(self.kernel, x, steps, state[0][None], weights)
+        return _of_torch(self.kernel, x, steps, state, weights, unpacked=True)
 
     def single(self, x, state, weights):
-        return (self.cell(x, *state, *weights),)
+        return (self.cell(x, *state, *weights[:4]),)
 
 
 class ReluRNN(TanhRNN):
@@ -239,25 +262,7 @@ class Mogrifier(LSTM):
                 h = (2 * part(x).sigmoid() * h).to(h.dtype)
         return super().step(gates.input_gates(x), (h, c), gates)
 
-    def fused(self, x, steps, state, weights):
-        if x.dtype != at_least_float32(x.dtype):  # `torch.lstm_cell` would keep c in half precision
-            return Cell.fused(self, x, steps, state, weights)
-        outputs, rows = [], 0
-        for n in steps:
-            new = self.single(x[rows : rows + n], tuple(part[:n] for part in state), weights)
-            outputs.append(new[0])
-            rows += n
-            state = tuple(torch.cat([after, before[n:]]) for after, before in zip(new, state, strict=True))
-        return torch.cat(outputs), *state
-
-    def single(self, x, state, weights):
-        (W, U, b, _, *rounds), (h, c) = weights, state
-        for index, matrices in enumerate(rounds):
-            gate = x if index % 2 else h
-            for matrix in matrices:
-                gate = F.linear(gate, matrix)
-            x, h = (x, 2 * gate.sigmoid() * h) if index % 2 else (2 * gate.sigmoid() * x, h)
-        return torch.lstm_cell(x, (h, c), W, U, b)
+    fused, single = Cell.fused, Cell.single  # by the equations, since torch has no kernel
 
 
 CELLS: dict[str, Cell] = {
@@ -270,29 +275,33 @@ CELLS: dict[str, Cell] = {
 """The cells by their names in a config (`cell_type`)."""
 
 
-def _of_torch(kernel, x, steps, state, weights):
-    """Run a kernel of torch for a layer that reads packed tokens forward; `state` `(1, S, H)`, or a tuple of such."""
-    batch_sizes, training = torch.tensor(steps, device="cpu"), torch.is_grad_enabled()
-    outputs, *last = kernel(x, batch_sizes, state, weights, True, 1, 0.0, training, False)
+def _of_torch(kernel, x, steps, state, weights, unpacked=False):
+    """
+    Run a kernel of torch; see `Cell.fused`. Sequences of one length may be `unpacked`: on a CPU the gradients of packed ones
+    take quadratic time, except for LSTMs.
+    """
+    W, U, b, hidden_bias, _ = weights
+    weights = [W, U, b, torch.zeros_like(b) if hidden_bias is None else hidden_bias]
+    if x.device.type in IN_ONE_PIECE:
+        weights = in_one_piece(weights)
+    parts = tuple(part[None].to(x.dtype) for part in state)
+    start = parts if len(parts) > 1 else parts[0]
+    options = (True, 1, 0.0, torch.is_grad_enabled(), False)  # biases, layers, dropout, training, directions
+    if unpacked and steps[0] == steps[-1]:
+        outputs, *last = kernel(x.unflatten(0, (len(steps), steps[0])), start, weights, *options, False)
+        outputs = outputs.flatten(0, 1)
+    else:
+        outputs, *last = kernel(x, torch.tensor(steps, device="cpu"), start, weights, *options)
     return outputs, *(part[0] for part in last)
 
 
-def _of_torch_by_rows(kernel, x, steps, state, weights):
-    """Do so for sequences of one length as rows: on a CPU the gradients of packed ones take quadratic time, but for LSTMs."""
-    if steps[0] != steps[-1]:
-        return _of_torch(kernel, x, steps, state, weights)
-    x = x.unflatten(0, (len(steps), steps[0]))  # (T, S, D)
-    outputs, last = kernel(x, state, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)
-    return outputs.flatten(0, 1), last[0]
-
-
-def as_functions(weights: Sequence[Any]) -> Gates:
-    """Return gates that multiply by the weights of `Gates.weights`, in place of the modules."""
+def as_functions(weights: Weights) -> Gates:
+    """Return gates that multiply by these weights, in place of modules."""
 
     def product(matrices: Sequence[torch.Tensor], bias: torch.Tensor | None = None):
         return lambda x: F.linear(reduce(F.linear, matrices[:-1], x), matrices[-1], bias)
 
-    W, U, b, hidden_bias, *rounds = weights
+    W, U, b, hidden_bias, rounds = weights
     return Gates(product([W], b), product([U], hidden_bias), rounds=[product(part) for part in rounds])
 
 
@@ -310,7 +319,8 @@ def explicit(
         gates (`Gates`): The cell's modules.
 
     Returns:
-        The states after each step, `(n, H)`, after an empty one; and that at the end of each sequence, `(S, H)`.
+        A list of states, an empty one and then one `(n, H)` for each step; and the state at the end of each sequence,
+        `(S, H)`.
     """
     read = cell.read(x, gates)
     state = cell.as_state(state, read.dtype)
@@ -368,20 +378,14 @@ def fused(
     Returns:
         h after each token, `(N, H)`, and the state at the end of each sequence, `(S, H)`.
     """
-    weights: Any = gates.weights()
-    if weights[3] is None:
-        weights[3] = torch.zeros_like(weights[2])
+    weights = gates.weights()
     # On a CPU autocast gives the kernel mixed dtypes, which it does not support: pytorch/pytorch#88136.
     autocast = x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type)
     with torch.autocast(x.device.type, enabled=autocast):
         if embeddings is not None:
-            weights[0] = weights[0] @ embeddings.to(weights[0].dtype).T  # (gates H, K)
-            x = weights[0].new_zeros(len(x), len(embeddings)).scatter_(1, x[:, None], 1)
-        if x.device.type in IN_ONE_PIECE:
-            weights[:4] = in_one_piece(weights[:4])
-        dtype = weights[0].dtype
-        start = tuple(part.to(dtype) for part in state)
-        outputs, *last = cell.fused(x.to(dtype), batch_sizes, start, weights)
+            weights = weights._replace(W=weights.W @ embeddings.to(weights.W.dtype).T)  # (G H, K)
+            x = weights.W.new_zeros(len(x), len(embeddings)).scatter_(1, x[:, None], 1)
+        outputs, *last = cell.fused(x.to(weights.W.dtype), batch_sizes, state, weights)
     return outputs, cell.as_state(last, outputs.dtype)
 
 

@@ -53,15 +53,16 @@ class LSTMConfig(PreTrainedConfig):
         forget_gate_bias (`float`, *optional*, defaults to 1.0 for cells with a forget gate):
             Bias of the forget gate in a new model (Gers et al. 2000; Jozefowicz et al. 2015).
         chrono_max_distance (`int`, *optional*):
-            The longest distance, in tokens, that a new model shall bridge, T (Tallec & Ollivier 2018): the biases of the
+            The longest distance, in tokens, that a new model should bridge, T (Tallec & Ollivier 2018): the biases of the
             forget gate are log u with u ~ U(1, T - 1), those of the input gate -log u. It takes the place of
             `forget_gate_bias`.
         output_bias (`bool`, defaults to `False`): Whether the output layer has a bias, as in most old checkpoints.
         last_cell_size (`int`, *optional*):
-            Width of the last cell of a stacked model, where neither tied embeddings nor `hidden_size` say it.
+            Width of the last cell of a stacked model, `hidden_size` by default. With tied embeddings it needs
+            `output_projection_size`.
         output_projection_size (`int`, *optional*):
-            Width of a linear layer with a bias between the last cell and the output layer, which the model's outputs then
-            have; none by default. With tied embeddings it must equal `embedding_size`.
+            Width of a linear layer with a bias between the last cell and the output layer, also the width of
+            `last_hidden_state`; none by default. With tied embeddings it must equal `embedding_size`.
         embedding_dropout, input_dropout, hidden_dropout, output_dropout, weight_dropout (`float`, default to 0.0):
             Dropout probabilities while training (Merity et al. 2018; training_lstm.py): of whole words of the
             vocabulary (not with `inputs_embeds`); of features of the embeddings, of the outputs of each layer but the
@@ -233,14 +234,7 @@ class LSTMConfig(PreTrainedConfig):
             raise ValueError(f"`chrono_max_distance` ({longest}) must be at least 3 tokens.")
 
     def validate_sizes(self):
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "embedding_size",
-            "num_hidden_layers",
-            "last_cell_size",
-            "output_projection_size",
-        ):
+        for name in SIZES:
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"`{name}` ({size}) must be at least 1.")
 
@@ -248,10 +242,10 @@ class LSTMConfig(PreTrainedConfig):
         layer = (8 + (self.mogrifier_rounds or 0)) * width * width + 3 * width * (self.intermediate_size or 0)
         parameters = self.vocab_size * self.embedding_size + self.num_hidden_layers * layer
         if parameters > MAX_PARAMETERS:
+            fields = [(name, getattr(self, name)) for name in SIZES if getattr(self, name) is not None]
             raise ValueError(
-                f"`num_hidden_layers` ({self.num_hidden_layers}), `hidden_size` ({self.hidden_size}), `embedding_size` "
-                f"({self.embedding_size}) and `vocab_size` ({self.vocab_size}) make a model of about {parameters:.0e} "
-                f"parameters: at most {MAX_PARAMETERS:.0e} are allowed."
+                f"{', '.join(f'`{name}` ({size})' for name, size in fields)} make a model of about {parameters:.0e} parameters: "
+                f"at most {MAX_PARAMETERS:.0e} are allowed."
             )
 
     def validate_initialization(self):
@@ -268,7 +262,7 @@ class LSTMConfig(PreTrainedConfig):
 
     @property
     def _tied_size(self) -> int:
-        """Width of what meets the output layer without a projection of its own."""
+        """Width of the output layer's input without `output_projection_size`: that of the embeddings if they are tied."""
         return cast(int, self.embedding_size) if self.tie_word_embeddings else self.hidden_size
 
     def validate_block(self):
@@ -307,8 +301,8 @@ class LSTMConfig(PreTrainedConfig):
             )
         if self.output_size < 4 ** len(cutoffs):
             raise ValueError(
-                f"The output layer's input ({self.output_size} wide) is too small for {len(cutoffs)} groups, since each has a quarter of the "
-                "width of the one before: give fewer `adaptive_softmax_cutoffs`, or a width of at least "
+                f"`adaptive_softmax_cutoffs` ({cutoffs}) makes {len(cutoffs)} groups, each a quarter as wide as the one before, "
+                f"too many for an output layer's input of width {self.output_size}: give fewer, or a width of at least "
                 f"{4 ** len(cutoffs)}."
             )
         if self.tie_word_embeddings or self.loss_chunk_size is not None or self.output_bias:
@@ -326,8 +320,8 @@ class LSTMConfig(PreTrainedConfig):
         stacked, tied = self.block_type == "stacked", self.tie_word_embeddings
         if self.last_cell_size is not None and not (stacked and (not tied or self.output_projection_size is not None)):
             raise ValueError(
-                f"`last_cell_size` ({self.last_cell_size}) needs a stacked model whose last cell is as wide as one likes: set "
-                "`tie_word_embeddings=False` or `output_projection_size`, or leave it out."
+                f'`last_cell_size` ({self.last_cell_size}) needs `block_type="stacked"` and either `tie_word_embeddings=False` '
+                "or `output_projection_size`: set these, or leave it out."
             )
         if tied and self.output_projection_size not in (None, self.embedding_size):
             raise ValueError(
@@ -360,6 +354,14 @@ class LSTMConfig(PreTrainedConfig):
 # Far above any LSTM: a file that asks for more is damaged or malicious.
 MAX_PARAMETERS, MAX_LAYERS = 10**12, 10_000
 
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "embedding_size",
+    "vocab_size",
+    "last_cell_size",
+    "output_projection_size",
+)
 DROPOUTS = ("embedding_dropout", "input_dropout", "hidden_dropout", "output_dropout", "weight_dropout")
 
 # Code that version 0.1.0 saved beside a model, under names that are no longer used.

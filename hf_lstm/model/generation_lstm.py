@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin, StoppingCriteriaList, StopStringCriteria
 
-from .cells_lstm import ALL_HOOKS, HOOKS, is_plain, is_transformed, is_untouched
+from .cells_lstm import ALL_HOOKS, HOOKS, Weights, is_plain, is_transformed, is_untouched
 
 
 class PlainStep:
@@ -104,6 +104,7 @@ class PlainStep:
         x = F.embedding(input_ids[:, 0], embeddings)
         for layer, weights in zip(layers, gates, strict=True):
             x, *_ = layer.update(*self.cell.single(x, layer.get_state(), weights))
+        layers[0].remember(1)
         return x
 
     def _key(self) -> list[tuple]:
@@ -122,20 +123,23 @@ class PlainStep:
             return self.embeddings, self.gates
         if any(weight.is_inference() for weight in self.weights):  # changes would not be detected
             return self.embeddings, self.gates
-        ((W, *rest), *others), embeddings = self.gates, self.embeddings
+        (first, *others), embeddings = self.gates, self.embeddings
         vocabulary, width = embeddings.shape
-        folded = W @ embeddings.t() if 4 * vocabulary <= width and not self.cell.has_rounds else None
+        folded = first.W @ embeddings.t() if 4 * vocabulary <= width and not self.cell.has_rounds else None
         if folded is not None and folded.isfinite().all():  # or a one-hot x would spread NaN to all tokens
-            W, embeddings = folded, torch.eye(vocabulary, dtype=W.dtype)
-        self.copy = embeddings, _column_major([[W, *rest], *others])
+            first, embeddings = first._replace(W=folded), torch.eye(vocabulary, dtype=folded.dtype)
+        self.copy = embeddings, [_column_major(weights) for weights in (first, *others)]
         return self.copy
 
 
-def _column_major(weights: Any) -> Any:
-    """Copy the matrices in nested lists of weights into column-major order."""
-    if isinstance(weights, list):
-        return [_column_major(weight) for weight in weights]
-    return weights if weights is None or weights.ndim < 2 else weights.t().contiguous().t()
+def _column_major(weights: Weights) -> Weights:
+    """Copy the matrices into column-major order."""
+
+    def copied(matrix: torch.Tensor) -> torch.Tensor:
+        return matrix.t().contiguous().t()
+
+    rounds = tuple(tuple(copied(matrix) for matrix in part) for part in weights.rounds)
+    return weights._replace(W=copied(weights.W), U=copied(weights.U), rounds=rounds)
 
 
 def take_plain_step(

@@ -77,7 +77,7 @@ class LSTMLayer(GradientCheckpointingLayer):
         super().__init__()
         self.config = config
         self.cell = CELLS[config.cell_type]
-        rows = self.cell.gates * cell_size
+        rows = self.cell.num_gates * cell_size
         self.input_gates = linear(input_size, rows, "gates", bias=True)  # W, b
         self.hidden_gates = linear(cell_size, rows, "recurrent", bias=self.cell.has_hidden_bias)  # U
         self.mogrifier = mogrifier(input_size, cell_size, config)  # Q and R
@@ -191,9 +191,10 @@ class LSTMPreTrainedModel(StrictLoading, PreTrainedModel):
         of the input gate.
         """
         cell, longest = CELLS[self.config.cell_type], self.config.chrono_max_distance
-        biases = torch.zeros_like(like).view(cell.gates, -1)
+        biases = torch.zeros_like(like).view(cell.num_gates, -1)
         if longest is not None:  # Tallec & Ollivier 2018: a unit remembers for about u tokens
-            biases[cell.forget_gate] = torch.empty_like(biases[0]).uniform_(1, longest - 1).log()
+            units = torch.empty_like(biases[0], dtype=torch.float32).uniform_(1, longest - 1)
+            biases[cell.forget_gate] = units.log()
             biases[cell.input_gate] = -biases[cell.forget_gate]
         elif self.config.forget_gate_bias is not None:
             biases[cell.forget_gate] = self.config.forget_gate_bias
@@ -305,6 +306,7 @@ class LSTMModel(LSTMPreTrainedModel):
         cell = layers[0].cell
         cache_layers = prepare_cache_layers(past_key_values, x.shape[0], len(self.layers), cell_sizes, cell.states)
         reading, documents = find_reading(x, cache_layers[0], *limits)
+        read = None if reading is None else cache_layers[0].read_after(reading.real)
         x = self.in_proj(locked_dropout(x, self.config.input_dropout if self.training else 0))
         is_residual = self.config.block_type == "residual"
         for index, (layer, cache_layer, size) in enumerate(zip(layers, cache_layers, cell_sizes, strict=False)):
@@ -319,7 +321,7 @@ class LSTMModel(LSTMPreTrainedModel):
         x = self.out_proj(self.norm(x))
         if is_residual and reading is not None:  # in a stacked model h, the last output, stays over padding
             x = cache_layers[0].hold(x, reading.real)
-        cache_layers[0].remember(x.shape[1], held=x if is_residual else None, document=documents)
+        cache_layers[0].remember(x.shape[1], held=x if is_residual else None, document=documents, read=read)
         return LSTMModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,

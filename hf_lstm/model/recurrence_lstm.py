@@ -141,7 +141,7 @@ def reads_embeddings(model: Any, kind: type, input_ids: torch.Tensor) -> bool:
         and embed.weight.dtype in (torch.float32, torch.float64)
         and is_untouched(model.in_proj, {nn.Identity})
         and is_untouched(layer, {kind})
-        and not (layer.cell.has_rounds or layer.gradient_checkpointing)
+        and not (layer.cell.has_rounds or (layer.gradient_checkpointing and layer.training))
     )
 
 

@@ -20,7 +20,7 @@ def parameter_groups(model: PreTrainedModel, weight_decay: float, exclude: Itera
         model (`LSTMForCausalLM`): The model.
         weight_decay (`float`): Weight decay of those that do.
         exclude (`Iterable[str]`, defaults to all four):
-            Kinds that do not decay: `"recurrent"`, the matrices that multiply h; `"bias"`; `"norm"`, the gains of RMSNorm;
+            Kinds that do not decay: `"recurrent"`, the matrices that multiply h and those of a Mogrifier's rounds; `"bias"`; `"norm"`, the gains of RMSNorm;
             `"embedding"`. AWD-LSTM excludes nothing (Merity et al. 2018), xLSTM all but matrices (Beck et al. 2024).
 
     Raises:
@@ -44,7 +44,7 @@ def _kind_of(name, parameter):
         return "bias"
     if parameter.ndim < 2:
         return "norm"
-    if "hidden_gates" in name:
+    if "hidden_gates" in name or "mogrifier" in name:
         return "recurrent"
     return "embedding" if "embed_tokens" in name else None
 

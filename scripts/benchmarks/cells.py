@@ -1,4 +1,4 @@
-"""Compare cells: equal parameters, equal tokens and equal seconds on a text, and a memory that can be counted.
+"""Compare cells at equal parameters, tokens and CPU time on a text, and on a copying task.
 
 python scripts/benchmarks/cells.py --train_file tinyshakespeare.txt
 
@@ -52,7 +52,7 @@ NAME = "cells"
 
 
 @dataclass(frozen=True)
-class Cell:
+class Contestant:
     """A row of the tables: its config, its learning rates, and the number of its seeds."""
 
     label: str
@@ -67,18 +67,18 @@ class Cell:
     layers: int = 1
 
 
-CELLS = {
-    "rnn_tanh": Cell("RNN, tanh", {"cell_type": "rnn_tanh"}, learning_rate=1e-3, copy_learning_rate=1e-3),
-    "gru": Cell("GRU", {"cell_type": "gru"}),
-    "lstm_0": Cell("LSTM, forget bias 0", {"forget_gate_bias": 0.0}, steps_like="lstm", copies=False),
-    "lstm": Cell("LSTM, forget bias 1", {"forget_gate_bias": 1.0}),
-    "lstm_2": Cell("LSTM, forget bias 2", {"forget_gate_bias": 2.0}, steps_like="lstm", copies=False),
-    "chrono": Cell(
+CONTESTANTS = {
+    "rnn_tanh": Contestant("RNN, tanh", {"cell_type": "rnn_tanh"}, learning_rate=1e-3, copy_learning_rate=1e-3),
+    "gru": Contestant("GRU", {"cell_type": "gru"}),
+    "lstm_0": Contestant("LSTM, forget bias 0", {"forget_gate_bias": 0.0}, steps_like="lstm", copies=False),
+    "lstm": Contestant("LSTM, forget bias 1", {"forget_gate_bias": 1.0}),
+    "lstm_2": Contestant("LSTM, forget bias 2", {"forget_gate_bias": 2.0}, steps_like="lstm", copies=False),
+    "chrono": Contestant(
         "LSTM, chrono", {"chrono_max_distance": 64}, {"chrono_max_distance": 500}, steps_like="lstm"
     ),  # what gradients run back through in one task, the longest distance in the other
-    "residual": Cell("residual LSTM", {"block_type": "residual"}, layers=2),
-    "zoneout": Cell("LSTM, zoneout", {"forget_gate_bias": 1.0}, seeds=2, prepare=add_zoneout),
-    "mogrifier": Cell("Mogrifier LSTM", {"cell_type": "mogrifier", "mogrifier_rounds": 5}, seeds=1),
+    "residual": Contestant("residual LSTM", {"block_type": "residual"}, layers=2),
+    "zoneout": Contestant("LSTM, zoneout", {"forget_gate_bias": 1.0}, seeds=2, prepare=add_zoneout),
+    "mogrifier": Contestant("Mogrifier LSTM", {"cell_type": "mogrifier", "mogrifier_rounds": 5}, seeds=1),
 }
 
 
@@ -126,7 +126,7 @@ QUICK = Scale(
 )
 
 
-def find_config(cell: Cell, vocab_size: int, parameters: int) -> LSTMConfig:
+def find_config(cell: Contestant, vocab_size: int, parameters: int) -> LSTMConfig:
     """Return the config whose width brings the number of parameters nearest to `parameters`."""
 
     def config(width):
@@ -148,7 +148,7 @@ def find_config(cell: Cell, vocab_size: int, parameters: int) -> LSTMConfig:
     return config(min((low, high), key=lambda width: abs(size(width) - parameters)))
 
 
-def make_model(cell: Cell, config: LSTMConfig, seed: int) -> LSTMForCausalLM:
+def make_model(cell: Contestant, config: LSTMConfig, seed: int) -> LSTMForCausalLM:
     set_seed(seed)
     return cell.prepare(LSTMForCausalLM(config))
 
@@ -245,14 +245,14 @@ class Comparison:
 
     def config(self, run: Run) -> LSTMConfig:
         if run.task == "copy":
-            cell = CELLS[run.cell]
+            cell = CONTESTANTS[run.cell]
             cell = replace(cell, config=cell.config | cell.copy_config)
             return find_config(cell, copying.VOCABULARY, self.scale.copy_parameters)
-        return find_config(CELLS[run.cell], len(self.tokenizer), self.scale.parameters)
+        return find_config(CONTESTANTS[run.cell], len(self.tokenizer), self.scale.parameters)
 
     def settings(self, run: Run) -> dict:
         """Return whatever decides the result of a run."""
-        cell, config, scale = CELLS[run.cell], self.config(run), asdict(self.scale)
+        cell, config, scale = CONTESTANTS[run.cell], self.config(run), asdict(self.scale)
         settings = cell.config | {"layers": cell.layers, "width": config.hidden_size}
         if run.task == "copy":
             chosen = {name: value for name, value in scale.items() if name.startswith("copy_")}
@@ -265,19 +265,19 @@ class Comparison:
 
     def __call__(self, run: Run) -> dict:
         """Train and measure."""
-        cell, config = CELLS[run.cell], self.config(run)
+        cell, config = CONTESTANTS[run.cell], self.config(run)
         model = make_model(cell, config, run.seed)
         sizes = {"width": config.hidden_size, "parameters": model.num_parameters()}
         return sizes | (self.copy(run, cell, model) if run.task == "copy" else self.read(run, cell, config, model))
 
-    def copy(self, run: Run, cell: Cell, model) -> dict:
+    def copy(self, run: Run, cell: Contestant, model) -> dict:
         scale = self.scale
         budget = (scale.copy_range, scale.copy_rows, scale.copy_seconds)
         trained = copying.train(model, *budget, cell.copy_learning_rate, run.seed)
         accuracy = copying.accuracies(model, scale.copy_distances, scale.copy_keys)
         return trained | {"accuracy": accuracy, "chance": copying.CHANCE}
 
-    def read(self, run: Run, cell: Cell, config: LSTMConfig, model) -> dict:
+    def read(self, run: Run, cell: Contestant, config: LSTMConfig, model) -> dict:
         """Train on the text, for equal tokens or equal seconds, and evaluate."""
         scale, train_on, validation = self.scale, self.streams["train"], self.streams["validation"]
         flows = run.task == "tokens" and run.seed == 0
@@ -305,20 +305,22 @@ class Comparison:
 def plan(names: list[str], seeds: int, tasks: list[str]) -> Iterator[Run]:
     """Order the runs: one seed of everything comes first, and copying early."""
     for seed in range(seeds):
-        chosen = [name for name in names if seed < CELLS[name].seeds]
+        chosen = [name for name in names if seed < CONTESTANTS[name].seeds]
         if "shakespeare" in tasks:
             yield from (Run("tokens", name, seed) for name in chosen)
         if "copy" in tasks and seed == 0:
-            yield from (Run("copy", name, seed) for name in chosen if CELLS[name].copies)
+            yield from (Run("copy", name, seed) for name in chosen if CONTESTANTS[name].copies)
         if "shakespeare" in tasks:
-            yield from (Run("seconds", name, seed) for name in chosen if CELLS[name].steps_like is None)
+            yield from (Run("seconds", name, seed) for name in chosen if CONTESTANTS[name].steps_like is None)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True)
     parser.add_argument("--task", nargs="+", default=["shakespeare", "copy"], choices=["shakespeare", "copy"])
-    parser.add_argument("--only", nargs="+", default=list(CELLS), choices=CELLS, help="cells (default: all)")
+    parser.add_argument(
+        "--only", nargs="+", default=list(CONTESTANTS), choices=CONTESTANTS, help="cells (default: all)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="at most, of each cell")
     parser.add_argument("--quick", action="store_true", help="tiny models, one seed: a test of this script")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of cells.json and cells.png")
@@ -331,7 +333,7 @@ def main() -> None:
     scale = QUICK if options.quick else Scale()
     compare, path = Comparison(options.train_file, scale), options.results / f"{NAME}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
-    result["labels"] = {name: cell.label for name, cell in CELLS.items()}
+    result["labels"] = {name: cell.label for name, cell in CONTESTANTS.items()}
     result["flow_distances"] = scale.flow_distances
     for run in plan(options.only, 1 if options.quick else options.seeds, options.task):
         identity, settings = asdict(run), json.loads(json.dumps(compare.settings(run)))

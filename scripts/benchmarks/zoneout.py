@@ -34,11 +34,8 @@ class Zoneout(LSTM):
     """An LSTM whose units may keep their previous value."""
 
     def step(self, read, state, gates):
-        h, c = state
-        i, f, g, o = (read + gates.hidden(h)).to(c.dtype).chunk(4, dim=-1)
-        new_c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-        new_h = (o.sigmoid() * new_c.tanh()).to(h.dtype)
-        return _zone_out(h, new_h, KEEP_H, gates.training), _zone_out(c, new_c, KEEP_C, gates.training)
+        parts = zip(state, super().step(read, state, gates), (KEEP_H, KEEP_C), strict=True)
+        return tuple(_zone_out(old, new, keep, gates.training) for old, new, keep in parts)
 
 
 class ZoneoutLSTMLayer(LSTMLayer):

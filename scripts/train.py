@@ -113,7 +113,7 @@ def make_model(model_args: ModelArguments, data_args: DataArguments, args: Train
         model = LSTMForCausalLM(config)
     if args.resume_from_checkpoint is not None:
         saved = LSTMConfig.from_pretrained(args.resume_from_checkpoint)
-        for name in ("vocab_size", *vars(model_args)):
+        for name in ("vocab_size", "last_cell_size", "output_projection_size", *vars(model_args)):
             if getattr(saved, name) != getattr(config, name):
                 raise ValueError(
                     f"`{name}` is {getattr(saved, name)} in {args.resume_from_checkpoint} and would be "

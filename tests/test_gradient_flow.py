@@ -248,3 +248,13 @@ def test_zeros_and_infinities_are_drawn(monkeypatch, tmp_path, capsys):
     assert short_names(["runs/a", "runs/b/"]) == ["a", "b"]
     assert short_names(["a/x", "b/x"]) == ["a/x", "b/x"]
     assert short_names(["x", "x"]) == ["x", "x"]
+
+
+def test_integers_of_any_type_and_inference_mode():
+    model = make_model()
+    expected = gradient_flow(model, IDS, positions=2, max_distance=3)
+
+    with torch.inference_mode():
+        found = gradient_flow(model, IDS.int() + 0, positions=2, max_distance=3)
+
+    assert (found == expected).all()

@@ -177,6 +177,16 @@ def test_a_checkpoint_of_other_lanes_is_refused(finished, dataset, options, mess
         run(finished, resume=str(finished / "checkpoint-8"), dataset=dataset, **options)
 
 
+def test_a_checkpoint_of_a_cell_with_the_same_weights_is_refused(finished):
+    """A Mogrifier without rounds has the weights and the state of an LSTM."""
+    model = make_model(torch.float32, cell_type="mogrifier", mogrifier_rounds=0)
+
+    with pytest.raises(
+        ValueError, match="`cell_type` was lstm in .* and is mogrifier now: resume with the same model"
+    ):
+        run(finished, resume=str(finished / "checkpoint-8"), model=model)
+
+
 def test_a_checkpoint_outside_output_dir_must_be_named_in_the_arguments(whole, tmp_path):
     """Trainer does not tell callbacks the path that `train()` was given."""
     folder, expected, _ = whole

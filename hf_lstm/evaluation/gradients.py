@@ -65,8 +65,15 @@ def gradient_flow(
             "`max_distance` + `positions` + 1: give a longer text, or lower one of the two."
         )
 
-    reader = trainable_copy(model).eval()
-    ids, cache = ids.to(reader.device), DynamicCache(config=model.config)
+    with torch.inference_mode(False):
+        return _mean_norms(trainable_copy(model).eval(), ids, positions, max_distance)
+
+
+@torch.enable_grad()
+def _mean_norms(reader: PreTrainedModel, ids: torch.Tensor, positions: int, max_distance: int) -> numpy.ndarray:
+    """Compute the mean norms with a model that may be changed, `(L, D + 1)`."""
+    ids = ids.to(reader.device, torch.long, copy=True)  # a copy of one made in inference mode may be part of a graph
+    cache = DynamicCache(config=reader.config)
     layers: list[Any] = cache.layers
     for layer in layers:
         layer.activate_past_recording()  # selects the explicit kernel: the fused one's outputs do not depend on its h
@@ -74,18 +81,17 @@ def gradient_flow(
     sums, read = numpy.zeros((len(layers), max_distance + 1)), 0
     room = ids.shape[1] - 2 - max_distance  # from the first T to the last
     places = [max_distance + number * room // max(1, positions - 1) for number in range(positions)]
-    with torch.enable_grad():
-        for last in logging.tqdm(places, desc="taking gradients", leave=False):
-            if read < (first := last - max_distance):
-                steps.clear()
-                _skip(reader, ids[:, read:first], cache)
-                read = first
-            for index in range(read, last + 1):
-                step, logits = _read(reader, ids[:, index : index + 1], cache, is_scored=index == last)
-                steps.append(step)
-            read = last + 1
-            logits = logits[:, -1].to(at_least_float32(logits.dtype))
-            sums += _norms(F.cross_entropy(logits, ids[:, last + 1].to(logits.device), reduction="sum"), steps)
+    for last in logging.tqdm(places, desc="taking gradients", leave=False):
+        if read < (first := last - max_distance):
+            steps.clear()
+            _skip(reader, ids[:, read:first], cache)
+            read = first
+        for index in range(read, last + 1):
+            step, logits = _read(reader, ids[:, index : index + 1], cache, is_scored=index == last)
+            steps.append(step)
+        read = last + 1
+        logits = logits[:, -1].to(at_least_float32(logits.dtype))
+        sums += _norms(F.cross_entropy(logits, ids[:, last + 1].to(logits.device), reduction="sum"), steps)
     return sums / (positions * len(ids))
 
 

@@ -210,7 +210,7 @@ class LSTMConfig(PreTrainedConfig):
         for name, value in (("mogrifier_rounds", rounds), ("mogrifier_rank", rank)):
             if value is not None and not cell.has_rounds:
                 raise ValueError(
-                    f'`{name}` ({value}) needs `cell_type="mogrifier"`, and it is {self.cell_type!r}: leave one out.'
+                    f'`{name}` ({value}) needs `cell_type="mogrifier"`, and it is {self.cell_type!r}: leave one out, or set `{name}` to None.'
                 )
         if rounds is not None and not 0 <= rounds <= MAX_LAYERS:
             raise ValueError(f"`mogrifier_rounds` ({rounds}) must be at least 0 and at most {MAX_LAYERS:,}.")
@@ -221,17 +221,17 @@ class LSTMConfig(PreTrainedConfig):
             if value is not None and cell.forget_gate is None:
                 raise ValueError(
                     f"`{name}` ({value}) sets biases of a forget gate, which `cell_type` ({self.cell_type!r}) lacks: leave "
-                    "it out."
+                    "it out, or set it to None."
                 )
         if bias is not None and longest is not None:
             raise ValueError(
                 f"`forget_gate_bias` ({bias}) and `chrono_max_distance` ({longest}) exclude each other, since both set the "
                 "biases of the forget gate: leave one out."
             )
-        if bias is not None and not math.isfinite(bias):
-            raise ValueError(f"`forget_gate_bias` ({bias}) must be a finite number, such as 1.")
-        if longest is not None and longest < 3:
-            raise ValueError(f"`chrono_max_distance` ({longest}) must be at least 3 tokens.")
+        if bias is not None and not abs(bias) <= 1000:
+            raise ValueError(f"`forget_gate_bias` ({bias}) must be a number from -1000 to 1000, such as 1.")
+        if longest is not None and not 3 <= longest <= 10**9:
+            raise ValueError(f"`chrono_max_distance` ({longest}) must be at least 3 and at most 1,000,000,000 tokens.")
 
     def validate_sizes(self):
         for name in SIZES:
@@ -239,10 +239,13 @@ class LSTMConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` ({size}) must be at least 1.")
 
         width = max(self.hidden_size, self.embedding_size, self.last_cell_size or 0, self.output_projection_size or 0)
-        layer = (8 + (self.mogrifier_rounds or 0)) * width * width + 3 * width * (self.intermediate_size or 0)
+        a_round = width * (width if self.mogrifier_rank is None else 2 * self.mogrifier_rank)
+        layer = 8 * width * width + (self.mogrifier_rounds or 0) * a_round
+        layer += 3 * width * (self.intermediate_size or 0)
         parameters = self.vocab_size * self.embedding_size + self.num_hidden_layers * layer
         if parameters > MAX_PARAMETERS:
-            fields = [(name, getattr(self, name)) for name in SIZES if getattr(self, name) is not None]
+            names = (*SIZES, "intermediate_size", "mogrifier_rounds", "mogrifier_rank")
+            fields = [(name, getattr(self, name)) for name in names if getattr(self, name) is not None]
             raise ValueError(
                 f"{', '.join(f'`{name}` ({size})' for name, size in fields)} make a model of about {parameters:.0e} parameters: "
                 f"at most {MAX_PARAMETERS:.0e} are allowed."

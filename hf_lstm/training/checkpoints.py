@@ -93,7 +93,7 @@ def load_carried_state(
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata()
+            metadata = {"cell_type": "lstm"} | file.metadata()  # once the only one, and not named
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(
             f"{path.parent} cannot be resumed without a carried state ({path.name}: {error}): resume from "
@@ -109,7 +109,7 @@ def load_carried_state(
         if metadata.get(name) != value:
             raise ValueError(
                 f"`{name}` was {metadata.get(name)} in {path.parent} and is {value} now: resume with the same "
-                "text, optimizer, processes, batch size and `bptt_length`, since a lane's state belongs to its place."
+                "model, text, optimizer, processes, batch size and `bptt_length`, since a lane's state belongs to its place."
             )
     return load_file(path, device=str(device))
 

@@ -71,6 +71,7 @@ class TruncatedBPTTCallback(FinishedRunCallback):
         self._scaling = ChunkLengthScaling(dataset.bptt_length)
         self._metadata = {
             "world_size": args.world_size,
+            "cell_type": model.config.cell_type,
             **dataset.fingerprint,
             "optimizer": type(unwrapped(optimizer)).__name__,
         }

@@ -306,8 +306,9 @@ class LSTMModel(LSTMPreTrainedModel):
         cell = layers[0].cell
         cache_layers = prepare_cache_layers(past_key_values, x.shape[0], len(self.layers), cell_sizes, cell.states)
         reading, documents = find_reading(x, cache_layers[0], *limits)
-        is_padded = attention_mask is not None and reading is not None
-        read = cache_layers[0].read_after(reading.real) if is_padded else None
+        read = None
+        if attention_mask is not None and reading is not None:
+            read = cache_layers[0].read_after(reading.real)
         x = self.in_proj(locked_dropout(x, self.config.input_dropout if self.training else 0))
         is_residual = self.config.block_type == "residual"
         for index, (layer, cache_layer, size) in enumerate(zip(layers, cache_layers, cell_sizes, strict=False)):

@@ -9,7 +9,7 @@ machine. The schedule has to know the number of steps beforehand: a few steps of
 callback stops at the budget in any case. The bias of the forget gate and chrono initialisation change the first weights
 and not the time of a step, so of those LSTMs only one is trained for equal seconds.
 
-Copying (copying.py): say a key again after 10 to 500 tokens of noise. One model of each cell, of equal parameters, is
+Copying (copying.py): reproduce a key after 10 to 500 tokens of noise. One model of each cell, of equal parameters, is
 trained for 90 seconds of CPU time on mixed distances from 1 token on, since long ones are learnt after short ones.
 
 Each finished run is stored at once in cells.json; a run that is stored with the same settings is not repeated.

@@ -117,5 +117,5 @@ def _draw_copying(axes, result):
         axes.set(xscale="log", ylim=(0, 1.03))
         axes.set_xticks(distances, distances)
         axes.set_xticks([], minor=True)
-    axes.set(title="Copying: symbols of a key said right", xlabel="tokens of noise in between", ylabel="share")
+    axes.set(title="Copying: symbols of a key reproduced", xlabel="tokens of noise in between", ylabel="share")
     axes.grid(alpha=0.3)

@@ -1,4 +1,4 @@
-"""Copying: read a key, then noise, then a marker, and say the key (after Hochreiter & Schmidhuber 1997).
+"""Copying: read a key, then noise, then a marker, and reproduce the key (after Hochreiter & Schmidhuber 1997).
 
     k1 ... k10  noise ... noise  marker  k1 ... k9      is read
                                  k1      k2 ... k10     is predicted
@@ -59,11 +59,11 @@ def train(model, distances: tuple[int, int], rows: int, seconds: float, learning
 
 @torch.no_grad()
 def accuracies(model, distances: list[int], rows: int) -> dict[str, float]:
-    """Return the share of symbols said right after each number of noise tokens, of keys that were not trained on."""
+    """Return the share of symbols reproduced after each number of noise tokens, of keys that were not trained on."""
     generator, found = torch.Generator().manual_seed(10**6), {}
     model.eval()
     for distance in distances:
         ids, targets = examples(distance, rows, generator)
-        said = model(ids, logits_to_keep=KEY).logits.argmax(dim=-1)
-        found[str(distance)] = (said == targets[:, -KEY:]).double().mean().item()
+        written = model(ids, logits_to_keep=KEY).logits.argmax(dim=-1)
+        found[str(distance)] = (written == targets[:, -KEY:]).double().mean().item()
     return found

@@ -190,7 +190,7 @@ def cells_tables(result: dict) -> str:
         example = next(run for run in result["runs"] if run["task"] == "tokens")
         near, far = _ends_of_memory([example])
         tokens = f"loss, {example['tokens'] / 1e6:.1f} M tokens"
-        worth = f"worth of memory from {near} to {far} characters"
+        worth = f"loss at {near} minus loss at {far} characters"
         head = ["cell", "width", "parameters", "seeds", tokens, "CPU s", "loss, equal CPU s", "tokens in them", worth]
         title = (
             "Validation loss in nats per character, mean over seeds ± standard deviation. Forget bias and chrono change no "
@@ -200,7 +200,7 @@ def cells_tables(result: dict) -> str:
     if copies:
         example = next(run for run in result["runs"] if run["task"] == "copy")
         head = ["cell", "width", "parameters", "trained on", *(f"{noise} tokens" for noise in example["accuracy"])]
-        title = f"Symbols of a key said right after so many tokens of noise (chance: {example['chance']:.3f}):\n\n"
+        title = f"Share of a key's symbols reproduced after so many tokens of noise (chance: {example['chance']:.3f}):\n\n"
         tables.append(title + table(head, copies))
     return "\n".join(tables)
 

@@ -279,5 +279,5 @@ def test_recording_needs_the_states_after_each_token(cell):
     cache = make_model(**cell)(make_ids(2, 3), use_cache=True).past_key_values
     cache.activate_past_recording()
 
-    with pytest.raises(ValueError, match=r"`past` \(\) must hold the state after each token"):
+    with pytest.raises(ValueError, match=r"`past` \(0 tensors\) must hold the state after each token"):
         cache.layers[0].update(*cache.layers[0].get_state())

@@ -120,7 +120,7 @@ def test_a_run_goes_on_with_its_own_data_only(run, tmp_path, text_file):
     run("train.py", "--output_dir", folder, "--train_file", text_file, "--max_steps", 8, *SMALL)
     resume = ["--output_dir", folder, "--resume_from_checkpoint", "true", "--max_steps", 12, *SMALL]
 
-    with pytest.raises(SystemExit, match=r"train.py: `digest` was .* resume with the same text") as stopped:
+    with pytest.raises(SystemExit, match=r"train.py: `digest` was .* resume with the same model, text") as stopped:
         run("train.py", "--train_file", other, *resume)
     assert "\n" not in str(stopped.value)
     with pytest.raises(SystemExit, match="holds no complete checkpoint"):

@@ -200,7 +200,9 @@ def cells_tables(result: dict) -> str:
     if copies:
         example = next(run for run in result["runs"] if run["task"] == "copy")
         head = ["cell", "width", "parameters", "trained on", *(f"{noise} tokens" for noise in example["accuracy"])]
-        title = f"Share of a key's symbols reproduced after so many tokens of noise (chance: {example['chance']:.3f}):\n\n"
+        title = (
+            f"Share of a key's symbols reproduced after so many tokens of noise (chance: {example['chance']:.3f}):\n\n"
+        )
         tables.append(title + table(head, copies))
     return "\n".join(tables)
 

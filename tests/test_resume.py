@@ -182,7 +182,7 @@ def test_a_checkpoint_of_a_cell_with_the_same_weights_is_refused(finished):
     model = make_model(torch.float32, cell_type="mogrifier", mogrifier_rounds=0)
 
     with pytest.raises(
-        ValueError, match="`cell_type` was lstm in .* and is mogrifier now: resume with the same model"
+        ValueError, match=r"`cell_type` was lstm in .* and is mogrifier now: resume with the same model"
     ):
         run(finished, resume=str(finished / "checkpoint-8"), model=model)
 

@@ -96,7 +96,7 @@ class Cell:
     A recurrent cell.
 
     Attributes:
-        title (`str`): Its name in sentences, with the article.
+        title (`str`): Its name before "language model", with the article.
         num_gates (`int`): G, the blocks of H rows in W and U.
         states (`tuple[str, ...]`): Names of the tensors of its state; the first is h, its output.
         accumulating (`tuple[str, ...]`):
@@ -106,7 +106,7 @@ class Cell:
         has_rounds (`bool`): Whether h and x gate each other before the cell reads them (`Gates.rounds`).
     """
 
-    title: str
+    title = "a recurrent"
     num_gates = 1
     states: tuple[str, ...] = ("h",)
     accumulating: tuple[str, ...] = ()

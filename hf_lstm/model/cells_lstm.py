@@ -200,7 +200,7 @@ class GRU(Cell):
         return ((1 - z) * n + z * h,)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch(torch.gru, x, steps, state, weights, unpacked=True)
+        return _of_torch(torch.gru, x, steps, state, weights, state_is_output=True)
 
     def single(self, x, state, weights):
         return (torch.gru_cell(x, *state, *weights[:4]),)
@@ -219,7 +219,7 @@ class TanhRNN(Cell):
         return ((read + gates.hidden(*state)).tanh(),)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch(self.kernel, x, steps, state, weights, unpacked=True)
+        return _of_torch(self.kernel, x, steps, state, weights, state_is_output=True)
 
     def single(self, x, state, weights):
         return (self.cell(x, *state, *weights[:4]),)
@@ -275,10 +275,11 @@ CELLS: dict[str, Cell] = {
 """The cells by their names in a config (`cell_type`)."""
 
 
-def _of_torch(kernel, x, steps, state, weights, unpacked=False):
+def _of_torch(kernel, x, steps, state, weights, state_is_output=False):
     """
-    Run a kernel of torch; see `Cell.fused`. Sequences of one length may be `unpacked`: on a CPU the gradients of packed ones
-    take quadratic time, which shows in a GRU or RNN from 64 tokens on, in an LSTM from thousands.
+    Run a kernel of torch; see `Cell.fused`. Where the state is the output alone, sequences of similar lengths are read as
+    padded rows: on a CPU the gradients of packed ones take quadratic time, which shows in a GRU or RNN from 64 tokens on, in
+    an LSTM from thousands.
     """
     W, U, b, hidden_bias, _ = weights
     weights = [W, U, b, torch.zeros_like(b) if hidden_bias is None else hidden_bias]
@@ -287,12 +288,17 @@ def _of_torch(kernel, x, steps, state, weights, unpacked=False):
     parts = tuple(part[None].to(x.dtype) for part in state)
     start = parts if len(parts) > 1 else parts[0]
     options = (True, 1, 0.0, torch.is_grad_enabled(), False)  # biases, layers, dropout, training, directions
-    if unpacked and steps[0] == steps[-1]:
-        outputs, *last = kernel(x.unflatten(0, (len(steps), steps[0])), start, weights, *options, False)
-        outputs = outputs.flatten(0, 1)
-    else:
-        outputs, *last = kernel(x, torch.tensor(steps, device="cpu"), start, weights, *options)
-    return outputs, *(part[0] for part in last)
+    sequences, sizes = len(state[0]), torch.tensor(steps, device="cpu")
+    if not state_is_output or len(steps) * sequences > 2 * len(x):
+        outputs, *last = kernel(x, sizes, start, weights, *options)
+        return outputs, *(part[0] for part in last)
+    if steps[0] == steps[-1]:  # no padding
+        outputs, last = kernel(x.unflatten(0, (len(steps), sequences)), start, weights, *options, False)
+        return outputs.flatten(0, 1), last[0]
+    real = (torch.arange(sequences, device="cpu") < sizes[:, None]).to(x.device)  # (T, S)
+    rows = x.new_zeros(*real.shape, x.shape[1]).index_put((real,), x)
+    outputs, _ = kernel(rows, start, weights, *options, False)
+    return outputs[real], outputs[real.sum(0) - 1, torch.arange(sequences, device=x.device)]
 
 
 def as_functions(weights: Weights) -> Gates:

@@ -58,6 +58,9 @@ def assert_close(actual, expected, precision):
 def test_a_cell_is_that_of_torch(cell_type, dtype, lengths, kernel):
     """Outputs, last states, and the gradients of both with respect to the embeddings and all weights."""
     model = make_model(dtype, cell_type=cell_type, **UNTIED)
+    with torch.no_grad():  # back to the size of new weights: larger ones let a tanh network double rounding errors
+        for parameter in model.model.layers.parameters():
+            parameter.mul_(0.5)
     module, embeddings = torch_module(model), model.model.embed_tokens(IDS).detach()
     inputs, other_inputs = embeddings.clone().requires_grad_(True), embeddings.clone().requires_grad_(True)
     lengths = torch.tensor(lengths)

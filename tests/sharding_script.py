@@ -19,7 +19,7 @@ from hf_lstm.model import cells_lstm
 
 cells_lstm.FEW_PRODUCTS = math.inf  # the first layer projects each distinct token once, wherever it can
 widths, lstm = [], torch.lstm
-torch.lstm = lambda x, *arguments: (widths.append(x.shape[1]), lstm(x, *arguments))[1]
+torch.lstm = lambda x, *arguments: (widths.append(x.shape[-1]), lstm(x, *arguments))[1]
 dist.init_process_group("gloo")
 rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
 result = {}

@@ -106,6 +106,36 @@ def mogrifier_outputs(layer, x):
     return torch.stack(outputs).view(*x.shape[:2], -1)
 
 
+@pytest.mark.parametrize(
+    "frozen", ["", "embed", "input_gates", "hidden_gates", "mogrifier.0", "mogrifier.1", "layers"]
+)
+@pytest.mark.parametrize(("rounds", "rank"), [(5, None), (2, 3), (0, None)])
+def test_a_mogrifiers_own_gradients_are_those_of_its_equations(rounds, rank, frozen, monkeypatch):
+    """Of first and second order, in padded rows that continue from a state, whatever needs a gradient."""
+    options = {"cell_type": "mogrifier", "mogrifier_rounds": rounds, "mogrifier_rank": rank}
+    model = make_model(**options, embedding_size=10, tie_word_embeddings=False)
+    parameters = [
+        parameter for name, parameter in model.named_parameters() if not (frozen and frozen in name) or "head" in name
+    ]
+    for parameter in model.parameters():
+        parameter.requires_grad_(any(parameter is other for other in parameters))
+    mask = torch.arange(9) < torch.tensor([4, 9, 1])[:, None]
+
+    results = []
+    for cell in (CELLS["mogrifier"], None):
+        if cell is None:
+            monkeypatch.setattr(type(CELLS["mogrifier"]), "fused", Cell.fused)
+        cache = model(IDS[:, :3], use_cache=True).past_key_values
+        loss = model(IDS, attention_mask=mask.long(), past_key_values=cache).logits.square().mean()
+        first = torch.autograd.grad(loss, parameters, create_graph=True)
+        second = torch.autograd.grad(sum(gradient.square().sum() for gradient in first), parameters, retain_graph=True)
+        plain = torch.autograd.grad(loss, parameters)
+        results.append([*first, *second, *plain])
+
+    for one, other in zip(*results, strict=True):
+        assert_close(one, other, 1e-10)
+
+
 @pytest.mark.parametrize(("rounds", "rank"), [(5, None), (4, 3), (1, 2), (0, None)])
 def test_a_mogrifier_is_that_of_its_paper(rounds, rank, kernel):
     options = {"cell_type": "mogrifier", "mogrifier_rounds": rounds, "mogrifier_rank": rank}

@@ -8,6 +8,7 @@ Shapes: S sequences of N tokens in all, n of them at one step, or B rows of T to
 cell, G its gates.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -19,6 +20,8 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 from torch.nn import functional as F
 from torch.nn.modules import module as torch_module
+
+from .mogrifier_lstm import run_mogrifier
 
 # Devices whose kernel needs the weights in one piece of memory, as in `torch.nn.LSTM`: cuDNN would compact others at
 # each call, with a warning. They cannot be stored so here, since they are separate parameters, some under dropout.
@@ -200,7 +203,7 @@ class GRU(Cell):
         return ((1 - z) * n + z * h,)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch(torch.gru, x, steps, state, weights, state_is_output=True)
+        return _of_torch(torch.gru, x, steps, state, weights)
 
     def single(self, x, state, weights):
         return (torch.gru_cell(x, *state, *weights[:4]),)
@@ -219,7 +222,7 @@ class TanhRNN(Cell):
         return ((read + gates.hidden(*state)).tanh(),)
 
     def fused(self, x, steps, state, weights):
-        return _of_torch(self.kernel, x, steps, state, weights, state_is_output=True)
+        return _of_torch(self.kernel, x, steps, state, weights)
 
     def single(self, x, state, weights):
         return (self.cell(x, *state, *weights[:4]),)
@@ -262,7 +265,17 @@ class Mogrifier(LSTM):
                 h = (2 * part(x).sigmoid() * h).to(h.dtype)
         return super().step(gates.input_gates(x), (h, c), gates)
 
-    fused, single = Cell.fused, Cell.single  # by the equations, since torch has no kernel
+    single = Cell.single  # by the equations
+
+    def fused(self, x, steps, state, weights):
+        one_type = x.dtype == state[1].dtype == at_least_float32(x.dtype)
+        if not (torch.is_grad_enabled() and one_type and x.device.type == "cpu" and weights.hidden_bias is None):
+            return Cell.fused(self, x, steps, state, weights)
+
+        def by_equations(x, h, c, W, U, b, rounds):
+            return Cell.fused(self, x, steps, (h, c), Weights(W, U, b, None, rounds))
+
+        return run_mogrifier(by_equations, steps, x, *state, *weights[:3], weights.rounds)
 
 
 CELLS: dict[str, Cell] = {
@@ -275,30 +288,31 @@ CELLS: dict[str, Cell] = {
 """The cells by their names in a config (`cell_type`)."""
 
 
-def _of_torch(kernel, x, steps, state, weights, state_is_output=False):
+def _of_torch(kernel, x, steps, state, weights):
     """
-    Run a kernel of torch; see `Cell.fused`. Where the state is the output alone, sequences of similar lengths are read as
-    padded rows: on a CPU the gradients of packed ones take quadratic time, which shows in a GRU or RNN from 64 tokens on, in
-    an LSTM from thousands.
+    Run a kernel of torch; see `Cell.fused`. On a CPU the gradients of packed sequences take quadratic time, so the steps that
+    read equally many sequences are a call of their own there.
     """
     W, U, b, hidden_bias, _ = weights
     weights = [W, U, b, torch.zeros_like(b) if hidden_bias is None else hidden_bias]
     if x.device.type in IN_ONE_PIECE:
         weights = in_one_piece(weights)
-    parts = tuple(part[None].to(x.dtype) for part in state)
-    start = parts if len(parts) > 1 else parts[0]
+    state = tuple(part[None].to(x.dtype) for part in state)
     options = (True, 1, 0.0, torch.is_grad_enabled(), False)  # biases, layers, dropout, training, directions
-    sequences, sizes = len(state[0]), torch.tensor(steps, device="cpu")
-    if not state_is_output or len(steps) * sequences > 2 * len(x):
-        outputs, *last = kernel(x, sizes, start, weights, *options)
+    sizes = Counter(steps)  # by the number of sequences, which never grows, the steps that read so many
+    if x.device.type != "cpu":
+        packed = (x, torch.tensor(steps, device="cpu"), state if len(state) > 1 else state[0], weights, *options)
+        outputs, *last = kernel(*packed)
         return outputs, *(part[0] for part in last)
-    if steps[0] == steps[-1]:  # no padding
-        outputs, last = kernel(x.unflatten(0, (len(steps), sequences)), start, weights, *options, False)
-        return outputs.flatten(0, 1), last[0]
-    real = (torch.arange(sequences, device="cpu") < sizes[:, None]).to(x.device)  # (T, S)
-    rows = x.new_zeros(*real.shape, x.shape[1]).index_put((real,), x)
-    outputs, _ = kernel(rows, start, weights, *options, False)
-    return outputs[real], outputs[real.sum(0) - 1, torch.arange(sequences, device=x.device)]
+    outputs, ended = [], []
+    for (n, length), tokens in zip(sizes.items(), x.split([n * length for n, length in sizes.items()]), strict=True):
+        ended.append(tuple(part[0, n:] for part in state))
+        state = tuple(part[:, :n] for part in state)
+        rows = (tokens.unflatten(0, (length, n)), state if len(state) > 1 else state[0], weights, *options, False)
+        read, *state = kernel(*rows)
+        outputs.append(read.flatten(0, 1))
+    ended.append(tuple(part[0] for part in state))
+    return torch.cat(outputs), *(torch.cat(parts[::-1]) for parts in zip(*ended, strict=True))
 
 
 def as_functions(weights: Weights) -> Gates:

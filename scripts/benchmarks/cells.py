@@ -30,7 +30,7 @@ import copying
 import numpy
 import torch
 from cells_picture import draw
-from record import RESULTS, write_result
+from record import RESULTS, commit, write_result
 from summary import cells_tables
 from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator, set_seed
 from transformers.utils import logging
@@ -333,6 +333,8 @@ def main() -> None:
     scale = QUICK if options.quick else Scale()
     compare, path = Comparison(options.train_file, scale), options.results / f"{NAME}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
+    for old in result["runs"]:
+        old.setdefault("commit", result["commit"])
     result["labels"] = {name: cell.label for name, cell in CONTESTANTS.items()}
     result["flow_distances"] = scale.flow_distances
     for run in plan(options.only, 1 if options.quick else options.seeds, options.task):
@@ -343,7 +345,7 @@ def main() -> None:
             continue
         found = compare(run)
         result["runs"] = [old for old in result["runs"] if old not in stored]
-        result["runs"].append(identity | {"settings": settings} | found)
+        result["runs"].append(identity | {"settings": settings, "commit": commit()} | found)
         write_result(
             NAME, {name: value for name, value in result.items() if name not in ("machine", "commit")}, options.results
         )

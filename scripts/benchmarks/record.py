@@ -10,15 +10,20 @@ import torch
 RESULTS = Path(__file__).parent / "results"
 
 
-def write_result(name: str, result: dict, folder: Path = RESULTS) -> None:
-    """Write a result to `name`.json in a folder, wholly or not at all."""
-    commit = subprocess.run(
+def commit() -> str:
+    """Return the short hash of the commit that is checked out."""
+    ran = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
+    return ran.stdout.strip()
+
+
+def write_result(name: str, result: dict, folder: Path = RESULTS) -> None:
+    """Write a result to `name`.json in a folder, wholly or not at all."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} threads"
     measured_on = {
         "machine": f"{platform.machine()}, {where}, torch {torch.__version__}",
-        "commit": commit.stdout.strip(),
+        "commit": commit(),
     }
     path = folder / f"{name}.json"
     partial = path.with_suffix(".partial")

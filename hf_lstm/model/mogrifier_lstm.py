@@ -104,17 +104,16 @@ class _Mogrifier(torch.autograd.Function):
             h = torch.cat([h, h_end[:, h.shape[1] : n]], 1).add_(change.t())
             c = torch.cat([c, c_end[:, c.shape[1] : n]], 1)
             i, f, g, o = gates.chunk(4)
-            passed_on = h * o
-            c.add_(passed_on).addcmul_(passed_on.mul_(tanh_c), tanh_c, value=-1)
-            slopes = torch.addcmul(gates, gates, gates, value=-1)  # of sigmoids
-            slopes.chunk(4)[2].add_(1).sub_(g)  # 1 - g²
+            # The differences from 1 are taken first: they are exact near 1, where they are small.
+            c.addcmul_(h * o, 1 - tanh_c.square())
+            slopes = (1 - gates).mul_(gates)  # of sigmoids
+            slopes.chunk(4)[2].copy_(1 - g.square())
             scores = torch.cat([c * g, c * old_c, c * i, h * tanh_c]).mul_(slopes)
             c *= f
             grads = [scores]
             v, w = _ordered(*(weights @ scores).split([width, len(h)]), lengths)
             for matrices, value, scale in zip(transposed[::-1], values[:1:-1], scales[::-1], strict=True):
-                scores = w * value
-                scores.addcmul_(scores, scale, value=-0.5)
+                scores = (w * value).mul_(torch.rsub(scale, 1, alpha=0.5))
                 for matrix in matrices[:0:-1]:
                     grads.append(scores)
                     scores = matrix @ scores

@@ -159,7 +159,30 @@ def cells() -> str:
     result, folder = load("cells"), "../benchmarks/results"
     command = "python scripts/benchmarks/cells.py --train_file tinyshakespeare.txt"
     picture = f"![Loss, memory, gradients and copying of each cell]({folder}/cells.png)\n"
-    return f"{CELLS_BEGIN}\n{cells_tables(result)}\n{picture}\n{source('cells', result, command, folder)}\n{END}"
+    parts = [cells_tables(result), picture, source("cells", result, command, folder), cell_speed(folder)]
+    return CELLS_BEGIN + "\n" + "\n".join(parts) + "\n" + END
+
+
+def cell_speed(folder: str) -> str:
+    """Return the speed of a training step of each cell beside torch's."""
+    result = load("cell_speed")
+    rows = [
+        [
+            name,
+            row["width"],
+            f"{row['ms']:.0f}",
+            row["torch"],
+            f"{row['ms_of_torch']:.0f}",
+            f"{row['ms'] / row['ms_of_torch']:.2f}",
+        ]
+        for name, row in result["cells"].items()
+    ]
+    head = ["cell", "width", "ms a step", "torch's, 512 wide", "ms a step", "times torch's time"]
+    return (
+        f"A training step of {result['rows']} x {result['tokens']} characters, in turns with torch's module and the same output "
+        f"layer:\n\n{table(head, rows)}\n`python scripts/benchmarks/cell_speed.py`: {result['machine']}, commit "
+        f"{result['commit']} ([figures]({folder}/cell_speed.json)).\n"
+    )
 
 
 def cells_tables(result: dict) -> str:

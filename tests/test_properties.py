@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 
 PRECISION = {torch.float64: 1e-10, torch.float32: 1e-5}  # of the largest element
+ROUNDING = {"mogrifier": 10}  # its products amplify float32's: autograd itself is off by up to 5e-5
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "25"))
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=EXAMPLES)
@@ -93,11 +94,11 @@ def test_a_batch_in_chunks_equals_every_document_alone(model, batch, is_fused):
                     expected = torch.zeros_like(state)
                 else:
                     expected = torch.cat(last.past_key_values.layers[index].get_state())
-                assert_close(state, expected, model.dtype)
-    assert_close(logits[mask.bool()], wanted[mask.bool()], model.dtype)
+                assert_close(state, expected, model)
+    assert_close(logits[mask.bool()], wanted[mask.bool()], model)
     if mask.any():
         (expected,) = torch.autograd.grad(total, model.model.layers[0].hidden_gates.weight)
-        assert_close(gradient, expected, model.dtype)
+        assert_close(gradient, expected, model)
 
 
 @given(models, batches())
@@ -115,7 +116,7 @@ def test_both_kernels_agree(model, batch):
         )
 
     for actual, expected in zip(*results, strict=True):
-        assert_close(actual, expected, model.dtype)
+        assert_close(actual, expected, model)
 
 
 @settings(max_examples=EXAMPLES // 5)  # a second each
@@ -130,9 +131,7 @@ def test_a_batch_equals_the_equations(model, batch, is_fused):
     for row in range(len(ids)):
         for document in documents_of(row, mask, starts):
             expected, _ = reference.language_model(ids[row, document].tolist(), weights, model.config.cell_type)
-            assert_close(
-                logits[row, document], torch.tensor(reference.values(expected), dtype=torch.float64), model.dtype
-            )
+            assert_close(logits[row, document], torch.tensor(reference.values(expected), dtype=torch.float64), model)
 
 
 OPERATIONS = st.lists(
@@ -179,12 +178,13 @@ def test_a_cache_equals_reading_the_text_again(model, operations, is_fused):
     ids = torch.randint(4, 31, (len(text), 3), generator=generator)
     with with_kernel(is_fused):
         expected = model(torch.cat([text, ids], dim=1)).logits[:, -3:]
-    assert_close(model(ids, past_key_values=cache).logits, expected, model.dtype)
+    assert_close(model(ids, past_key_values=cache).logits, expected, model)
 
 
-def assert_close(actual, expected, dtype):
+def assert_close(actual, expected, model):
+    precision = PRECISION[model.dtype] * ROUNDING.get(model.config.cell_type, 1)
     largest = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=PRECISION[dtype] * max(largest, 1e-3))
+    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=precision * max(largest, 1e-3))
 
 
 @pytest.mark.slow

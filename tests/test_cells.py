@@ -1,5 +1,6 @@
 """A cell is that of torch with the same weights, by whichever kernel; and only a model of the same cell takes its state."""
 
+import copy
 import functools
 
 import pytest
@@ -215,6 +216,23 @@ def test_new_weights_by_cell(cell_type):
 
 
 @pytest.mark.parametrize("cell_type", CELLS)
+def test_a_state_of_another_type_goes_on_in_that_of_the_weights(cell_type, kernel):
+    """A model may be cast between two chunks of a text: of an LSTM in bfloat16, c is in float32 already and h is not."""
+    model = make_model(torch.bfloat16, cell_type=cell_type)
+    with torch.no_grad():
+        cache = model(IDS).past_key_values
+    wide = copy.deepcopy(cache)
+    for layer in wide.layers:
+        layer.update(*(part.float() for part in layer.get_state()))
+    model = model.float()
+
+    logits = model(IDS, past_key_values=cache).logits
+
+    assert_close(logits, model(IDS, past_key_values=wide).logits, 1e-6)
+    logits.sum().backward()
+
+
+@pytest.mark.parametrize("cell_type", CELLS)
 def test_a_state_is_as_large_as_the_cell_needs(cell_type, tmp_path):
     model, parts = make_model(cell_type=cell_type), 2 if cell_type in ("lstm", "mogrifier") else 1
     cache = model(IDS).past_key_values
@@ -363,7 +381,7 @@ def new_cell(monkeypatch):
 
 @pytest.mark.usefixtures("new_cell")
 def test_a_new_cell_is_one_entry(tmp_path):
-    """Whatever a model does, it does with a cell that only has a `step`: nothing asks for a cell by name."""
+    """A cell with nothing but a `step` pads, packs, generates, is saved and is loaded like the others."""
     model, mask = make_model(cell_type="coupled"), torch.ones_like(IDS)
     mask[0, :4] = mask[1, 5:] = mask[2, 3:5] = 0
 

@@ -8,6 +8,7 @@ Shapes: S sequences of N tokens in all, n of them at one step, or B rows of T to
 cell, G its gates.
 """
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -94,7 +95,7 @@ class Gates:
         return F.linear(h, self.hidden_weight, self.hidden_gates.bias)
 
 
-class Cell:
+class Cell(ABC):
     """
     A recurrent cell.
 
@@ -133,12 +134,12 @@ class Cell:
         """Return the part of the steps that does not depend on the state: W x + b, `(..., G H)` from `(..., D)`."""
         return gates.input_gates(x)
 
+    @abstractmethod
     def step(self, read: Any, state: Any, gates: Gates) -> tuple[Any, ...]:
         """
         Take one step of n sequences, from `read`, `(n, G H)`, and the state before it. The methods of tensors that it
         calls are those of convert/onnx.py's `_Value` too, by which the equations become a graph.
         """
-        raise NotImplementedError
 
     def fused(self, x: torch.Tensor, steps: list[int], state: State, weights: Weights) -> State:
         """
@@ -268,7 +269,7 @@ class Mogrifier(LSTM):
     single = Cell.single  # by the equations
 
     def fused(self, x, steps, state, weights):
-        one_type = x.dtype == state[1].dtype == at_least_float32(x.dtype)
+        one_type = {x.dtype, *(part.dtype for part in state)} == {at_least_float32(x.dtype)}
         if not (torch.is_grad_enabled() and one_type and x.device.type == "cpu" and weights.hidden_bias is None):
             return Cell.fused(self, x, steps, state, weights)
 
@@ -299,11 +300,11 @@ def _of_torch(kernel, x, steps, state, weights):
         weights = in_one_piece(weights)
     state = tuple(part[None].to(x.dtype) for part in state)
     options = (True, 1, 0.0, torch.is_grad_enabled(), False)  # biases, layers, dropout, training, directions
-    sizes = Counter(steps)  # by the number of sequences, which never grows, the steps that read so many
     if x.device.type != "cpu":
         packed = (x, torch.tensor(steps, device="cpu"), state if len(state) > 1 else state[0], weights, *options)
         outputs, *last = kernel(*packed)
         return outputs, *(part[0] for part in last)
+    sizes = Counter(steps)  # by the number of sequences, which never grows, the steps that read so many
     outputs, ended = [], []
     for (n, length), tokens in zip(sizes.items(), x.split([n * length for n, length in sizes.items()]), strict=True):
         ended.append(tuple(part[0, n:] for part in state))

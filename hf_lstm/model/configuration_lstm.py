@@ -9,7 +9,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 
-from .cells_lstm import CELLS, Cell
+from .cells_lstm import CELLS
 
 
 @strict
@@ -170,7 +170,7 @@ class LSTMConfig(PreTrainedConfig):
 
     def _defaults(self) -> dict:
         """Return the defaults that depend on other fields."""
-        cell = CELLS.get(self.cell_type, Cell())  # `validate_cell` refuses another
+        cell = CELLS.get(self.cell_type, CELLS["lstm"])  # `validate_cell` refuses another
         has_constant_bias = cell.forget_gate is not None and self.chrono_max_distance is None
         return {
             "embedding_size": self.hidden_size,

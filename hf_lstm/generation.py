@@ -40,7 +40,8 @@ COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be
 def save_state(model: PreTrainedModel, cache: Cache, path: str | Path) -> None:
     """
     Write the state of a model after all tokens read so far into a safetensors file, whose size does not depend on the
-    number of tokens: h and, where the cell has it, c of each layer and row. An existing file of that name is replaced once the new one is complete.
+    number of tokens: h and, where the cell has it, c of each layer and row. An existing file of that name is replaced
+    once the new one is complete.
 
     Args:
         model (`LSTMForCausalLM` or `LSTMModel`): The model of the state; the file loads with this one only.

@@ -161,7 +161,7 @@ DERIVED_BY_CELL = {
 @pytest.mark.parametrize("way", ["made", "set", "update", "update_from_string", "from_pretrained", "saved"])
 @pytest.mark.parametrize("cell_type", DERIVED_BY_CELL)
 def test_defaults_are_those_of_the_cell(cell_type, way, saved_config, tmp_path):
-    """Whatever the cell was before: the file says that it is an LSTM, with a `forget_gate_bias` of 1."""
+    """A saved config of an LSTM, with a `forget_gate_bias` of 1, becomes one of another cell."""
     config = LSTMConfig(cell_type=cell_type) if way in ("made", "saved") else AutoConfig.from_pretrained(saved_config)
     if way == "set":
         config.cell_type = "mogrifier"

@@ -279,17 +279,6 @@ def test_a_damaged_file_is_refused(tmp_path, damage, message):
         load_state(model, tmp_path / "state")
 
 
-def test_a_file_that_names_no_cell_loads(tmp_path):
-    """As version 0.1.0 wrote it."""
-    model, path = make_model(), tmp_path / "state"
-    save_state(model, read(model), path)
-    metadata = metadata_of(path)
-    assert metadata.pop("cell_type") == "lstm"
-    save_file(load_file(path), path, metadata=metadata)
-
-    assert load_state(model, path).get_seq_length() == 7
-
-
 def test_the_state_of_another_model_is_refused(tmp_path):
     model = make_model()
     save_state(model, read(model), tmp_path / "state")

@@ -104,7 +104,8 @@ class PlainStep:
         x = F.embedding(input_ids[:, 0], embeddings)
         for layer, weights in zip(layers, gates, strict=True):
             x, *_ = layer.update(*self.cell.single(x, layer.get_state(), weights))
-        layers[0].remember(1)
+        if layers[0].read is not None:
+            layers[0].remember(1)
         return x
 
     def _key(self) -> list[tuple]:

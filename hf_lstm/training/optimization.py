@@ -20,8 +20,8 @@ def parameter_groups(model: PreTrainedModel, weight_decay: float, exclude: Itera
         model (`LSTMForCausalLM`): The model.
         weight_decay (`float`): Weight decay of those that do.
         exclude (`Iterable[str]`, defaults to all four):
-            Kinds that do not decay: `"recurrent"`, the matrices that multiply h and those of a Mogrifier's rounds; `"bias"`; `"norm"`, the gains of RMSNorm;
-            `"embedding"`. AWD-LSTM excludes nothing (Merity et al. 2018), xLSTM all but matrices (Beck et al. 2024).
+            Kinds that do not decay: `"recurrent"`, the matrices that multiply h and those of a Mogrifier's rounds;
+            `"bias"`; `"norm"`, the gains of RMSNorm; `"embedding"`. AWD-LSTM excludes nothing (Merity et al. 2018), xLSTM all but matrices (Beck et al. 2024).
 
     Raises:
         ValueError: for a kind that does not exist, or a negative weight decay.

@@ -134,9 +134,14 @@ def word_tokenizer(
     if split == "unicode":
         tokenizer.decoder = decoders.Fuse()
         return _fast(tokenizer)
-    eos = SPECIAL_TOKENS["eos_token"]
-    tokenizer.normalizer = normalizers.Replace("\n", f" {eos} ")
-    tokenizer.decoder = decoders.Sequence(
+    tokenizer.normalizer = normalizers.Replace("\n", f" {SPECIAL_TOKENS['eos_token']} ")
+    tokenizer.decoder = line_decoder(SPECIAL_TOKENS["eos_token"])
+    return _fast(tokenizer)
+
+
+def line_decoder(eos: str) -> decoders.Decoder:
+    """Create the decoder of words that stand one space apart in lines, of which `eos` ends each."""
+    return decoders.Sequence(
         [
             decoders.Replace(eos, "\n"),
             decoders.Replace(Regex(r"\A(?!\n)"), " "),
@@ -145,7 +150,6 @@ def word_tokenizer(
             decoders.Strip(" ", left=1, right=0),
         ]
     )
-    return _fast(tokenizer)
 
 
 def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

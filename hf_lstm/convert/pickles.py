@@ -1,0 +1,400 @@
+"""Read PyTorch's pickled files without running anything.
+
+A pickle is a program that may call any function it names. Here each name leads to one of a few inert things: a record of a
+tensor, a container, or a [`StandIn`] that keeps what it is given. No name is imported. A file that names anything else is
+refused, with the names. `torch.load(weights_only=True)` does the same for fewer files: it stops at modules pickled whole
+and at the frames of protocol 4.
+
+Two layouts of torch.save are known: zip files, and those before torch 1.6: five pickles (a magic number, a version, the
+system, the object, the keys of the storages), then the storages in the order of the keys, each a count and its numbers.
+"""
+
+import io
+import math
+import mmap
+import pickle
+import pickletools
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
+
+STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "UntypedStorage": torch.uint8,
+}
+
+# Modules whose classes become stand-ins: torch's own, containers of other numbers, the program that was run, and the files
+# of word_language_model, of its forks and of awd-lstm-lm. A stand-in runs nothing, whatever it is called; the list is short
+# so that a file of another kind is noticed.
+STAND_INS = (
+    *("torch.nn", "torch.optim", "torch.backends.cudnn", "torch.device", "torch.serialization", "torch.Generator"),
+    *("numpy.core.multiarray", "numpy._core.multiarray", "numpy.dtype", "numpy.ndarray"),
+    *("argparse.Namespace", "pathlib", "builtins.object", "builtins.list", "builtins.dict", "builtins.int"),
+    *("__main__", "model", "weight_drop", "locked_dropout", "embed_regularize", "splitcross"),
+)
+FORMER_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's, and those of protocol 2
+
+
+class Damaged(ValueError):
+    """A file that is incomplete, contradicts itself or is of another kind."""
+
+
+class Inert:
+    """An object whose attributes a pickle cannot set."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state):
+        pass
+
+
+class StandIn(Inert):
+    """
+    An object of a class that is not loaded.
+
+    Attributes:
+        name (`str`): The class, as the file names it.
+        arguments (`tuple`): The arguments with which it was made.
+        fields (`dict`): Its attributes.
+    """
+
+    __slots__ = ("arguments", "fields")
+    name = ""
+    arguments: tuple
+    fields: dict[str, Any]
+
+    def __new__(cls, *arguments, **_):
+        made = super().__new__(cls)
+        made.arguments, made.fields = arguments, {}
+        return made
+
+    def __init__(self, *_, **__):
+        pass
+
+    def __setstate__(self, state):
+        for part in state if isinstance(state, tuple) else (state,):
+            if isinstance(part, dict):
+                self.fields.update(part)
+
+    def _forget(self, *_):
+        """Take an item of a list, a set or a dict whose class is not loaded."""
+
+    append = extend = add = update = __setitem__ = _forget
+
+
+class Mapping(Inert, dict):
+    """A dict, an `OrderedDict` or a `defaultdict`, of which only the items are kept."""
+
+    __slots__ = ()
+
+    def __init__(self, *arguments):
+        super().__init__(arguments[-1] if arguments and isinstance(arguments[-1], dict | list | tuple) else ())
+
+
+class Parameter:
+    """A parameter, of which only the tensor is kept."""
+
+    def __new__(cls, data, *_):
+        return data
+
+
+class Known(Inert):
+    """A function of this module, in place of the one that a pickle names."""
+
+    __slots__ = ("function",)
+
+    def __init__(self, function: Callable):
+        self.function = function
+
+    def __call__(self, *arguments):
+        return self.function(*arguments)
+
+
+@dataclass(slots=True)
+class Storage(Inert):
+    """The numbers of one or more tensors: `read()` returns `count` of them."""
+
+    dtype: torch.dtype
+    count: int
+    read: Callable[[], torch.Tensor]
+
+
+@dataclass(slots=True)
+class StoredTensor(Inert):
+    """A tensor whose numbers are read when asked for."""
+
+    storage: Storage
+    offset: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+    def __post_init__(self):
+        numbers = (self.offset, *self.shape, *self.strides)
+        if not isinstance(self.storage, Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+            raise Damaged(
+                f"A tensor has the offset, shape and strides {numbers}: a file of torch.save has none below 0."
+            )
+        last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
+        if math.prod(self.shape) > self.storage.count or (math.prod(self.shape) and last >= self.storage.count):
+            raise Damaged(
+                f"A tensor of shape {self.shape} at offset {self.offset} lies outside its storage of {self.storage.count:,} "
+                "numbers: copy or download the file again."
+            )
+
+    def read(self) -> torch.Tensor:
+        return self.storage.read().as_strided(self.shape, self.strides, self.offset)
+
+
+def _rebuild_tensor(storage, offset, shape, strides, *_):
+    return StoredTensor(storage, offset, tuple(shape), tuple(strides))
+
+
+def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_):
+    count = storage.count * storage.dtype.itemsize // dtype.itemsize
+    typed = Storage(dtype, count, lambda: storage.read().view(torch.uint8)[: count * dtype.itemsize].view(dtype))
+    return StoredTensor(typed, offset, tuple(shape), tuple(strides))
+
+
+def _encode(text, *_):
+    """Return bytes, which protocol 2 writes as text."""
+    return text.encode("latin-1")
+
+
+KNOWN = {
+    "collections.OrderedDict": Mapping,
+    "collections.defaultdict": Mapping,
+    "collections.Counter": Mapping,
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.bytes": bytes,
+    "builtins.getattr": Known(lambda *_: None),  # of a bound method: awd-lstm-lm replaces one of its LSTMs'
+    "copyreg._reconstructor": Known(lambda made, *_: made()),  # an object of protocols 0 and 1
+    "_codecs.encode": Known(_encode),
+    "torch.Size": Known(tuple),
+    "torch.nn.parameter.Parameter": Parameter,
+    "torch.autograd.variable.Variable": Parameter,
+    "torch._utils._rebuild_tensor": Known(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": Known(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": Known(_rebuild_tensor_v3),
+    "torch._utils._rebuild_parameter": Known(lambda data, *_: data),
+    "torch._utils._rebuild_parameter_with_state": Known(lambda data, *_: data),
+    "torch._tensor._rebuild_from_type_v2": Known(lambda function, kind, arguments, *_: function(*arguments)),
+}
+KNOWN |= {f"torch.{module}{name}": dtype for name, dtype in STORAGES.items() for module in ("", "cuda.", "storage.")}
+KNOWN |= {str(dtype): dtype for dtype in STORAGES.values()}
+
+
+class _Reader(pickle.Unpickler):
+    """An unpickler for which every name leads to something inert; names that are not on the list are kept in `refused`."""
+
+    def __init__(self, file, find_storage: Callable[[torch.dtype, str, int], Storage]):
+        super().__init__(file, encoding="utf-8", errors="surrogateescape")
+        self.find_storage = find_storage
+        self.refused: dict[str, None] = {}
+
+    def find_class(self, module, name):
+        path = f"{FORMER_MODULES.get(module, module)}.{name}"
+        if path in KNOWN:
+            return KNOWN[path]
+        if not any(f"{path}.".startswith(f"{known}.") for known in STAND_INS):
+            self.refused[path] = None
+        return type(path, (StandIn,), {"__slots__": (), "name": path})
+
+    def persistent_load(self, reference):
+        """Return the storage, or the class, which a file names outside the pickle's own language."""
+        match reference:
+            case ("storage", torch.dtype() as dtype, str() as key, _, int() as count, *view):
+                storage = self.find_storage(dtype, key, count)
+                if not view or view[0] is None:
+                    return storage
+                _, offset, size = view[0]
+                part = StoredTensor(storage, offset, (size,), (1,))
+                return Storage(dtype, size, part.read)
+            case ("module", kind, *_):
+                return kind
+        raise Damaged(f"The pickle refers to {reference!r}, which is neither a storage nor a module.")
+
+
+def read_pickle(path: str | Path) -> Any:
+    """
+    Read a file of torch.save, of either layout and of protocols 2 to 5.
+
+    Args:
+        path (`str` or `Path`): The file.
+
+    Returns:
+        Numbers, strings, lists, tuples, sets and dicts as they are; a [`StoredTensor`] for each tensor and parameter, whose
+        numbers are read when asked for; a [`StandIn`] for any other object.
+
+    Raises:
+        Damaged: (a `ValueError`) if the file is incomplete, contradicts itself or is of another kind.
+        ValueError: if the pickle names functions or classes that are not on the list; all of them are in the message.
+    """
+    path = Path(path)
+    try:
+        return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
+    except (zipfile.BadZipFile, struct.error, EOFError) as error:
+        raise Damaged(f"{path} is incomplete or damaged ({error}): copy or download it again.") from error
+
+
+def _read_zip(path: Path) -> Any:
+    with zipfile.ZipFile(path) as archive:
+        records = {record.filename: record for record in archive.infolist()}
+    sizes = sum(record.file_size for record in records.values())
+    packed = [name for name, record in records.items() if record.compress_type != zipfile.ZIP_STORED]
+    if packed or sizes > path.stat().st_size:
+        raise Damaged(
+            f"{path} would unpack to {sizes:,} bytes from {path.stat().st_size:,}, and torch.save compresses nothing: it is "
+            "not a file of torch.save, or was packed again. Unpack it first."
+        )
+    found = [name for name in records if name.count("/") == 1 and name.endswith("/data.pkl")]
+    if len(found) != 1:
+        raise Damaged(
+            f"{path} is a zip file without the one data.pkl that torch.save writes: give a file of torch.save."
+        )
+    folder = found[0].removesuffix("data.pkl")
+    if f"{folder}constants.pkl" in records:
+        raise ValueError(
+            f"{path} is a TorchScript program: load it with torch.jit.load, and save its `state_dict()` with torch.save."
+        )
+
+    def read(name: str) -> bytearray:
+        with zipfile.ZipFile(path) as archive:
+            data = bytearray(records[name].file_size)
+            with archive.open(name) as record:
+                if record.readinto(data) != len(data) or record.read(1):
+                    raise Damaged(f"{path} is incomplete: {name} ends early. Copy or download it again.")
+        return data
+
+    if f"{folder}byteorder" in records and read(f"{folder}byteorder") != b"little":
+        raise ValueError(f"{path} was saved on a big-endian machine: save it again on another.")
+
+    storages: dict[str, Storage] = {}
+
+    def find_storage(dtype: torch.dtype, key: str, count: int) -> Storage:
+        name = f"{folder}data/{key}"
+        if name not in records or count * dtype.itemsize > records[name].file_size:
+            raise Damaged(f"{path} lacks the {count:,} numbers of {name}: copy or download it again.")
+        if key not in storages:
+            storages[key] = Storage(dtype, count, _once(lambda: torch.frombuffer(read(name), dtype=dtype)[:count]))
+        return storages[key]
+
+    return _load(io.BytesIO(read(found[0])), path, find_storage)
+
+
+def _read_legacy(path: Path) -> Any:
+    if tarfile.is_tarfile(path):
+        raise ValueError(
+            f"{path} is a tar file of torch 0.1, which is not read: load it with a torch before 1.6, and save it again."
+        )
+    if path.stat().st_size == 0:
+        raise Damaged(f"{path} is empty: copy or download it again.")
+    with path.open("rb") as opened:
+        file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
+    places: dict[str, int] = {}
+    counts: dict[str, tuple[torch.dtype, int]] = {}
+
+    def find_storage(dtype: torch.dtype, key: str, count: int) -> Storage:
+        if counts.setdefault(key, (dtype, count)) != (dtype, count):
+            raise Damaged(f"{path} contradicts itself about storage {key}: copy or download it again.")
+        if key not in storages:
+
+            def read() -> torch.Tensor:
+                begin = places[key] + 8
+                return torch.frombuffer(bytearray(file[begin : begin + count * dtype.itemsize]), dtype=dtype)
+
+            storages[key] = Storage(dtype, count, _once(read))
+        return storages[key]
+
+    storages: dict[str, Storage] = {}
+    if _load(file, path, find_storage) != LEGACY_MAGIC:
+        raise Damaged(f"{path} is a pickle, but not one of torch.save: give a file of torch.save.")
+    _load(file, path, find_storage)  # the version of the layout
+    system = _load(file, path, find_storage)
+    if not (isinstance(system, dict) and system.get("little_endian", True)):
+        raise ValueError(f"{path} was saved on a big-endian machine: save it again on another.")
+    root = _load(file, path, find_storage)
+    for key in _load(file, path, find_storage):
+        dtype, count = counts.get(key, (None, 0))
+        places[key] = file.tell()
+        (stored,) = struct.unpack("<q", file.read(8))
+        if dtype is None or stored != count or len(file) - file.tell() < count * dtype.itemsize:
+            raise Damaged(f"{path} lacks the {count:,} numbers of storage {key}: copy or download it again.")
+        file.seek(count * dtype.itemsize, io.SEEK_CUR)
+    if missing := counts.keys() - places.keys():
+        raise Damaged(f"{path} lacks the storages {', '.join(sorted(missing))}: copy or download it again.")
+    return root
+
+
+def _once(read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
+    """Return a function that reads at its first call, and gives the same numbers at the others."""
+    kept: list[torch.Tensor] = []
+
+    def read_once() -> torch.Tensor:
+        if not kept:
+            kept.append(read())
+        return kept[0]
+
+    return read_once
+
+
+def _load(file, path: Path, find_storage: Callable[[torch.dtype, str, int], Storage]) -> Any:
+    """Load one pickle of a file, which is left behind its end."""
+    _check_memo(file, path)
+    reader = _Reader(file, find_storage)
+    try:
+        loaded = reader.load()
+    except Damaged:
+        raise
+    # Whatever else contradicts itself in a pickle raises an error of its own kind.
+    except Exception as error:
+        if reader.refused:
+            raise _refusal(path, reader.refused) from error
+        raise Damaged(
+            f"{path} holds a damaged pickle ({type(error).__name__}: {error}): copy or download it again."
+        ) from error
+    if reader.refused:
+        raise _refusal(path, reader.refused)
+    return loaded
+
+
+def _check_memo(file, path: Path) -> None:
+    """Refuse a pickle that numbers its objects beyond their count, for which the reader would take any amount of memory."""
+    begin = file.tell()
+    try:
+        for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not cast(int, argument) <= count:
+                raise Damaged(f"{path} holds a damaged pickle: object {argument:,} after {count:,} steps.")
+    except Damaged:
+        raise
+    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+        raise Damaged(f"{path} is neither a file of torch.save nor another pickle ({error}).") from error
+    file.seek(begin)
+
+
+def _refusal(path: Path, names: dict[str, None]) -> ValueError:
+    if any(name.startswith("torchqrnn.") for name in names):
+        reason = "and a QRNN is a convolution over time, which this package lacks"
+    else:
+        reason = (
+            "which could run any program; none of it was run. If you trust the file, load it with the program that wrote "
+            "it, save `model.state_dict()` with torch.save, and convert that with `--from torch-lstm`"
+        )
+    return ValueError(f"{path} is refused: its pickle names {', '.join(f'`{name}`' for name in names)}, {reason}.")

@@ -1,0 +1,169 @@
+"""A language model from elsewhere in its own layout, from which the converted model is built and against which it is checked.
+
+Shapes: V vocabulary, D width of the embeddings, H width of a cell, G its gates, T tokens.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+
+from hf_lstm.convert.vocabulary import Vocabulary
+from hf_lstm.model.configuration_lstm import LSTMConfig
+from hf_lstm.model.modeling_lstm import LSTMForCausalLM
+
+# The gates of a cell, in the order of their rows in W and U here: input, forget, candidate, output; reset, update, candidate.
+GATES = {"lstm": "ifgo", "gru": "rzn", "rnn_tanh": "h", "rnn_relu": "h"}
+
+
+class Layer(NamedTuple):
+    """
+    The weights of a recurrent layer, the rows of its gates in the order of `Source.gates`.
+
+    Args:
+        W (`(G H, D)`), U (`(G H, H)`): Those of the input and of h.
+        input_bias (`(G H,)`), hidden_bias (`(G H,)`) (*optional*): Their biases.
+    """
+
+    W: torch.Tensor
+    U: torch.Tensor
+    input_bias: torch.Tensor | None = None
+    hidden_bias: torch.Tensor | None = None
+
+
+@dataclass
+class Source:
+    """
+    A language model from elsewhere.
+
+    Args:
+        title (`str`): The program that wrote it, for the model card.
+        cell_type (`str`): The cell, as in [`LSTMConfig`].
+        embedding (`(V, D)`): The embeddings.
+        layers (`list[Layer]`): The recurrent layers, the first one first.
+        decoder (`(V, H)`): The output layer.
+        decoder_bias (`(V,)`, *optional*): Its bias.
+        vocabulary (`Vocabulary`): The tokens in the order of their ids.
+        gates (`str`): The order of the gates; that of [`LSTMConfig`]'s cells by default.
+        regularization (`dict[str, float]`): Fields of [`LSTMConfig`] that the file tells.
+        notes (`list[str]`): Sentences for the screen and the model card: parts of the file that were left out, for example.
+    """
+
+    title: str
+    cell_type: str
+    embedding: torch.Tensor
+    layers: list[Layer]
+    decoder: torch.Tensor
+    decoder_bias: torch.Tensor | None
+    vocabulary: Vocabulary
+    gates: str = ""
+    regularization: dict[str, float] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __post_init__(self):
+        self.gates = self.gates or GATES[self.cell_type]
+        self.vocabulary.check_size(len(self.embedding))
+
+
+def build_model(source: Source) -> LSTMForCausalLM:
+    """
+    Build the model that gives the probabilities of a source. Tensors that need no change are shared with it.
+
+    Raises:
+        ValueError: if the cells have widths that no [`LSTMConfig`] describes.
+    """
+    *widths, last = [layer.U.shape[1] for layer in source.layers]
+    if len(set(widths)) > 1:
+        raise ValueError(
+            f"The layers are {', '.join(map(str, [*widths, last]))} wide, and all but the last must be equally wide: such a model "
+            "cannot be converted."
+        )
+    tied = source.embedding.shape == source.decoder.shape and torch.equal(source.embedding, source.decoder)
+    hidden_size = widths[0] if widths else last
+    fields: dict[str, Any] = source.regularization | {
+        "vocab_size": len(source.embedding),
+        "embedding_size": source.embedding.shape[1],
+        "hidden_size": hidden_size,
+        "num_hidden_layers": len(source.layers),
+        "cell_type": source.cell_type,
+        "tie_word_embeddings": tied,
+        "last_cell_size": None if tied or last == hidden_size else last,
+        "output_bias": source.decoder_bias is not None,
+    }
+    config = LSTMConfig(**fields)
+    with torch.device("meta"):
+        model = LSTMForCausalLM(config)
+    weights = {"model.embed_tokens.weight": source.embedding}
+    for index, layer in enumerate(source.layers):
+        zeros = torch.zeros(len(layer.W), dtype=layer.W.dtype)
+        biases = [ordered(zeros if bias is None else bias, source) for bias in (layer.input_bias, layer.hidden_bias)]
+        if model.model.layers[index].hidden_gates.bias is None:
+            biases = [biases[0] + biases[1]]
+        gates = f"model.layers.{index}.input_gates", f"model.layers.{index}.hidden_gates"
+        weights |= {
+            f"{name}.weight": ordered(tensor, source) for name, tensor in zip(gates, (layer.W, layer.U), strict=True)
+        }
+        weights |= {f"{name}.bias": bias for name, bias in zip(gates, biases, strict=False)}
+    weights["lm_head.weight"] = source.embedding if tied else source.decoder
+    if source.decoder_bias is not None:
+        weights["lm_head.bias"] = source.decoder_bias
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    return model.eval()
+
+
+def ordered(tensor: torch.Tensor, source: Source) -> torch.Tensor:
+    """Return a tensor `(G H, ...)` of a layer with its gates in the order of this package."""
+    if source.gates == GATES[source.cell_type]:
+        return tensor
+    blocks = dict(zip(source.gates, tensor.chunk(len(source.gates)), strict=True))
+    return torch.cat([blocks[gate] for gate in GATES[source.cell_type]])
+
+
+def source_loss(source: Source, ids: list[int]) -> float:
+    """
+    Compute the loss by the source's own weights and equations, in numpy, one step after the other.
+
+    Args:
+        source (`Source`): The source.
+        ids (`list[int]`): Two tokens or more; each but the first is predicted.
+
+    Returns:
+        `float`: Nats per token.
+    """
+    states = [numpy.zeros((2, layer.U.shape[1]), dtype=numpy.float32) for layer in source.layers]
+    losses = []
+    for token, following in itertools.pairwise(ids):
+        x = source.embedding[token].numpy()
+        for index, layer in enumerate(source.layers):
+            states[index] = numpy.stack(step(source, layer, x, *states[index]))
+            x = states[index][0]
+        logits = source.decoder.numpy() @ x
+        if source.decoder_bias is not None:
+            logits = logits + source.decoder_bias.numpy()
+        largest = logits.max()
+        losses.append(numpy.log(numpy.exp(logits - largest, dtype=numpy.float64).sum()) + largest - logits[following])
+    return float(numpy.mean(losses))
+
+
+def step(source: Source, layer: Layer, x, h, c):
+    """Return h and c after one input x, each `(H,)`."""
+    read = layer.W.numpy() @ x + (0 if layer.input_bias is None else layer.input_bias.numpy())
+    kept = layer.U.numpy() @ h + (0 if layer.hidden_bias is None else layer.hidden_bias.numpy())
+    X, R = (dict(zip(source.gates, numpy.split(part, len(source.gates)), strict=True)) for part in (read, kept))
+    if source.cell_type == "lstm":
+        i, f, o = (sigmoid(X[gate] + R[gate]) for gate in "ifo")
+        c = f * c + i * numpy.tanh(X["g"] + R["g"])
+        return o * numpy.tanh(c), c
+    if source.cell_type == "gru":
+        r, z = (sigmoid(X[gate] + R[gate]) for gate in "rz")
+        n = numpy.tanh(X["n"] + r * R["n"])
+        return (1 - z) * n + z * h, c
+    total = X["h"] + R["h"]
+    return (numpy.tanh(total) if source.cell_type == "rnn_tanh" else numpy.maximum(total, 0)), c
+
+
+def sigmoid(x):
+    return 1 / (1 + numpy.exp(-x))

@@ -278,7 +278,7 @@ def _read_zip(path: Path) -> Any:
     def read(name: str) -> bytearray:
         with zipfile.ZipFile(path) as archive:
             data = bytearray(records[name].file_size)
-            with archive.open(name) as record:
+            with cast(zipfile.ZipExtFile, archive.open(name)) as record:
                 if record.readinto(data) != len(data) or record.read(1):
                     raise Damaged(f"{path} is incomplete: {name} ends early. Copy or download it again.")
         return data

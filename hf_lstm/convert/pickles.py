@@ -17,13 +17,15 @@ import pickletools
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 
+PIECE = 1 << 24  # bytes
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 STORAGES = {
@@ -45,8 +47,17 @@ STORAGES = {
 # so that a file of another kind is noticed.
 STAND_INS = (
     *("torch.nn", "torch.optim", "torch.backends.cudnn", "torch.device", "torch.serialization", "torch.Generator"),
-    *("numpy.core.multiarray", "numpy._core.multiarray", "numpy.dtype", "numpy.ndarray"),
-    *("argparse.Namespace", "pathlib", "builtins.object", "builtins.list", "builtins.dict", "builtins.int"),
+    *("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric"),
+    *(
+        "numpy.dtype",
+        "numpy.ndarray",
+        "argparse.Namespace",
+        "pathlib",
+        "builtins.object",
+        "builtins.list",
+        "builtins.dict",
+        "builtins.int",
+    ),
     *("__main__", "model", "weight_drop", "locked_dropout", "embed_regularize", "splitcross"),
 )
 FORMER_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's, and those of protocol 2
@@ -248,9 +259,16 @@ def read_pickle(path: str | Path) -> Any:
         ValueError: if the pickle names functions or classes that are not on the list; all of them are in the message.
     """
     path = Path(path)
-    try:
+    with path.open("rb"), _damage(path):  # a file that cannot be opened is not a damaged one
         return _read_zip(path) if zipfile.is_zipfile(path) else _read_legacy(path)
-    except (zipfile.BadZipFile, struct.error, EOFError) as error:
+
+
+@contextmanager
+def _damage(path: Path) -> Iterator[None]:
+    """Raise [`Damaged`] for the errors of zipfile, struct and a place outside the file, at once or when a tensor is read."""
+    try:
+        yield
+    except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, struct.error, EOFError) as error:
         raise Damaged(f"{path} is incomplete or damaged ({error}): copy or download it again.") from error
 
 
@@ -276,11 +294,14 @@ def _read_zip(path: Path) -> Any:
         )
 
     def read(name: str) -> bytearray:
-        with zipfile.ZipFile(path) as archive:
-            data = bytearray(records[name].file_size)
-            with cast(zipfile.ZipExtFile, archive.open(name)) as record:
-                if record.readinto(data) != len(data) or record.read(1):
+        data = bytearray(records[name].file_size)
+        rest = memoryview(data)
+        with _damage(path), zipfile.ZipFile(path) as archive, cast(zipfile.ZipExtFile, archive.open(name)) as record:
+            while rest:  # in pieces, each of which is copied once more on its way
+                count = record.readinto(rest[:PIECE])
+                if not count:
                     raise Damaged(f"{path} is incomplete: {name} ends early. Copy or download it again.")
+                rest = rest[count:]
         return data
 
     if f"{folder}byteorder" in records and read(f"{folder}byteorder") != b"little":
@@ -292,9 +313,7 @@ def _read_zip(path: Path) -> Any:
         name = f"{folder}data/{key}"
         if name not in records or count * dtype.itemsize > records[name].file_size:
             raise Damaged(f"{path} lacks the {count:,} numbers of {name}: copy or download it again.")
-        if key not in storages:
-            storages[key] = Storage(dtype, count, _once(lambda: torch.frombuffer(read(name), dtype=dtype)[:count]))
-        return storages[key]
+        return _known_storage(storages, key, dtype, count, lambda: read(name), path)
 
     return _load(io.BytesIO(read(found[0])), path, find_storage)
 
@@ -309,21 +328,14 @@ def _read_legacy(path: Path) -> Any:
     with path.open("rb") as opened:
         file = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
     places: dict[str, int] = {}
-    counts: dict[str, tuple[torch.dtype, int]] = {}
+    storages: dict[str, Storage] = {}
 
     def find_storage(dtype: torch.dtype, key: str, count: int) -> Storage:
-        if counts.setdefault(key, (dtype, count)) != (dtype, count):
-            raise Damaged(f"{path} contradicts itself about storage {key}: copy or download it again.")
-        if key not in storages:
+        def read() -> bytearray:
+            return bytearray(file[places[key] : places[key] + count * dtype.itemsize])
 
-            def read() -> torch.Tensor:
-                begin = places[key] + 8
-                return torch.frombuffer(bytearray(file[begin : begin + count * dtype.itemsize]), dtype=dtype)
+        return _known_storage(storages, key, dtype, count, read, path)
 
-            storages[key] = Storage(dtype, count, _once(read))
-        return storages[key]
-
-    storages: dict[str, Storage] = {}
     if _load(file, path, find_storage) != LEGACY_MAGIC:
         raise Damaged(f"{path} is a pickle, but not one of torch.save: give a file of torch.save.")
     _load(file, path, find_storage)  # the version of the layout
@@ -332,27 +344,32 @@ def _read_legacy(path: Path) -> Any:
         raise ValueError(f"{path} was saved on a big-endian machine: save it again on another.")
     root = _load(file, path, find_storage)
     for key in _load(file, path, find_storage):
-        dtype, count = counts.get(key, (None, 0))
+        (count,) = struct.unpack("<q", file.read(8))
+        storage = storages.get(key)
         places[key] = file.tell()
-        (stored,) = struct.unpack("<q", file.read(8))
-        if dtype is None or stored != count or len(file) - file.tell() < count * dtype.itemsize:
+        if storage is None or storage.count != count or len(file) - file.tell() < count * storage.dtype.itemsize:
             raise Damaged(f"{path} lacks the {count:,} numbers of storage {key}: copy or download it again.")
-        file.seek(count * dtype.itemsize, io.SEEK_CUR)
-    if missing := counts.keys() - places.keys():
+        file.seek(count * storage.dtype.itemsize, io.SEEK_CUR)
+    if missing := storages.keys() - places.keys():
         raise Damaged(f"{path} lacks the storages {', '.join(sorted(missing))}: copy or download it again.")
     return root
 
 
-def _once(read: Callable[[], torch.Tensor]) -> Callable[[], torch.Tensor]:
-    """Return a function that reads at its first call, and gives the same numbers at the others."""
+def _known_storage(
+    storages: dict[str, Storage], key: str, dtype: torch.dtype, count: int, read: Callable[[], bytearray], path: Path
+) -> Storage:
+    """Return the storage of a key, which reads its numbers at its first use."""
     kept: list[torch.Tensor] = []
 
     def read_once() -> torch.Tensor:
         if not kept:
-            kept.append(read())
+            kept.append(torch.frombuffer(read(), dtype=dtype)[:count] if count else torch.empty(0, dtype=dtype))
         return kept[0]
 
-    return read_once
+    known = storages.setdefault(key, Storage(dtype, count, read_once))
+    if (known.dtype, known.count) != (dtype, count):
+        raise Damaged(f"{path} contradicts itself about storage {key}: copy or download it again.")
+    return known
 
 
 def _load(file, path: Path, find_storage: Callable[[torch.dtype, str, int], Storage]) -> Any:

@@ -54,6 +54,10 @@ def read(path: Path, options: Options) -> Source:
         ValueError: if the file is damaged or refused, or the model is not of the three parts named above.
     """
     tensors, modules = read_tensors(path)
+    if raw := [name for name in tensors if str(name).endswith("_raw")]:
+        raise ValueError(
+            f"{path} holds {raw[0]}, a weight of awd-lstm-lm beside its copy with dropped entries: use `--from awd-lstm-lm`."
+        )
     return make_source("a PyTorch model", path, tensors, modules, options)
 
 
@@ -345,10 +349,9 @@ def left_out_parts(tensors: dict[str, Any], parts: Parts, options: Options, path
         name for name in rest if not (is_chosen or (options.recurrent is not None and RECURRENT.fullmatch(name)))
     ]
     if unknown:
-        raw = " Weights named _raw are those of awd-lstm-lm or fastai." if any("_raw" in n for n in unknown) else ""
         raise ValueError(
             f"{path} holds {', '.join(unknown[:5])}{', ...' if len(unknown) > 5 else ''}, which neither the embedding, the "
-            f"recurrent module nor the output layer has: the model is of another kind.{raw} To leave them out, name all three parts "
+            f"recurrent module nor the output layer has: the model is of another kind. To leave them out, name all three parts "
             "with `--embedding`, `--recurrent` and `--decoder`."
         )
     return [f"Left out, since other parts were chosen: {', '.join(rest)}."] if rest else []

@@ -223,7 +223,8 @@ def encode(texts, tokenizer, offsets=False):
         begins and ends in its text, in characters, `(tokens, 2)`.
 
     Raises:
-        ValueError: if a text holds half of a surrogate pair, or `offsets` are asked of a slow tokenizer.
+        ValueError: if a text holds half of a surrogate pair, or a word that the tokenizer lacks and has no token for, or
+            `offsets` are asked of a slow tokenizer.
     """
     if offsets and not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, which returns no offsets: give a fast one.")
@@ -239,14 +240,18 @@ def encode(texts, tokenizer, offsets=False):
     reader = _raw_reader(tokenizer)
     options = {"return_offsets_mapping": True} if offsets else {}
     for batch in _batches(pieces):
-        encoded = reader(
-            [piece for _, _, piece in batch],
-            add_special_tokens=False,
-            split_special_tokens=True,
-            return_attention_mask=False,
-            verbose=False,
-            **options,
-        )
+        try:
+            encoded = reader(
+                [piece for _, _, piece in batch],
+                add_special_tokens=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                verbose=False,
+                **options,
+            )
+        except Exception as error:  # the class that tokenizers raises
+            _check_known([piece for _, _, piece in batch], tokenizer, error)
+            raise
         for index, (number, begin, _) in enumerate(batch):
             ids[number].append(numpy.array(encoded["input_ids"][index], dtype=numpy.int32))
             if offsets:
@@ -254,6 +259,22 @@ def encode(texts, tokenizer, offsets=False):
                 spans[number].append(places + begin)
     joined = [numpy.concatenate(parts) for parts in ids]
     return (joined, [numpy.concatenate(parts) for parts in spans]) if offsets else joined
+
+
+def _check_known(pieces: list[str], tokenizer: PreTrainedTokenizerBase, cause: Exception) -> None:
+    """Raise `ValueError` for the first word that a tokenizer of words lacks and cannot call unknown."""
+    backend = tokenizer.backend_tokenizer
+    if not isinstance(backend.model, models.WordLevel):
+        return
+    vocabulary = backend.get_vocab()
+    for piece in pieces:
+        text = piece if backend.normalizer is None else backend.normalizer.normalize_str(piece)
+        words = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
+        for word, _ in words:
+            if word not in vocabulary:
+                raise ValueError(
+                    f"The vocabulary lacks {word!r} and has no unknown token: remove it from the text."
+                ) from cause
 
 
 def check_unicode(text: str, name: str) -> None:
@@ -338,7 +359,10 @@ _RAW_READERS: WeakKeyDictionary = WeakKeyDictionary()  # by tokenizer: copying o
 
 def ends_lines(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the tokenizer encodes a line end as `<eos>`, like `word_tokenizer`, instead of using it between documents."""
-    return encode(["\n"], tokenizer)[0].tolist() == [tokenizer.eos_token_id]
+    try:
+        return encode(["\n"], tokenizer)[0].tolist() == [tokenizer.eos_token_id]
+    except ValueError:  # it lacks a line end, and refuses what it lacks
+        return False
 
 
 def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:

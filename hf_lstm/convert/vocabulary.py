@@ -178,10 +178,13 @@ def entries_of_json(path: Path) -> tuple[list[str], Tokenizer | None]:
         raise ValueError(f"{path} is not valid JSON ({error}): save it again.") from error
     tokenizer = None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):
-        tokenizer = Tokenizer.from_file(str(path))
+        try:
+            tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the class that tokenizers raises
+            raise ValueError(f"{path} is not a tokenizer of Hugging Face ({error}): save it again.") from error
         content = tokenizer.get_vocab()
     if isinstance(content, dict):
-        if sorted(content.values(), key=repr) != sorted(range(len(content)), key=repr):
+        if {repr(index) for index in content.values()} != {repr(index) for index in range(len(content))}:
             raise ValueError(f"{path} must give {len(content):,} tokens the ids 0 to {len(content) - 1:,}, each once.")
         content = sorted(content, key=content.__getitem__)
     if not isinstance(content, list) or not all(isinstance(entry, str) for entry in content):

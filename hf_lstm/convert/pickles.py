@@ -332,7 +332,11 @@ def _read_legacy(path: Path) -> Any:
 
     def find_storage(dtype: torch.dtype, key: str, count: int) -> Storage:
         def read() -> bytearray:
-            return bytearray(file[places[key] : places[key] + count * dtype.itemsize])
+            data = bytearray(count * dtype.itemsize)
+            with path.open("rb") as opened:
+                opened.seek(places[key])
+                opened.readinto(data)
+            return data
 
         return _known_storage(storages, key, dtype, count, read, path)
 

@@ -136,7 +136,14 @@ def write_safetensors(module, folder):
     return folder / "model.safetensors"
 
 
-@pytest.mark.parametrize("write", [write_bare, write_under_a_key, write_with_prefix, write_safetensors])
+def write_as_espnet(module, folder):
+    return save({f"lm.{name}": tensor for name, tensor in module.state_dict().items()}, folder / "model.pt")
+
+
+WRITERS = [write_bare, write_under_a_key, write_with_prefix, write_safetensors, write_as_espnet]
+
+
+@pytest.mark.parametrize("write", WRITERS)
 @pytest.mark.parametrize("kind", [RNNModel, Rnnlm])
 def test_state_dicts_give_the_same_logits(tmp_path, write, kind):
     module = randomised(kind())

@@ -101,13 +101,16 @@ def tensors_of_module(root: Any, path: Path) -> tuple[dict[str, Any], dict[str, 
         root = root.fields["_modules"].get("module")
     tensors: dict[str, Any] = {}
     modules: dict[str, StandIn] = {}
-    waiting = [("", root)]
+    waiting, seen = [("", root)], set()
     while waiting:
         prefix, module = waiting.pop()
-        if not isinstance(module, StandIn) or any(module is other for other in modules.values()):
+        if not isinstance(module, StandIn):
             raise ValueError(
-                f"{path} holds an object {prefix or '(itself)'} that is not a PyTorch module: it is refused."
+                f"{path}: {prefix.removesuffix('.') or 'its object'} is not a PyTorch module: it is refused."
             )
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
         modules[prefix.removesuffix(".")] = module
         parameters, buffers, children = (
             held if isinstance(held := module.fields.get(group), dict) else {}
@@ -203,7 +206,8 @@ class Parts:
 
 def is_of(name: str, prefix: str) -> bool:
     """Whether a tensor is a weight of the recurrent module with this prefix."""
-    return name.startswith(prefix) and RECURRENT.fullmatch(name.removeprefix(prefix)) is not None
+    rest = name.removeprefix(prefix)
+    return name.startswith(prefix) and "." not in rest and RECURRENT.fullmatch(rest) is not None
 
 
 def find_parts(tensors: dict[str, Any], options: Options, path: Path) -> Parts:

@@ -187,17 +187,20 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
 @overload
 def encode(
-    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[False] = False
+    texts: Iterable[str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    offsets: Literal[False] = False,
+    direction: str = "forward",
 ) -> list[numpy.ndarray]: ...
 
 
 @overload
 def encode(
-    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[True]
+    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[True], direction: str = "forward"
 ) -> tuple[list[numpy.ndarray], list[numpy.ndarray]]: ...
 
 
-def encode(texts, tokenizer, offsets=False):
+def encode(texts, tokenizer, offsets=False, direction="forward"):
     """
     Encode raw text: special and added tokens written in it are read as plain characters. Corpora, sentences to score,
     prompts and the content of messages are encoded here, so that no text can end a document or imitate another speaker.
@@ -207,31 +210,35 @@ def encode(texts, tokenizer, offsets=False):
     models of code use for ordinary text. No special tokens are added.
 
     A text of more than `PIECE_LENGTH` characters is cut for the tokenizer, after a line end or before a space where
-    there is one, and the pieces are shared out among the tokenizer's threads.
+    there is one, and the pieces are shared out among the tokenizer's threads. Before it is cut, a text for a model that
+    reads backward is reversed whole; see [`in_direction`].
 
     Args:
         texts (`Iterable[str]`): Any texts, of any lengths; `None` counts as an empty one.
         tokenizer (`PreTrainedTokenizerBase`): Any tokenizer. It is not changed, so that threads may share it.
         offsets (`bool`, defaults to `False`): Whether to return the place of each token in its text too.
+        direction (`str`, defaults to `"forward"`): The model's `config.direction`.
 
     Returns:
-        `list[numpy.ndarray]`: the ids of each text, `(tokens,)`. With `offsets`, a pair: the ids, and where each token
-        begins and ends in its text, in characters, `(tokens, 2)`.
+        `list[numpy.ndarray]`: the ids of each text in the order of reading, `(tokens,)`. With `offsets`, a pair: the ids,
+        and where each token begins and ends in its text as written, in characters, `(tokens, 2)`.
 
     Raises:
-        ValueError: if a text holds half of a surrogate pair, or `offsets` are asked of a slow tokenizer.
+        ValueError: if a text holds half of a surrogate pair, `offsets` are asked of a slow tokenizer, or `direction` is
+            neither `"forward"` nor `"backward"`.
     """
     if offsets and not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, which returns no offsets: give a fast one.")
-    pieces, ids, spans = [], [], []
+    pieces, ids, spans, lengths = [], [], [], []
     for number, text in enumerate(texts):
         check_unicode(text or "", "The text")
         ids.append([numpy.empty(0, dtype=numpy.int32)])
         spans.append([numpy.empty((0, 2), dtype=numpy.int64)])
         length = 0
-        for piece in pieces_of(text):
+        for piece in pieces_of(in_direction(text, direction)):
             pieces.append((number, length, piece))
             length += len(piece)
+        lengths.append(length)
     reader = _raw_reader(tokenizer)
     options = {"return_offsets_mapping": True} if offsets else {}
     for batch in _batches(pieces):
@@ -249,7 +256,34 @@ def encode(texts, tokenizer, offsets=False):
                 places = numpy.array(encoded["offset_mapping"][index], dtype=numpy.int64).reshape(-1, 2)
                 spans[number].append(places + begin)
     joined = [numpy.concatenate(parts) for parts in ids]
-    return (joined, [numpy.concatenate(parts) for parts in spans]) if offsets else joined
+    if not offsets:
+        return joined
+    places = [numpy.concatenate(parts) for parts in spans]
+    if direction == "backward":
+        places = [length - part[:, ::-1] for length, part in zip(lengths, places, strict=True)]
+    return joined, places
+
+
+def in_direction(text: str | None, direction: str) -> str:
+    """
+    Return a text as a model of this `config.direction` reads it, or a text that it wrote as people read it: reversed by
+    Unicode code point for `"backward"`, as flair does. Marks that combine with the letter before them then come first, and
+    special tokens written in a text, such as WikiText's `<unk>`, are no longer recognised.
+
+    Raises:
+        ValueError: if `direction` is neither `"forward"` nor `"backward"`.
+    """
+    if direction not in ("forward", "backward"):
+        raise ValueError(
+            f"`direction` ({direction!r}) must be `forward` or `backward`: give the model's `config.direction`."
+        )
+    text = text or ""
+    return text[::-1] if direction == "backward" else text
+
+
+def direction_of(model: PreTrainedModel) -> str:
+    """Return the `config.direction` of a model; models of other types read forward."""
+    return getattr(model.config, "direction", "forward")
 
 
 def check_unicode(text: str, name: str) -> None:

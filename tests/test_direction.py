@@ -18,6 +18,9 @@ from hf_lstm import (
     byte_tokenizer,
     char_tokenizer,
     load_documents,
+    minimal_pairs,
+    surprisal,
+    word_surprisal,
     word_tokenizer,
 )
 from hf_lstm.data.readers import CONTINUES
@@ -139,3 +142,73 @@ def test_a_streamed_text_of_several_rows_is_refused(tmp_path, monkeypatch):
         ValueError, match=r"a model that reads backward needs the last row first: put each document into one"
     ):
         next(iter(StreamingLanes(rows, CHARACTERS, lanes=1, bptt_length=5, direction="backward")))
+
+
+@EACH_TOKENIZER
+@pytest.mark.parametrize("start_token", [None, "<eos>"])
+def test_surprisal_is_that_of_the_reversed_text_at_mirrored_places(tokenizer, start_token):
+    texts = [SONG, "red  roses ", "blue"]
+    forward, backward = both(tokenizer)
+
+    actual = surprisal(backward, tokenizer, texts, start_token=start_token)
+
+    expected = surprisal(forward, tokenizer, [text[::-1] for text in texts], start_token=start_token)
+    for number, text in enumerate(texts):
+        rows, mirrored = (table[table["text"] == number].reset_index(drop=True) for table in (actual, expected))
+        mirrored = mirrored[::-1].reset_index(drop=True)
+        assert rows["surprisal"].equals(mirrored["surprisal"])  # to the last bit
+        assert rows["start"].tolist() == (len(text) - mirrored["end"]).tolist()
+        assert rows["end"].tolist() == (len(text) - mirrored["start"]).tolist()
+        names = [token if token == "<unk>" else token[::-1] for token in mirrored["token"]]
+        assert rows["token"].tolist() == names
+        assert rows["unknown"].tolist() == mirrored["unknown"].tolist()
+        assert rows["start"].is_monotonic_increasing
+        assert rows["surprisal"].isna().tolist() == [False] * (len(rows) - 1) + [start_token is None]
+        if tokenizer is CHARACTERS:
+            assert "".join(rows["token"]) == text
+
+
+@pytest.mark.parametrize("tokenizer", [CHARACTERS, TOKENIZERS["bpe"]], ids=["char", "bpe"])
+def test_words_are_summed_in_the_order_of_reading(tokenizer):
+    """White space belongs to the word that is read behind it, so that characters and pieces sum to the same."""
+    texts, (forward, backward) = ["roses are  red", " blue "], both(tokenizer)
+    regions = [[(6, 9), (0, 3), (3, 14)], []]
+    turned = [text[::-1] for text in texts]
+
+    tokens = surprisal(backward, tokenizer, texts, start_token="<eos>")
+    words = word_surprisal(tokens, texts, direction="backward")
+    parts = word_surprisal(tokens, texts, regions, "backward")
+
+    expected = surprisal(forward, tokenizer, turned, start_token="<eos>")
+    assert words["word"].tolist() == ["roses", "are", "red", "blue"]
+    assert words["start"].tolist() == [0, 6, 11, 1]
+    mirrored = word_surprisal(expected, turned)
+    assert words["surprisal"].tolist() == mirrored["surprisal"].iloc[[2, 1, 0, 3]].tolist()
+    assert words["tokens"].sum() == len(tokens)
+    assert parts["word"].tolist() == ["are", "ros", "es are  red"]
+    mirrored = word_surprisal(expected, turned, [[(5, 8), (11, 14), (0, 11)], []])
+    assert parts["surprisal"].tolist() == mirrored["surprisal"].tolist()
+    with pytest.raises(ValueError, match="Region 3 to 15 lies outside text 0, which has 14 characters"):
+        word_surprisal(tokens, texts, [[(3, 15)], []], "backward")
+
+
+def test_unknown_words_are_told_as_written(monkeypatch):
+    told = []
+    monkeypatch.setattr(MODULE.logger, "warning", told.append)
+
+    tokens = surprisal(both(TOKENIZERS["word"])[1], TOKENIZERS["word"], ["roses are purple"])
+
+    assert "('purple')" in told[0]
+    assert tokens["token"].tolist() == ["roses", "are", "<unk>"]
+
+
+def test_pairs_are_compared_backward():
+    pairs = [{"sentence_good": "roses are red", "sentence_bad": "roses is red"}]
+    forward, backward = both(CHARACTERS)
+
+    rows = minimal_pairs(backward, CHARACTERS, pairs)
+
+    turned = [{name: text[::-1] for name, text in pair.items()} for pair in pairs]
+    expected = minimal_pairs(forward, CHARACTERS, turned)
+    for name in ("log_probability_good", "log_probability_bad", "correct", "unknown_bad"):
+        numpy.testing.assert_allclose(rows[name], expected[name], rtol=1e-12)  # added up in another order

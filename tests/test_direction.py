@@ -12,13 +12,16 @@ from huggingface_hub.errors import StrictDataclassError
 
 from hf_lstm import (
     LSTMConfig,
+    Session,
     StreamingLanes,
     TokenStream,
     bpe_tokenizer,
     byte_tokenizer,
     char_tokenizer,
     load_documents,
+    load_state,
     minimal_pairs,
+    save_state,
     surprisal,
     word_surprisal,
     word_tokenizer,
@@ -212,3 +215,66 @@ def test_pairs_are_compared_backward():
     expected = minimal_pairs(forward, CHARACTERS, turned)
     for name in ("log_probability_good", "log_probability_bad", "correct", "unknown_bad"):
         numpy.testing.assert_allclose(rows[name], expected[name], rtol=1e-12)  # added up in another order
+
+
+@EACH_TOKENIZER
+def test_a_session_writes_before_what_it_was_fed(tokenizer):
+    forward, backward = (Session(model, tokenizer) for model in both(tokenizer, torch.float32))
+    fork = None
+
+    for session, begin, more in ((forward, "der era", "eulb"), (backward, "are red", "blue")):
+        session.feed(begin)
+        fork = session.fork()
+        session.first = session.write(9, seed=1)
+        session.feed(more)
+        session.second = session.write(6, do_sample=False)
+
+    assert backward.first == forward.first[::-1]
+    assert backward.second == forward.second[::-1]
+    assert backward.waiting == forward.waiting[::-1]
+    assert fork.write(9, seed=1) == backward.first
+
+
+def test_writing_is_streaming_joined():
+    forward, backward = (Session(model, CHARACTERS, "<eos>") for model in both(CHARACTERS, torch.float32))
+
+    assert forward.fork().write(20, seed=3) == "".join(forward.stream(20, seed=3))
+    with pytest.raises(ValueError, match=r"this model .* writes it from its end: call `write`"):
+        backward.stream(20)
+    with pytest.raises(ValueError, match=r"`max_new_tokens` \(0\) must be at least 1"):
+        backward.write(0)
+
+
+def test_what_an_interrupted_text_lacks_comes_with_the_next(monkeypatch):
+    session = Session(both(CHARACTERS, torch.float32)[1], CHARACTERS, "<eos>")
+    torch.manual_seed(0)
+    expected = session.fork().write(12)
+    torch.manual_seed(0)
+    read, calls = Session._read, iter(range(100))
+
+    def interrupted(self, ids, cache):
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return read(self, ids, cache)
+
+    monkeypatch.setattr(Session, "_read", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        session.write(12)
+
+    assert session.waiting == expected[-5:] != expected[:-6:-1]
+    assert session.write(7) == expected
+    assert session.waiting == ""
+
+
+def test_a_state_belongs_to_its_direction(tmp_path):
+    forward, backward = both(CHARACTERS, torch.float32)
+    session = Session(backward, CHARACTERS)
+    session.feed("roses")
+    session.save(tmp_path / "talk")
+    save_state(forward, forward(torch.tensor([[5, 6]])).past_key_values, tmp_path / "state")
+
+    assert Session.load(backward, CHARACTERS, tmp_path / "talk").write(5, seed=0) == session.write(5, seed=0)
+    with pytest.raises(ValueError, match="belongs to a model with `direction` 'backward', and this one has 'forward'"):
+        Session.load(forward, CHARACTERS, tmp_path / "talk")
+    with pytest.raises(ValueError, match="belongs to a model with `direction` 'forward', and this one has 'backward'"):
+        load_state(backward, tmp_path / "state")

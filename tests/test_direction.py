@@ -6,9 +6,10 @@ import json
 import numpy
 import pytest
 import torch
-from conftest import make_model
+from conftest import SMALL, make_model, run_script
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_lstm import (
     LSTMConfig,
@@ -278,3 +279,110 @@ def test_a_state_belongs_to_its_direction(tmp_path):
         Session.load(forward, CHARACTERS, tmp_path / "talk")
     with pytest.raises(ValueError, match="belongs to a model with `direction` 'forward', and this one has 'backward'"):
         load_state(backward, tmp_path / "state")
+
+
+LINES = [f"{number} bottles of beer on the wall, {number} bottles of beer.\n" for number in range(40, 0, -1)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folders of two runs: backward on documents, and forward on the same documents, reversed."""
+    folder = tmp_path_factory.mktemp("directions")
+    for direction, texts in (("backward", LINES), ("forward", [text[::-1] for text in LINES])):
+        for split, part in (("train", texts[:-5]), ("validation", texts[-5:])):
+            file = folder / f"{direction}_{split}.jsonl"
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+        command = ["--train_file", folder / f"{direction}_train.jsonl", "--direction", direction]
+        command += ["--validation_file", folder / f"{direction}_validation.jsonl", "--prompt", ""]
+        command += ["--tokenizer", "bpe", "--vocab_size", 280]
+        run_script("train.py", *command, *SMALL, "--max_steps", 4, "--output_dir", folder / direction)
+    return {name: folder / name for name in ("forward", "backward")}
+
+
+def test_training_backward_is_training_on_reversed_documents(trained):
+    models = {name: AutoModelForCausalLM.from_pretrained(folder) for name, folder in trained.items()}
+    metrics = {name: json.loads((folder / "metrics.json").read_text()) for name, folder in trained.items()}
+    samples = {name: json.loads((folder / "run.json").read_text())["sample"] for name, folder in trained.items()}
+
+    assert models["backward"].config.direction == "backward"
+    for name, weight in models["backward"].state_dict().items():
+        assert torch.equal(weight, models["forward"].state_dict()[name]), name
+    for values in metrics.values():
+        del values["train_runtime"]
+    assert metrics["backward"] == metrics["forward"]
+    assert samples["backward"] == samples["forward"][::-1] != ""
+
+
+def test_training_refuses_a_streamed_text_of_several_rows_before_it_starts(tmp_path, monkeypatch):
+    for module in ("hf_lstm.tokenizers", "hf_lstm.data.readers"):
+        monkeypatch.setattr(f"{module}.PIECE_LENGTH", 16)
+    file = tmp_path / "song.txt"
+    file.write_text(SONG * 9, encoding="utf-8")
+    command = [
+        "--train_file",
+        file,
+        "--validation_file",
+        file,
+        "--streaming",
+        "true",
+        "--output_dir",
+        tmp_path / "run",
+    ]
+
+    with pytest.raises(
+        SystemExit, match=r"train.py: A row of `documents` continues the document of the row before it"
+    ):
+        run_script("train.py", *command, "--direction", "backward", *SMALL, "--max_steps", 2)
+
+    assert not (tmp_path / "run").exists()
+
+
+def test_evaluation_reads_backward(trained, run, tmp_path):
+    backward, texts = trained["backward"], [text.strip() for text in LINES[:3]]
+    (tmp_path / "lines.txt").write_text("\n".join(texts))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(backward), AutoTokenizer.from_pretrained(backward)
+    metrics = json.loads((backward / "metrics.json").read_text())
+
+    measured = run("evaluate.py", "stream", "--model", backward, "--file", f"{backward}_validation.jsonl")
+    words = run("evaluate.py", "surprisal", "--model", backward, "--file", tmp_path / "lines.txt")
+
+    assert json.loads(measured)["loss"] == metrics["eval_loss"]
+    expected = word_surprisal(surprisal(model, tokenizer, texts), texts, direction="backward")
+    assert [line.split(",")[1] for line in words.splitlines()[1:4]] == ['"40"', '"bottles"', '"of"']
+    costs = [float(line.split(",")[5].strip('"') or "nan") for line in words.splitlines()[1:]]
+    numpy.testing.assert_allclose(costs[:3], expected["surprisal"][:3])
+
+
+def test_a_continuation_stands_before_its_prompt(trained, run, monkeypatch):
+    options = ["--prompt", " of beer.", "--do_sample", "false", "--max_new_tokens", 20]
+    printed = run("generate.py", "--model", trained["backward"], *options)
+    options[1] = options[1][::-1]
+    expected = run("generate.py", "--model", trained["forward"], *options)
+    lines = iter([" of beer.", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    conversed = run("generate.py", "--model", trained["backward"], "--interactive", "true", *options[2:])
+
+    assert printed.removesuffix("\n").endswith(" of beer.")
+    assert printed.removesuffix("\n") == expected.removesuffix("\n")[::-1]
+    assert len(printed) > 20
+    assert printed.removesuffix(" of beer.\n").lstrip("\ufffd") in conversed  # half a character waits
+
+
+def test_the_server_refuses_in_one_sentence(trained, monkeypatch):
+    with pytest.raises(SystemExit) as refused:
+        run_script("serve.py", "--model", trained["backward"], "--device", "cpu")
+
+    assert str(refused.value.code).startswith(
+        f"serve.py: {trained['backward']} reads backward (`direction` in its config"
+    )
+    assert str(refused.value.code).count(". ") == 0
+
+
+def test_the_card_says_that_it_reads_backward(trained):
+    cards = {name: (folder / "README.md").read_text() for name, folder in trained.items()}
+
+    assert "It reads backward" in cards["backward"]
+    assert "`generate()` and `pipeline` see ids only" in cards["backward"]
+    assert cards["backward"].count("[::-1]") == 2
+    assert "backward" not in cards["forward"]
+    assert "[::-1]" not in cards["forward"]

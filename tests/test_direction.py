@@ -2,11 +2,13 @@
 
 import importlib
 import json
+import runpy
+import sys
 
 import numpy
 import pytest
 import torch
-from conftest import SMALL, make_model, run_script
+from conftest import SCRIPTS, SMALL, make_model, run_script
 from datasets import Dataset
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -386,3 +388,18 @@ def test_the_card_says_that_it_reads_backward(trained):
     assert cards["backward"].count("[::-1]") == 2
     assert "backward" not in cards["forward"]
     assert "[::-1]" not in cards["forward"]
+
+
+def test_an_exported_model_writes_backward(tmp_path, monkeypatch, capfdbinary):
+    onnx = pytest.importorskip("hf_lstm.convert.onnx")
+    written = {}
+    for model, prompt in zip(both(CHARACTERS, torch.float32), ("眠春 ,der", "red, 春眠"), strict=True):
+        folder = tmp_path / model.config.direction
+        onnx.export_onnx(model, CHARACTERS, folder)
+        monkeypatch.setattr(sys, "argv", ["run_onnx.py", str(folder), prompt])
+        runpy.run_path(str(SCRIPTS / "run_onnx.py"))
+        sys.stdout.flush()
+        written[model.config.direction] = capfdbinary.readouterr().out.decode().removesuffix("\n")
+
+    assert written["backward"] == written["forward"][::-1]
+    assert len(written["forward"]) > 20

@@ -8,7 +8,8 @@ from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
-from .tokenizers import FALLBACK_BYTES, LETTER_BYTES, ends_lines
+from .tokenizers import ends_lines
+from .unknown import FALLBACK_BYTES, LETTER_BYTES
 
 
 class StreamDecoder:

@@ -29,10 +29,12 @@ from transformers import (
 from hf_lstm.decoding import StreamDecoder
 from hf_lstm.model.cache_lstm import load_state_tensors, state_tensors
 from hf_lstm.model.cells_lstm import CELLS
-from hf_lstm.tokenizers import check_tokenizer, encode, start_ids
+from hf_lstm.tokenizers import check_tokenizer, direction_of, encode, in_direction, start_ids
 
 STATE, SESSION = "hf_lstm state", "hf_lstm session"
-FORMAT, FORMATS = "2", ("1", "2")  # written; read. Format 1 has no `cell_type`: it is always an LSTM's.
+FORMAT, FORMATS = "2", ("1", "2")  # written; read
+# Fields of the config that a file names, and their values where it does not: format 1 names neither.
+FORMER_VALUES = {"cell_type": "lstm", "direction": "forward"}
 READ_AT_ONCE = 1024  # tokens
 COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be drawn, and scores would overflow
 
@@ -88,10 +90,13 @@ class Session:
     session has read and written up to some token and can be continued, forked and saved, also from another thread
     meanwhile.
 
+    For a model that reads backward (`config.direction`) the text grows at its beginning: what is fed or written later
+    stands before what was there.
+
     Args:
         model (`LSTMForCausalLM`): The model, in evaluation mode.
         tokenizer (`PreTrainedTokenizerFast`): The model's own tokenizer, a fast one.
-        start_token (`str`, *optional*): Token before the text, such as `"<eos>"`, which separates documents.
+        start_token (`str`, *optional*): Token read before the text, such as `"<eos>"`, which separates documents.
 
     Raises:
         ValueError: if the model is in training mode, or the tokenizer is slow, not the model's or lacks the token.
@@ -103,7 +108,7 @@ class Session:
         if not tokenizer.is_fast:
             raise ValueError(f"{type(tokenizer).__name__} does not decode piece by piece: use a fast tokenizer.")
         check_tokenizer(model, tokenizer)
-        self.model, self.tokenizer = model, tokenizer
+        self.model, self.tokenizer, self.direction = model, tokenizer, direction_of(model)
         unread = tuple(start_ids(start_token, tokenizer))
         self._state = _State(DynamicCache(config=model.config), unread, StreamDecoder(tokenizer, unread).context)
 
@@ -116,10 +121,11 @@ class Session:
     def waiting(self) -> str:
         """
         Text that was written but not yet returned. The pieces of the text and this together equal the decoding of the
-        whole. It is U+FFFD while a character lacks bytes that the next `stream` may write, and text held back by an
-        interruption, with which the next `stream` begins. A `feed` drops both.
+        whole. It is U+FFFD while a character lacks bytes that the next `stream` or `write` may write, and text held back by
+        an interruption, which the next one returns first. A `feed` drops both.
         """
-        return self._state.untold + StreamDecoder(self.tokenizer, self._state.context).waiting
+        text = self._state.untold + StreamDecoder(self.tokenizer, self._state.context).waiting
+        return in_direction(text, self.direction)
 
     def feed(self, text: str) -> None:
         """
@@ -129,7 +135,7 @@ class Session:
             ValueError: if the text has no tokens, or contains half of a surrogate pair.
         """
         state = self._state
-        ids: list[int] = encode([text], self.tokenizer)[0].tolist()
+        ids: list[int] = encode([text], self.tokenizer, direction=self.direction)[0].tolist()
         if not ids:
             raise ValueError(f"{text!r} has no tokens to read: give a text that the tokenizer does not drop.")
         *read, last = (*state.unread, *ids)
@@ -163,8 +169,48 @@ class Session:
             seed (`int`, *optional*): Seed of the samples; by default they come from torch's global generator.
 
         Raises:
+            ValueError: if nothing was read yet, a number is not valid for `generate()`, or the model reads backward, so
+                that each piece stands before the one that was returned: see [`write`].
+        """
+        if self.direction == "backward":
+            raise ValueError(
+                "`stream` returns a text from its beginning, and this model (`config.direction` is 'backward') writes it "
+                "from its end: call `write`, which returns the new text whole."
+            )
+        return _Stream(self, self._steps(max_new_tokens, do_sample, temperature, top_k, top_p, min_p, seed))
+
+    def write(
+        self,
+        max_new_tokens: int = 200,
+        do_sample: bool = True,
+        temperature: float | None = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        seed: int | None = None,
+    ) -> str:
+        """
+        Let the model continue the text, and return the new text whole. It stands behind the text so far, or before it if
+        the model reads backward. If it is interrupted, the next `write` returns what was written too; see `waiting`.
+
+        Args:
+            max_new_tokens, do_sample, temperature, top_k, top_p, min_p, seed: See [`stream`].
+
+        Raises:
             ValueError: if nothing was read yet, or a number is not valid for `generate()`.
         """
+        for _ in self._steps(max_new_tokens, do_sample, temperature, top_k, top_p, min_p, seed):
+            pass  # the text gathers in `untold`
+        state = self._state
+        try:
+            self._state = state._replace(untold="")
+            return in_direction(state.untold, self.direction)
+        except BaseException:
+            self._state = state
+            raise
+
+    def _steps(self, max_new_tokens, do_sample, temperature, top_k, top_p, min_p, seed) -> Generator[None, None, None]:
+        """Check the arguments of `stream`, and return the steps."""
         if not self._state.unread:
             raise ValueError("The session has not read a token: `feed` it a text first, or give it a `start_token`.")
         if max_new_tokens < 1:
@@ -184,9 +230,9 @@ class Session:
             warpers.append(MinPLogitsWarper(min_p))
         do_sample = do_sample and (temperature is None or temperature >= COLDEST)
         generator = None if seed is None else torch.Generator(self.model.device).manual_seed(seed)
-        return _Stream(self, self._write(max_new_tokens, warpers if do_sample else None, generator))
+        return self._generate(max_new_tokens, warpers if do_sample else None, generator)
 
-    def _write(
+    def _generate(
         self, max_new_tokens: int, warpers: LogitsProcessorList | None, generator: torch.Generator | None
     ) -> Generator[None, None, None]:
         """Generate tokens, and yield whenever a piece of text is in `untold`."""
@@ -318,7 +364,7 @@ def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor],
     if path.exists() and not path.is_file():
         raise ValueError(f"`path` ({str(path)!r}) is a device or a pipe, which would be replaced: name a file.")
     metadata = {"format": f"{kind} {FORMAT}", "model": _fingerprint(model), "tokens": str(int(length))}
-    metadata["cell_type"] = model.config.cell_type
+    metadata |= {name: getattr(model.config, name) for name in FORMER_VALUES}
     try:
         write_tensors(tensors, path, metadata | {"digest": _digest(tensors)})
     except SafetensorError as error:
@@ -349,11 +395,12 @@ def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], 
         raise ValueError(f"{path} is not a valid {kind} file, or truncated ({error}): save it again.") from error
     if metadata.get("format") not in [f"{kind} {number}" for number in FORMATS]:
         raise ValueError(f"{path} holds {metadata.get('format', 'something else')}: it must hold {kind} {FORMAT}.")
-    if (cell := metadata.get("cell_type", "lstm")) != model.config.cell_type:
-        raise ValueError(
-            f"{path} belongs to a model with `cell_type` {cell!r}, and this one has {model.config.cell_type!r}: load it with "
-            "the model that wrote it."
-        )
+    for name, former in FORMER_VALUES.items():
+        if (found := metadata.get(name, former)) != (own := getattr(model.config, name)):
+            raise ValueError(
+                f"{path} belongs to a model with `{name}` {found!r}, and this one has {own!r}: load it with the model that "
+                "wrote it."
+            )
     if metadata.get("model") != _fingerprint(model):
         raise ValueError(f"{path} belongs to a model with other weights: load it with the model that wrote it.")
     if metadata.get("digest") != _digest(tensors) or not metadata.get("tokens", "").isdecimal():

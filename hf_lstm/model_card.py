@@ -55,6 +55,7 @@ def describe_run(
         "parameters": model.num_parameters(),
         "architecture": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary of {config.vocab_size:,}",
         "cell": cell.title,
+        "direction": config.direction,
         "state_size": len(cell.states) * sum(config.cell_sizes),
         "data": data,
         "results": results,
@@ -97,6 +98,7 @@ def render_model_card(run: dict, picture: str = "learning_curve.png") -> str:
         "start": run["start"].replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n"),
         "versions": ", ".join(f"{name} {number}" for name, number in run["versions"].items()),
         "picture": picture,
+        "backward": run.get("direction") == "backward",
         "data_license": known.get("data_license"),
     }
     return str(ModelCard.from_template(metadata, template_path=str(TEMPLATE), **values))

@@ -22,8 +22,9 @@ from weakref import WeakKeyDictionary
 import numpy
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
+
+from hf_lstm.unknown import FALLBACK_BYTES, LETTER_BYTES, check_known, unknown_id
 
 SPECIAL_TOKENS = {"pad_token": "<pad>", "unk_token": "<unk>", "bos_token": "<bos>", "eos_token": "<eos>"}  # ids 0 to 3
 PIECE_LENGTH = 1 << 16  # characters of a text that are read, and given to a tokenizer, at once
@@ -191,17 +192,20 @@ def bpe_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerF
 
 @overload
 def encode(
-    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[False] = False
+    texts: Iterable[str | None],
+    tokenizer: PreTrainedTokenizerBase,
+    offsets: Literal[False] = False,
+    direction: str = "forward",
 ) -> list[numpy.ndarray]: ...
 
 
 @overload
 def encode(
-    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[True]
+    texts: Iterable[str | None], tokenizer: PreTrainedTokenizerBase, offsets: Literal[True], direction: str = "forward"
 ) -> tuple[list[numpy.ndarray], list[numpy.ndarray]]: ...
 
 
-def encode(texts, tokenizer, offsets=False):
+def encode(texts, tokenizer, offsets=False, direction="forward"):
     """
     Encode raw text: special and added tokens written in it are read as plain characters. Corpora, sentences to score,
     prompts and the content of messages are encoded here, so that no text can end a document or imitate another speaker.
@@ -211,32 +215,35 @@ def encode(texts, tokenizer, offsets=False):
     models of code use for ordinary text. No special tokens are added.
 
     A text of more than `PIECE_LENGTH` characters is cut for the tokenizer, after a line end or before a space where
-    there is one, and the pieces are shared out among the tokenizer's threads.
+    there is one, and the pieces are shared out among the tokenizer's threads. Before it is cut, a text for a model that
+    reads backward is reversed whole; see [`in_direction`].
 
     Args:
         texts (`Iterable[str]`): Any texts, of any lengths; `None` counts as an empty one.
         tokenizer (`PreTrainedTokenizerBase`): Any tokenizer. It is not changed, so that threads may share it.
         offsets (`bool`, defaults to `False`): Whether to return the place of each token in its text too.
+        direction (`str`, defaults to `"forward"`): The model's `config.direction`.
 
     Returns:
-        `list[numpy.ndarray]`: the ids of each text, `(tokens,)`. With `offsets`, a pair: the ids, and where each token
-        begins and ends in its text, in characters, `(tokens, 2)`.
+        `list[numpy.ndarray]`: the ids of each text in the order of reading, `(tokens,)`. With `offsets`, a pair: the ids,
+        and where each token begins and ends in its text as written, in characters, `(tokens, 2)`.
 
     Raises:
-        ValueError: if a text holds half of a surrogate pair, or a word that the tokenizer lacks and has no token for, or
-            `offsets` are asked of a slow tokenizer.
+        ValueError: if a text holds half of a surrogate pair, or a word that the tokenizer lacks and has no token for,
+            `offsets` are asked of a slow tokenizer, or `direction` is neither `"forward"` nor `"backward"`.
     """
     if offsets and not tokenizer.is_fast:
         raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer, which returns no offsets: give a fast one.")
-    pieces, ids, spans = [], [], []
+    pieces, ids, spans, lengths = [], [], [], []
     for number, text in enumerate(texts):
         check_unicode(text or "", "The text")
         ids.append([numpy.empty(0, dtype=numpy.int32)])
         spans.append([numpy.empty((0, 2), dtype=numpy.int64)])
         length = 0
-        for piece in pieces_of(text):
+        for piece in pieces_of(in_direction(text, direction)):
             pieces.append((number, length, piece))
             length += len(piece)
+        lengths.append(length)
     reader = _raw_reader(tokenizer)
     options = {"return_offsets_mapping": True} if offsets else {}
     for batch in _batches(pieces):
@@ -250,7 +257,7 @@ def encode(texts, tokenizer, offsets=False):
                 **options,
             )
         except Exception as error:  # the class that tokenizers raises
-            _check_known([piece for _, _, piece in batch], tokenizer, error)
+            check_known([piece for _, _, piece in batch], tokenizer, error)
             raise
         for index, (number, begin, _) in enumerate(batch):
             ids[number].append(numpy.array(encoded["input_ids"][index], dtype=numpy.int32))
@@ -258,23 +265,34 @@ def encode(texts, tokenizer, offsets=False):
                 places = numpy.array(encoded["offset_mapping"][index], dtype=numpy.int64).reshape(-1, 2)
                 spans[number].append(places + begin)
     joined = [numpy.concatenate(parts) for parts in ids]
-    return (joined, [numpy.concatenate(parts) for parts in spans]) if offsets else joined
+    if not offsets:
+        return joined
+    places = [numpy.concatenate(parts) for parts in spans]
+    if direction == "backward":
+        places = [length - part[:, ::-1] for length, part in zip(lengths, places, strict=True)]
+    return joined, places
 
 
-def _check_known(pieces: list[str], tokenizer: PreTrainedTokenizerBase, cause: Exception) -> None:
-    """Raise `ValueError` for the first word that a tokenizer of words lacks and cannot call unknown."""
-    backend = tokenizer.backend_tokenizer
-    if not isinstance(backend.model, models.WordLevel):
-        return
-    vocabulary = backend.get_vocab()
-    for piece in pieces:
-        text = piece if backend.normalizer is None else backend.normalizer.normalize_str(piece)
-        words = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
-        for word, _ in words:
-            if word not in vocabulary:
-                raise ValueError(
-                    f"The vocabulary lacks {word!r} and has no unknown token: remove it from the text."
-                ) from cause
+def in_direction(text: str | None, direction: str) -> str:
+    """
+    Return a text as a model of this `config.direction` reads it, or a text that it wrote as people read it: reversed by
+    Unicode code point for `"backward"`, as flair does. Marks that combine with the letter before them then come first, and
+    special tokens written in a text, such as WikiText's `<unk>`, are no longer recognised.
+
+    Raises:
+        ValueError: if `direction` is neither `"forward"` nor `"backward"`.
+    """
+    if direction not in ("forward", "backward"):
+        raise ValueError(
+            f"`direction` ({direction!r}) must be `forward` or `backward`: give the model's `config.direction`."
+        )
+    text = text or ""
+    return text[::-1] if direction == "backward" else text
+
+
+def direction_of(model: PreTrainedModel) -> str:
+    """Return the `config.direction` of a model; models of other types read forward."""
+    return getattr(model.config, "direction", "forward")
 
 
 def check_unicode(text: str, name: str) -> None:
@@ -365,54 +383,6 @@ def ends_lines(tokenizer: PreTrainedTokenizerBase) -> bool:
         return False
 
 
-def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """
-    The id that stands for text which the vocabulary lacks, `None` without one. A fast tokenizer's model has a say in it,
-    and not its wrapper, which may name another token, or none.
-    """
-    if not tokenizer.is_fast:
-        return None if tokenizer.unk_token_id == tokenizer.eos_token_id else tokenizer.unk_token_id
-    tokens = _tokens_of_unknown(tokenizer)
-    return tokens[0].id if len(tokens) == 1 else None  # of several, bytes spell it
-
-
-def drops_text(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer leaves out what it lacks in silence, as a BPE does that has neither `unk_token` nor all bytes."""
-    if not tokenizer.is_fast or not isinstance(tokenizer.backend_tokenizer.model, models.BPE):
-        return False
-    backend = tokenizer.backend_tokenizer
-    if "ByteLevel" in repr((backend.normalizer, backend.pre_tokenizer)):
-        return not _tokens_of_unknown(tokenizer) and any(
-            backend.model.token_to_id(byte) is None for byte in LETTER_BYTES
-        )
-    return not _tokens_of_unknown(tokenizer)
-
-
-def dropped_characters(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The characters of texts that the tokenizer leaves out, whole or some of their bytes."""
-    if not drops_text(tokenizer):
-        return set()
-    backend = tokenizer.backend_tokenizer
-    model, normalizer, cut = backend.model, backend.normalizer, backend.pre_tokenizer
-    before, behind = model.continuing_subword_prefix or "", model.end_of_word_suffix or ""
-
-    def is_dropped(character):
-        text = character if normalizer is None else normalizer.normalize_str(character)
-        letters = [text] if cut is None else [piece for piece, _ in cut.pre_tokenize_str(text)]
-        names = ((letter, before + letter, letter + behind) for letter in "".join(letters))
-        return any(all(model.token_to_id(name) is None for name in spellings) for spellings in names)
-
-    return {character for character in set().union(*texts) if is_dropped(character)}
-
-
-def _tokens_of_unknown(tokenizer) -> list:
-    """The tokens that the model itself makes of a character that is never assigned."""
-    try:
-        return tokenizer.backend_tokenizer.model.tokenize("\U0010fffe")
-    except Exception:  # noqa: BLE001 (the class that tokenizers raises: without an unknown token, the text is refused)
-        return []
-
-
 def pieces_of(text: str | None) -> Iterator[str]:
     """Yield pieces of at most `PIECE_LENGTH` characters, cut after a line end, or else before a space, where one exists."""
     text = text or ""
@@ -457,11 +427,6 @@ def start_ids(start_token: str | None, tokenizer: PreTrainedTokenizerBase) -> li
     if start_token not in tokenizer.get_vocab():
         raise ValueError(f"`start_token` ({start_token!r}) is not a token of the tokenizer: name one that it has.")
     return [tokenizer.get_vocab()[start_token]]
-
-
-# The bytes that tokens of a byte fallback, and of a byte-level tokenizer the letters of a token, stand for.
-FALLBACK_BYTES = {f"<0x{byte:02X}>": bytes([byte]) for byte in range(256)}
-LETTER_BYTES = {letter: byte for byte, letter in sorted(bytes_to_unicode().items())}  # GPT-2's name for each byte
 
 
 def _check_vocab_size(vocab_size, least, contents):

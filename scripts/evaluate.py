@@ -35,7 +35,8 @@ from hf_lstm.evaluation import (
     gradient_rms,
     losses_by_position,
 )
-from hf_lstm.tokenizers import drops_text, unknown_id
+from hf_lstm.tokenizers import direction_of
+from hf_lstm.unknown import drops_text, unknown_id
 
 
 def flag(help, default=None, **options):
@@ -84,7 +85,7 @@ class Surprisal(Arguments):
     by: str = flag("`token`, `word` or `region`: a field `regions` of the records, as [[start, end], ...].", "word")
     base: str = flag("`2` for bits, `e` for nats.", "2")
     start_token: str | None = flag(
-        "Token that the first one is predicted from, such as <eos>; without it the first one has no surprisal."
+        "Token that the first one read is predicted from, such as <eos>; without it that one has no surprisal."
     )
     picture: str | None = flag("Where to draw the surprisal over the first text.")
 
@@ -183,7 +184,7 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> None:
     base = 2 if arguments.base == "2" else math.e
     rows = surprisal(model, tokenizer, texts, base, arguments.start_token)
     if arguments.by != "token":
-        rows = word_surprisal(rows, texts, regions)
+        rows = word_surprisal(rows, texts, regions, direction_of(model))
     unit = "bits" if base == 2 else "nats"
     log(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
     # In quotes a line end inside a token ends no row, for whatever reads it.
@@ -359,7 +360,7 @@ def halves(tokens: TokenStream) -> tuple[TokenStream, TokenStream]:
 
 def stream_of(texts, model, tokenizer) -> TokenStream:
     """Tokenize texts, and log the number of unknown tokens."""
-    tokens = TokenStream.from_documents(texts, tokenizer)
+    tokens = TokenStream.from_documents(texts, tokenizer, direction_of(model))
     counts = tokens.counts(model.config.vocab_size)
     index = unknown_id(tokenizer)
     unknown = counts[index] if index not in (None, tokenizer.eos_token_id) else 0

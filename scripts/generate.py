@@ -17,9 +17,11 @@ from transformers.generation import BaseStreamer
 from hf_lstm import Session
 from hf_lstm.decoding import StreamDecoder
 from hf_lstm.generation import COLDEST
-from hf_lstm.tokenizers import dropped_characters, encode, ends_lines, unknown_id
+from hf_lstm.tokenizers import direction_of, encode, ends_lines, in_direction
+from hf_lstm.unknown import dropped_characters, unknown_id
 
 HELP = """The model continues your text, line by line; an empty line lets it go on, Ctrl-C stops it.
+A model that reads backward writes before your line, and later lines stand before that.
 /save FILE saves the state of the text, /load FILE loads one, /reset starts a new text, /quit or Ctrl-D ends."""
 
 
@@ -79,7 +81,7 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
         set_seed(arguments.seed)
         converse(model, tokenizer, arguments.prompt, sampling)
         return
-    prompt = arguments.prompt
+    prompt, direction = arguments.prompt, direction_of(model)
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
 
@@ -92,7 +94,7 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     elif sampling.top_k is None:
         options["top_k"] = 0  # the default of `generate()` is 50
     if prompt:
-        ids = encode([prompt], tokenizer)[0].tolist()
+        ids = encode([prompt], tokenizer, direction=direction)[0].tolist()
         options["input_ids"] = torch.tensor([ids], dtype=torch.long, device=model.device)
         options["attention_mask"] = torch.ones_like(options["input_ids"])
         if ids and max(ids) >= model.config.vocab_size:
@@ -102,7 +104,7 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
             )
         if unknown_id(tokenizer) in ids or dropped_characters([prompt], tokenizer):
             print("The model does not know some characters of the prompt.", file=sys.stderr)
-    if sampling.num_beams in (None, 1):
+    if sampling.num_beams in (None, 1) and direction == "forward":
         shown = {"skip_special_tokens": not ends_lines(tokenizer)}
         options["streamer"] = Printer(tokenizer) if tokenizer.is_fast else TextStreamer(tokenizer, **shown)
 
@@ -110,7 +112,8 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     with torch.inference_mode():
         written = model.generate(**options)
     if "streamer" not in options:
-        print(tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer)))
+        text = tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer))
+        print(in_direction(text, direction))
 
 
 def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) -> None:
@@ -146,7 +149,8 @@ def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) 
             else:
                 if line:
                     session.feed(line)
-                for text in session.stream(**options):
+                backward = session.direction == "backward"  # the new text stands before the line
+                for text in [session.write(**options)] if backward else session.stream(**options):
                     print(text, end="", flush=True)
                 print()
         except KeyboardInterrupt:

@@ -18,7 +18,8 @@ metadata = step.get_modelmeta().custom_metadata_map
 tokens = [token.encode("latin-1") for token in json.loads(metadata["tokens"])]
 ends = json.loads(metadata["ends"])
 
-text, ids = prompt.encode(errors="surrogateescape"), []
+backward = metadata.get("direction") == "backward"  # reads each text from its end
+text, ids, written = (prompt[::-1] if backward else prompt).encode(errors="surrogateescape"), [], b""
 if all(token[:1] in b" \n" for token in tokens):  # words, each with a space before it, and line ends
     text = b"\n".join(b"".join(b" " + word for word in line.split()) for line in text.split(b"\n"))
 if not any(token and text.startswith(token) for token in tokens):  # other texts may begin without that space, too
@@ -40,6 +41,9 @@ for _ in range(300):
     ids = [int(random.choice(len(probabilities), p=probabilities / probabilities.sum()))]
     if ids[0] in ends:
         break
-    sys.stdout.buffer.write(tokens[ids[0]])
-    sys.stdout.flush()
+    written += tokens[ids[0]]
+    if not backward:
+        sys.stdout.buffer.write(tokens[ids[0]])
+        sys.stdout.flush()
+sys.stdout.buffer.write(written.decode(errors="replace")[::-1].encode() if backward else b"")
 print()

@@ -27,7 +27,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
-from hf_lstm.evaluation import check_tokenizer
+from hf_lstm.tokenizers import check_tokenizer, direction_of
 
 
 @dataclass
@@ -328,6 +328,11 @@ def make_app(arguments: Arguments) -> Starlette:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trusted)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map=arguments.device, **trusted).eval()
     check_tokenizer(model, tokenizer)
+    if direction_of(model) == "backward":
+        raise ValueError(
+            f"{arguments.model} reads backward (`direction` in its config.json), and answers are sent from their beginning on: "
+            "write with scripts/generate.py, or serve a model that reads forward."
+        )
     writer = Writer(model, tokenizer)
     began = int(time.time())
 

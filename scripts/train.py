@@ -261,7 +261,7 @@ def run(arguments: list[str], held: ExitStack) -> None:
         check_arguments(args)
     set_seed(args.seed)
 
-    data = prepare_data(data_args, args)
+    data = prepare_data(data_args, args, model_args.direction)
     model = make_model(model_args, data_args, args, data.tokenizer)
     if args.process_index == 0 and args.resume_from_checkpoint is None:
         describe(data, model.config.vocab_size, data_args.model_name_or_path)

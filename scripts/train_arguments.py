@@ -5,7 +5,7 @@ from argparse import ArgumentParser, Namespace
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import broadcast_object_list
@@ -77,6 +77,9 @@ class ModelArguments:
     )
     adaptive_softmax_cutoffs: list[int] | None = field(
         default=None, metadata={"help": "Ids that split the vocabulary of an adaptive softmax: 2000 10000."}
+    )
+    direction: Literal["forward", "backward"] = field(
+        default="forward", metadata={"help": "`backward`: each document is read from its last character to its first."}
     )
 
 

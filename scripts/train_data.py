@@ -29,8 +29,9 @@ from hf_lstm import (
     word_tokenizer,
 )
 from hf_lstm.data import one_split
-from hf_lstm.tokenizers import drops_text, unknown_id
+from hf_lstm.tokenizers import in_direction
 from hf_lstm.training.report import prompt_ids
+from hf_lstm.unknown import drops_text, unknown_id
 
 LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
 COUNTED = 1_000  # rows of a streamed corpus in which unknown tokens are counted
@@ -47,24 +48,25 @@ class TrainingData:
     streams: dict[str, TokenStream]  # without `train` if it is streamed
     datasets: dict[str, Any]
     collator: Callable
+    direction: str  # of the model
 
 
-def prepare_data(args: DataArguments, training_args: TrainArguments) -> TrainingData:
+def prepare_data(args: DataArguments, training_args: TrainArguments, direction: str) -> TrainingData:
     """Load, tokenize and batch the corpus; whatever is wrong with it is refused here, before any work."""
     with training_args.main_process_first(desc="preparing the corpus"):  # the others find it in the cache
         texts = load_texts(args, training_args.seed)
-        tokenizer = load_tokenizer(args, texts["train"])
+        tokenizer = load_tokenizer(args, texts["train"], direction)
         streams = {
-            split: TokenStream.from_documents(rows, tokenizer)
+            split: TokenStream.from_documents(rows, tokenizer, direction)
             for split, rows in texts.items()
             if not (split == "train" and args.streaming)
         }
     for split, stream in streams.items():
         if len(stream) < 2:
             raise ValueError(f"The {split} split holds a single token: it must hold at least two, to predict one.")
-    prompt_ids(args.prompt, tokenizer)
-    datasets, collator = make_batches(args, training_args, texts, streams, tokenizer)
-    return TrainingData(texts, tokenizer, streams, datasets, collator)
+    prompt_ids(args.prompt, tokenizer, direction)
+    datasets, collator = make_batches(args, training_args, texts, streams, tokenizer, direction)
+    return TrainingData(texts, tokenizer, streams, datasets, collator, direction)
 
 
 def load_texts(args: DataArguments, seed: int):
@@ -90,13 +92,13 @@ def load_texts(args: DataArguments, seed: int):
     return texts
 
 
-def load_tokenizer(args: DataArguments, rows):
-    """Learn a tokenizer from the training data, or load a saved one."""
+def load_tokenizer(args: DataArguments, rows, direction: str):
+    """Learn a tokenizer from the training data, in the order in which the model reads it, or load a saved one."""
     if args.model_name_or_path is not None:
         return load_saved(AutoTokenizer, args.model_name_or_path)
     if args.streaming:
         rows = rows.take(LEARNT_FROM)
-    texts = (text for batch in rows.iter(1000) for text in batch["text"])
+    texts = (in_direction(text, direction) for batch in rows.iter(1000) for text in batch["text"])
     if args.tokenizer == "byte":
         return byte_tokenizer()
     if args.tokenizer == "char":
@@ -118,7 +120,7 @@ def load_tokenizer(args: DataArguments, rows):
     return tokenizer
 
 
-def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer):
+def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer, direction: str):
     """Make the data sets for training and evaluation, and the collator of their batches."""
     if args.batching != "lanes":
         sets = {split: DocumentDataset(streams[split], args.bptt_length) for split in ("train", "validation")}
@@ -133,7 +135,7 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
     lanes = training_args.per_device_train_batch_size * training_args.world_size
     if args.streaming:
         place = {"process_index": training_args.process_index, "num_processes": training_args.world_size}
-        train = StreamingLanes(texts["train"], tokenizer, lanes, **common, **place)
+        train = StreamingLanes(texts["train"], tokenizer, lanes, **common, **place, direction=direction)
         next(item for item in train if item is not None)  # a corpus that cannot be read is refused now
     else:
         train = LaneDataset(
@@ -179,7 +181,7 @@ def describe(data: TrainingData, vocab_size: int, base: str | None = None) -> No
     if base is not None:
         if "train" not in streams:
             rows = [row["text"] for row in texts["train"].take(COUNTED)]
-            counts["train"] = TokenStream.from_documents(rows, tokenizer).counts(vocab_size)
+            counts["train"] = TokenStream.from_documents(rows, tokenizer, data.direction).counts(vocab_size)
         warn_of_unknown(counts, tokenizer, base, f"the first {COUNTED:,} rows of " if "train" not in streams else "")
     if "train" not in streams:
         return

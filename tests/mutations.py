@@ -220,6 +220,13 @@ MUTATIONS = [
         "test_data.py",
     ),
     Mutation(
+        "a text read backward begins with its first piece",
+        "data/streams.py",
+        "numpy.lexsort((-row, document))",
+        "numpy.lexsort((row, document))",
+        "test_direction.py",
+    ),
+    Mutation(
         "half a character is shown",
         "decoding.py",
         "return self._characters(held + spelt)[0]",

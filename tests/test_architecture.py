@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hf_lstm"
 # A name imports only what stands to its left.
 ORDER = [
     "model",
+    "unknown",
     "tokenizers",
     "decoding",
     "data",

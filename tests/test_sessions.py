@@ -186,6 +186,19 @@ def test_an_interrupted_text_goes_on(plain, steps, tmp_path):
     assert instruction > 2000
 
 
+def test_an_interrupted_write_comes_whole_with_the_next(plain):
+    """Every instruction in turn, some 6,000 of them, passes too."""
+    expected = session_of(plain, "the horse").write(12, do_sample=False)
+    for instruction in count(3, 599):
+        session, text = session_of(plain, "the horse"), ""
+        with Interruption(instruction) as interruption:
+            text = session.write(2, do_sample=False)
+        if not interruption.came:
+            break
+        assert expected.startswith(text + session.write(5, do_sample=False))
+    assert instruction > 2000
+
+
 def test_an_interrupted_text_is_read_wholly_or_not_at_all(plain, monkeypatch):
     monkeypatch.setattr("hf_lstm.generation.READ_AT_ONCE", 4)
     expected = written(session_of(plain, "the horse raced past"), do_sample=False, max_new_tokens=5)

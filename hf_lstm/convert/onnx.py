@@ -5,8 +5,8 @@ it), to `logits (B, T, V)` and the next state, `next_h_0, next_c_0, ...`. step.o
 products; chunk.onnx reads any number with ONNX's operator for the cell, or with a loop. The graphs are built node by
 node, because the exporters of torch fix the length.
 
-The metadata of a graph contains `tokens`, the bytes that each id adds to a text (a JSON list of Latin-1 strings), and
-`ends`, the ids that end a document.
+The metadata of a graph contains `tokens`, the bytes that each id adds to a text (a JSON list of Latin-1 strings),
+`ends`, the ids that end a document, and `direction`, that of the config.
 """
 
 import json
@@ -62,7 +62,7 @@ def export_onnx(model: LSTMForCausalLM, tokenizer: PreTrainedTokenizerFast, fold
     tokens = [token.decode("latin-1") for token in bytes_of_tokens(tokenizer, model.config.vocab_size)]
     ends = model.generation_config.eos_token_id
     ends = [] if ends is None else ends if isinstance(ends, list) else [ends]
-    metadata = {"tokens": json.dumps(tokens), "ends": json.dumps(ends)}
+    metadata = {"tokens": json.dumps(tokens), "ends": json.dumps(ends), "direction": model.config.direction}
     paths = []
     for name, one_token in (("step", True), ("chunk", False)):
         graph = onnx_graph(model, one_token)

@@ -30,7 +30,7 @@ STATE_DICTS = ("state_dict", "model_state_dict", "model")  # keys under which pr
 @dataclass
 class Options:
     """
-    What the user says of a checkpoint.
+    Facts that a checkpoint does not tell, and the names of its parts.
 
     Args:
         vocabulary (`str`, *optional*): The vocabulary, see [`vocabulary.read_vocabulary`].

@@ -30,7 +30,8 @@ class StreamingLanes(IterableDataset):
     reads up to where it stopped and continues with the same batches.
 
     A row that continues a document (`hf_lstm.continues`) starts from a zero state, since another lane has read the text
-    before it; the first row that a process reads in a pass begins a document.
+    before it; the first row that a process reads in a pass begins a document. For a model that reads backward each row is
+    reversed, and a document of several rows, whose last one would come first, is refused.
 
     Args:
         documents (`datasets.IterableDataset`):
@@ -42,10 +43,12 @@ class StreamingLanes(IterableDataset):
         reset_at_documents (`bool`, defaults to `False`): Whether the state restarts at every document.
         process_index, num_processes (`int`, defaults to 0 and 1):
             The process that reads, and the number of processes: `args.process_index` and `args.world_size`.
+        direction (`str`, defaults to `"forward"`): The model's `config.direction`.
 
     Raises:
         ValueError: if `tokenizer` has no `eos_token`, `lanes` is not a multiple of `num_processes`, there are several
-            workers, which would read the same, a row does not hold text, or all rows of this process are empty.
+            workers, which would read the same, a row does not hold text, all rows of this process are empty, or a row
+            continues a document and `direction` is `"backward"`.
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class StreamingLanes(IterableDataset):
         reset_at_documents: bool = False,
         process_index: int = 0,
         num_processes: int = 1,
+        direction: str = "forward",
     ):
         check_at_least_one(lanes=lanes, bptt_length=bptt_length, num_processes=num_processes)
         if not hasattr(documents, "set_epoch"):
@@ -76,13 +80,13 @@ class StreamingLanes(IterableDataset):
             )
         self.documents, self.tokenizer = documents, tokenizer
         self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
-        self.process_index, self.num_processes = process_index, num_processes
+        self.process_index, self.num_processes, self.direction = process_index, num_processes, direction
         self.ended = False  # set by a resumed run that has done all its steps
 
     @property
     def fingerprint(self) -> dict:
         """Fingerprint of the batches, without the text, which is not known in advance; stored to validate a resume."""
-        names = ("lanes", "bptt_length", "reset_at_documents")
+        names = ("lanes", "bptt_length", "reset_at_documents", "direction")
         return {"streaming": True} | {name: getattr(self, name) for name in names}
 
     def __iter__(self) -> Iterator[dict[str, torch.Tensor] | None]:
@@ -118,7 +122,14 @@ class StreamingLanes(IterableDataset):
                 continuing = batch.get(CONTINUES, [False] * len(texts))
                 if wrong := [value for value in continuing if not isinstance(value, bool | None)]:
                     check_continues(type(wrong[0]).__name__, "`documents`")
-                for ids, continues in zip(encode(texts, self.tokenizer), continuing, strict=True):
+                if self.direction == "backward" and any(continuing):
+                    raise ValueError(
+                        f"A row of `documents` continues the document of the row before it (`{CONTINUES}`), and a model that "
+                        "reads backward needs the last row first: put each document into one record, or read the corpus "
+                        "without streaming."
+                    )
+                rows = encode(texts, self.tokenizer, direction=self.direction)
+                for ids, continues in zip(rows, continuing, strict=True):
                     begins = begins or not continues  # also where the first rows of a document are empty
                     if len(ids) > 0:
                         ids = torch.from_numpy(ids).long()

@@ -29,6 +29,7 @@ from hf_lstm.tokenizers import (
     check_texts,
     check_unicode,
     encode,
+    in_direction,
     pieces_of,
     pieces_of_all,
 )
@@ -95,7 +96,10 @@ class TokenStream:
 
     @classmethod
     def from_documents(
-        cls, texts: "Iterable[str | None] | Dataset", tokenizer: PreTrainedTokenizerBase
+        cls,
+        texts: "Iterable[str | None] | Dataset",
+        tokenizer: PreTrainedTokenizerBase,
+        direction: str = "forward",
     ) -> "TokenStream":
         """
         Tokenize texts, with a progress bar, on as many cores as the tokenizer uses, into the smallest integers that
@@ -109,10 +113,14 @@ class TokenStream:
             texts (`Iterable[str]` or `datasets.Dataset`):
                 One document each, or a split returned by `load_documents` or `load_corpus`.
             tokenizer (`PreTrainedTokenizerBase`): Any tokenizer.
+            direction (`str`, defaults to `"forward"`):
+                The model's `config.direction`: `"backward"` reverses each document whole, by Unicode code point. The
+                documents keep their order.
 
         Raises:
             ValueError: if `texts` are a str, several splits, have no column `text` or hold anything but text, every text
-                is empty, `tokenizer` has no `eos_token` to separate documents, or the tokens cannot be written.
+                is empty, `tokenizer` has no `eos_token` to separate documents, `direction` is neither `"forward"` nor
+                `"backward"`, or the tokens cannot be written.
         """
         import pyarrow.compute
         from datasets import Features, List, Value
@@ -124,9 +132,11 @@ class TokenStream:
                 f"The tokenizer's `eos_token` (None) must be set, since it separates the {documents} documents: "
                 'call `tokenizer.add_special_tokens({"eos_token": "<eos>"})`.'
             )
-        tokenization = _Tokenization(tokenizer, separated=documents > 1)
+        tokenization = _Tokenization(tokenizer, documents > 1, direction)
         mean_bytes = max(1, texts.data.nbytes // max(1, texts.data.num_rows))
         with writable_cache():
+            if direction == "backward":
+                texts = _from_last_row(texts)
             rows = texts.map(
                 tokenization,
                 with_indices=True,
@@ -153,7 +163,7 @@ class TokenStream:
             row_starts = numpy.concatenate([[0], ends[:-1]])
             document_starts = torch.from_numpy(row_starts[columns["starts"].to_numpy()])
         else:
-            first = _first_sizes(texts["text"], tokenizer)
+            first = _first_sizes((in_direction(text, direction) for text in texts["text"]), tokenizer)
             sizes = {name: size - first[name] for name, size in sizes.items()}
         stream = cls(_flat(rows, tokenization.separator), document_starts, **sizes)
         stream._rows, stream._end = rows, tokenization.separator
@@ -261,8 +271,8 @@ class TokenStream:
 class _Tokenization:
     """Tokenize rows of texts, for `Dataset.map`."""
 
-    def __init__(self, tokenizer, separated):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer, separated, direction="forward"):
+        self.tokenizer, self.direction = tokenizer, direction
         self.separator = [tokenizer.eos_token_id] if separated else []
         self.dtype = numpy.min_scalar_type(max(tokenizer.get_vocab().values()))
         # Of the document that is read, row after row: the sizes of the rows before its first token (`None` after it), and
@@ -277,6 +287,7 @@ class _Tokenization:
                 f"The column `text` is not UTF-8 in one of the rows {indices[0]:,} to {indices[-1]:,} ({error.reason}): write "
                 "the data set anew, from text."
             ) from error
+        texts = [in_direction(text, self.direction) for text in texts]
         rows, form = {name: [] for name in ("tokens", "starts", *TEXT_SIZES)}, _form_of(self.tokenizer)
         for number, (text, ids) in enumerate(zip(texts, encode(texts, self.tokenizer), strict=True)):
             if continuing is None or not continuing[number] or indices[number] == 0:
@@ -316,6 +327,7 @@ class _Tokenization:
             _code_of(type(tokenizer)),
             libraries,
             self.separator,
+            self.direction,
             self.dtype.name,
             PIECE_LENGTH,
             CACHE_VERSION,
@@ -385,6 +397,17 @@ def _rows_of(texts):
         )
     check_text(texts, "text", "`texts`")
     return texts
+
+
+def _from_last_row(rows):
+    """Reverse the order of the rows of each document, where it has several."""
+    begins = document_begins(rows)
+    if begins.all():
+        return rows
+    ends = numpy.append(begins[1:], True)
+    document, row = begins.cumsum(), numpy.arange(len(rows))
+    rows = rows.remove_columns(CONTINUES).add_column(CONTINUES, ~ends)  # its last row comes first
+    return rows.select(numpy.lexsort((-row, document)))
 
 
 def as_stream(tokens: "Tokens") -> TokenStream:

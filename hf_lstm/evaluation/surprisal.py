@@ -16,11 +16,12 @@ from hf_lstm.tokenizers import (
     check_texts,
     check_tokenizer,
     check_unicode,
-    dropped_characters,
+    direction_of,
     encode,
+    in_direction,
     start_ids,
-    unknown_id,
 )
+from hf_lstm.unknown import dropped_characters, unknown_id
 
 from .scoring import checked_stream, evaluating, read_chunks, run_chunk, scored_logits, token_losses
 
@@ -42,7 +43,8 @@ def surprisal(
     bptt_length: int | None = None,
 ) -> "pandas.DataFrame":
     """
-    Compute the surprisal of every token, -log p given all tokens before it. Each text is read from a zero state.
+    Compute the surprisal of every token, -log p given all tokens before it. Each text is read from a zero state, by a model
+    that reads backward (`config.direction`) from its last token to its first, each given all tokens behind it.
 
     Args:
         model (`LSTMForCausalLM`): The model; it is not changed, and dropout is off.
@@ -51,17 +53,19 @@ def surprisal(
         base (`float`, defaults to 2): Base of the logarithm: 2 for bits, `math.e` for nats.
         start_token (`str`, *optional*):
             The token that the first one is predicted from: one that stood before the texts in training, `"<eos>"` for a
-            model trained on documents of a `TokenStream`. Without it the surprisal of the first token is NaN.
+            model trained on documents of a `TokenStream`. Without it the surprisal of the first token, for a model that
+            reads backward of the last one, is NaN.
         batch_size (`int`, defaults to 8): Parts of all texts that are read side by side; it changes the time, not the result.
         bptt_length (`int`, *optional*):
             Tokens of each part that are read at once; it changes the memory, not the result. By default 512, or as many
             as have logits of 256 MB.
 
     Returns:
-        `pandas.DataFrame`: a row per token, with `text` (its number, from 0), `token` (decoded), `start` and `end` (its
-        place in the text, in characters), `surprisal` and `unknown`: whether the tokenizer lacks the text there, so that
-        the surprisal is that of `<unk>`, or drops a character beside it, as a BPE without an unknown token does. A warning
-        counts those; an `<unk>` written in the text itself, like WikiText's, is not unknown.
+        `pandas.DataFrame`: a row per token in the order of the text as written, with `text` (its number, from 0), `token`
+        (decoded, as written), `start` and `end` (its place in the text, in characters), `surprisal` and `unknown`: whether
+        the tokenizer lacks the text there, so that the surprisal is that of `<unk>`, or drops a character beside it, as a
+        BPE without an unknown token does. A warning counts those; an `<unk>` written in the text itself, like WikiText's,
+        is not unknown.
         `groupby("text")["surprisal"].sum()` is -log p of each text.
 
         Written by `to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)` it has the same rows for whatever reads it,
@@ -87,7 +91,9 @@ def surprisal(
         if not isinstance(text, str) or text == "":
             raise ValueError(f"Text {number} is {text!r}: it must be a str with characters, so leave it out.")
         check_unicode(text, f"Text {number}")
-    encoded, spans = encode(texts, tokenizer, offsets=True)
+    direction = direction_of(model)
+    read = [in_direction(text, direction) for text in texts]
+    encoded, spans = encode(read, tokenizer, offsets=True)
     ids = [tokens.tolist() for tokens in encoded]
     for number, tokens in enumerate(ids):
         if not tokens:
@@ -96,22 +102,28 @@ def surprisal(
         bptt_length = min(512, max(1, MAX_LOGITS // (batch_size * model.config.vocab_size)))
     nats = _losses_of_documents(model, [start + document for document in ids], batch_size, bptt_length)
     lengths = [len(document) for document in ids]
-    decoded = {token: tokenizer.decode([token]) for token in set().union(*ids)}
+    decoded = {token: str(tokenizer.decode([token])) for token in set().union(*ids)}
+    names = {unknown_id(tokenizer), *tokenizer.all_special_ids}  # not pieces of a text, which are shown as written
+    shown = {token: text if token in names else in_direction(text, direction) for token, text in decoded.items()}
     numbers, places = numpy.repeat(numpy.arange(len(texts)), lengths), numpy.concatenate(spans)
-    return pandas.DataFrame(
+    rows = pandas.DataFrame(
         {
             "text": numbers,
-            "token": [decoded[token] for document in ids for token in document],
+            "token": [shown[token] for document in ids for token in document],
             "start": places[:, 0],
             "end": places[:, 1],
             "surprisal": numpy.concatenate([costs[len(start) :] for costs in nats]) / math.log(base),
-            "unknown": _unknown(numpy.concatenate(encoded), numbers, places, texts, tokenizer),
+            "unknown": _unknown(numpy.concatenate(encoded), numbers, places, read, tokenizer, direction),
         }
     )
+    return _mirrored(rows, texts) if direction == "backward" else rows
 
 
 def word_surprisal(
-    tokens: "pandas.DataFrame", texts: Sequence[str], regions: Sequence[Sequence[tuple[int, int]]] | None = None
+    tokens: "pandas.DataFrame",
+    texts: Sequence[str],
+    regions: Sequence[Sequence[tuple[int, int]]] | None = None,
+    direction: str = "forward",
 ) -> "pandas.DataFrame":
     """
     Sum the surprisal of tokens over each word, or each given region, of texts.
@@ -121,35 +133,52 @@ def word_surprisal(
     spans several words or regions counts for the first of them. The sum is NaN for a word or region in which no token
     begins, or whose first token has no surprisal.
 
+    For a model that reads backward all this holds in the order of reading: white space belongs to the word before it, as
+    written, and a token that spans several words counts for the last of them.
+
     Args:
         tokens (`pandas.DataFrame`): The table that [`surprisal`] returned.
         texts (`Sequence[str]`): The same texts.
         regions (`Sequence[Sequence[tuple[int, int]]]`, *optional*):
             The regions of each text, as (start, end) in characters; by default its words.
+        direction (`str`, defaults to `"forward"`): The `config.direction` of the model that the table is of.
 
     Returns:
         `pandas.DataFrame`: a row per word or region, with `text`, `word` (its characters), `start` and `end` (in characters),
         `tokens` (their number), `surprisal` (in the unit of `tokens`) and `unknown` (the number of unknown tokens).
 
     Raises:
-        ValueError: if a region is empty or reaches beyond its text, there are not as many lists of regions as texts, or
-            `tokens` is not the table of these texts.
+        ValueError: if a region is empty or reaches beyond its text, there are not as many lists of regions as texts,
+            `tokens` is not the table of these texts, or `direction` is neither `"forward"` nor `"backward"`.
     """
     import pandas
 
-    columns = ("start", "surprisal", "text", "unknown")
+    columns = ("start", "end", "surprisal", "text", "unknown")
     if missing := [name for name in columns if name not in tokens]:
         raise ValueError(f"`tokens` has no column `{missing[0]}`: give the table that `surprisal` returned.")
     if regions is not None and len(regions) != len(texts):
         raise ValueError(
             f"`regions` are given for {len(regions)} texts, and there are {len(texts)}: give one list for each."
         )
-    starts, costs, numbers, unknown = (tokens[name].to_numpy() for name in columns)
+    starts, _, costs, numbers, unknown = (tokens[name].to_numpy() for name in columns)
     if not numpy.array_equal(numpy.unique(numbers), numpy.arange(len(texts))):
         raise ValueError(
             f"`tokens` belong to {len(numpy.unique(numbers))} texts, and there are {len(texts)}: give the same texts, and "
             "all of their tokens."
         )
+    if regions is not None:
+        regions = [
+            [_checked_region(region, text, number) for region in own]
+            for number, (text, own) in enumerate(zip(texts, regions, strict=True))
+        ]
+    read = [in_direction(text, direction) for text in texts]
+    if direction == "backward":
+        turned = regions and [
+            [(len(text) - end, len(text) - start) for start, end in own[::-1]]
+            for text, own in zip(texts, regions, strict=True)
+        ]
+        words = _mirrored(word_surprisal(_mirrored(tokens, texts), read, turned), texts)
+        return words.assign(word=[word[::-1] for word in words["word"]])
     text_bounds = numpy.searchsorted(numbers, numpy.arange(len(texts) + 1))
     rows = []
     for number, text in enumerate(texts):
@@ -159,7 +188,7 @@ def word_surprisal(
         # A token counts at its first character; white space counts in the next word, or the last. The places ascend.
         word_of = numpy.minimum(numpy.searchsorted(last, starts[own], side="right"), len(words) - 1)
         places = numpy.clip(starts[own], first[word_of], last[word_of] - 1)
-        spans = words if regions is None else [_checked_region(region, text, number) for region in regions[number]]
+        spans = words if regions is None else regions[number]
         for (start, end), (low, high) in zip(spans, numpy.searchsorted(places, spans).tolist(), strict=True):
             cost = costs[own][low:high].sum() if high > low else numpy.nan
             rows.append((number, text[start:end], start, end, high - low, cost, unknown[own][low:high].sum()))
@@ -236,7 +265,17 @@ def _checked_region(region: tuple[int, int], text: str, number: int) -> tuple[in
     return start, end
 
 
-def _unknown(ids: numpy.ndarray, numbers: numpy.ndarray, spans: numpy.ndarray, texts: list[str], tokenizer):
+def _mirrored(rows: "pandas.DataFrame", texts: Sequence[str]) -> "pandas.DataFrame":
+    """Turn the places in reversed texts into those in the texts as written, or the other way round, and the order of rows."""
+    rows = rows.iloc[numpy.lexsort((-numpy.arange(len(rows)), rows["text"].to_numpy(int)))].reset_index(drop=True)
+    lengths = numpy.array([len(text) for text in texts])[rows["text"].to_numpy(int)]
+    rows["start"], rows["end"] = lengths - rows["end"], lengths - rows["start"]
+    return rows
+
+
+def _unknown(
+    ids: numpy.ndarray, numbers: numpy.ndarray, spans: numpy.ndarray, texts: list[str], tokenizer, direction: str
+):
     """Return a mask of the tokens for text that the tokenizer lacks, `(tokens,)`; `<unk>` written in a text is known."""
     written, unknown = _beside_dropped(numbers, spans, texts, tokenizer), unknown_id(tokenizer)
     name = None if unknown is None else tokenizer.convert_ids_to_tokens(unknown)
@@ -246,7 +285,8 @@ def _unknown(ids: numpy.ndarray, numbers: numpy.ndarray, spans: numpy.ndarray, t
             if text.strip() != name:  # some tokenizers' special tokens include the space beside them
                 written[row] = text
     if written:
-        examples = ", ".join(repr(text[:30]) for text in list(dict.fromkeys(written.values()))[:5])
+        shown = [in_direction(text, direction) for text in list(dict.fromkeys(written.values()))[:5]]
+        examples = ", ".join(repr(text[:30]) for text in shown)
         among = len(numpy.unique(numbers[list(written)]))
         fault = (
             f"are unknown to the tokenizer and scored as {name}"

@@ -79,6 +79,10 @@ class LSTMConfig(PreTrainedConfig):
             Ids at which an adaptive softmax splits the vocabulary, the most frequent words first, as word tokenizers
             order them (Grave et al. 2017; training_lstm.py): less compute and memory while training, at some cost in
             perplexity. For WikiText-103's 267,735 words: 20000, 40000, 200000 (Baevski & Auli 2019).
+        direction (`str`, defaults to `"forward"`):
+            `"backward"` for a model that reads each text from its last character to its first, as one of the two models
+            of flair does (Akbik et al. 2018). hf_lstm's functions for text reverse it on the way in and out (tokenizers.py);
+            the model itself, `generate()` and `pipeline` see ids in the order in which they are given.
         use_cache (`bool`, defaults to `True`): Whether to return the state, except while training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
             Special tokens; by default those of hf_lstm's tokenizers.
@@ -121,6 +125,7 @@ class LSTMConfig(PreTrainedConfig):
     temporal_activation_regularization: float | int = 0.0
     loss_chunk_size: int | None = None
     adaptive_softmax_cutoffs: list[int] | None = None
+    direction: Literal["forward", "backward"] = "forward"
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2

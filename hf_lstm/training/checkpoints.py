@@ -93,7 +93,10 @@ def load_carried_state(
         )
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = {"cell_type": "lstm"} | file.metadata()  # once the only one, and not named
+            metadata = {
+                "cell_type": "lstm",
+                "direction": "forward",
+            } | file.metadata()  # once the only ones, and not named
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(
             f"{path.parent} cannot be resumed without a carried state ({path.name}: {error}): resume from "

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from hf_lstm.data import TokenStream
 from hf_lstm.evaluation import evaluate_stream
 from hf_lstm.model.modeling_lstm import LSTMForCausalLM
-from hf_lstm.tokenizers import encode, ends_lines
+from hf_lstm.tokenizers import encode, ends_lines, in_direction
 
 RESET_EVERY = 256  # tokens; the second loss that is reported shows what the model knows from so short a past
 SAMPLE_LENGTH = 300  # tokens
@@ -20,14 +20,15 @@ SAMPLE_LENGTH = 300  # tokens
 NOT_REPEATED = ("__resume_from_checkpoint", "__push_to_hub", "__hub_model_id", "__hub_private_repo", "__hub_revision")
 
 
-def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def prompt_ids(prompt: str, tokenizer: PreTrainedTokenizerBase, direction: str = "forward") -> list[int]:
     """
-    Encode the prompt of a sample; an empty one is the `<eos>` that stands before each document.
+    Encode the prompt of a sample for a model of this `config.direction`; an empty one is the `<eos>` that stands before
+    each document.
 
     Raises:
         ValueError: if no token is left, since the tokenizer knows none of its characters or has no `<eos>`.
     """
-    ids = encode([prompt], tokenizer)[0].tolist() if prompt else [tokenizer.eos_token_id]
+    ids = encode([prompt], tokenizer, direction=direction)[0].tolist() if prompt else [tokenizer.eos_token_id]
     if ids in ([], [None]):
         raise ValueError(f"`prompt` ({prompt!r}) has no token in the tokenizer's vocabulary: give another.")
     return ids
@@ -47,10 +48,11 @@ def write_sample(
         length (`int`, *optional*): Tokens to write at most, 300 by default.
 
     Returns:
-        `str`: the prompt and what was written.
+        `str`: the prompt and what was written, which stands before it if the model reads backward.
     """
     model.eval()
-    ids = torch.tensor([prompt_ids(prompt, tokenizer)], device=model.device)
+    direction = model.config.direction
+    ids = torch.tensor([prompt_ids(prompt, tokenizer, direction)], device=model.device)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         written = model.generate(  # type: ignore[misc]  # transformers annotates `self` twice
@@ -63,7 +65,8 @@ def write_sample(
             eos_token_id=None if ends_lines(tokenizer) else tokenizer.eos_token_id,
             return_dict_in_generate=False,
         )
-    return str(tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer)))
+    text = str(tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer)))
+    return in_direction(text, direction)
 
 
 def describe_loss(loss: float, bytes_per_token: float) -> str:

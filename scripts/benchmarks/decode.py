@@ -358,7 +358,8 @@ def main(arguments: Arguments) -> None:
 
     if trained is not None:
         tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-        stream = TokenStream.from_documents(load_corpus(arguments.file)["validation"], tokenizer)
+        validation = load_corpus(arguments.file)["validation"]
+        stream = TokenStream.from_documents(validation, tokenizer, trained.config.direction)
         ids = numpy.asarray(stream[:])
         losses = {"PyTorch": evaluate_stream(trained, stream)["loss"]}
         losses |= {name: graphs[name].loss(ids) for name in ("chunk", "chunk int8")}

@@ -44,12 +44,17 @@ class Arguments:
         default=None, metadata={"help": "With --from: the cell, where a state_dict of nn.RNN does not tell."}
     )
     embedding: str | None = field(
-        default=None, metadata={"help": "With --from torch-lstm: the name of the embedding, such as encoder."}
+        default=None, metadata={"help": "With --from: the name of the embedding in a state_dict, such as encoder."}
     )
     recurrent: list[str] | None = field(
-        default=None, metadata={"help": "The names of the recurrent modules, such as rnn, the first one first."}
+        default=None,
+        metadata={
+            "help": "With --from: the names of the recurrent modules, such as rnn, the first one first; SOURCE stands before them."
+        },
     )
-    decoder: str | None = field(default=None, metadata={"help": "The name of the output layer, such as decoder."})
+    decoder: str | None = field(
+        default=None, metadata={"help": "With --from: the name of the output layer, such as decoder."}
+    )
     text: str | None = field(
         default=None, metadata={"help": "With --from: a text file for the check, by default the vocabulary."}
     )

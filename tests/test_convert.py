@@ -136,11 +136,11 @@ def write_safetensors(module, folder):
     return folder / "model.safetensors"
 
 
-def write_as_espnet(module, folder):
+def write_as_espnet2(module, folder):
     return save({f"lm.{name}": tensor for name, tensor in module.state_dict().items()}, folder / "model.pt")
 
 
-WRITERS = [write_bare, write_under_a_key, write_with_prefix, write_safetensors, write_as_espnet]
+WRITERS = [write_bare, write_under_a_key, write_with_prefix, write_safetensors, write_as_espnet2]
 
 
 @pytest.mark.parametrize("write", WRITERS)
@@ -148,9 +148,29 @@ WRITERS = [write_bare, write_under_a_key, write_with_prefix, write_safetensors, 
 def test_state_dicts_give_the_same_logits(tmp_path, write, kind):
     module = randomised(kind())
 
-    convert("torch-lstm", write(module, tmp_path), tmp_path, vocabulary=foreign.word_file(tmp_path))
+    result = convert("torch-lstm", write(module, tmp_path), tmp_path, vocabulary=foreign.word_file(tmp_path))
 
     assert_same_logits(tmp_path / "converted", module)
+    left = ["Beside the weights the file held epoch, args, optimizer, which was left out."]
+    assert result.notes == (left if write is write_under_a_key else [])
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_cells_of_espnet_are_read_in_their_order(tmp_path, layers):
+    """DefaultRNNLM, a list of nn.LSTMCell: their weights have no number of a layer."""
+    module = randomised(RNNModel(nlayers=layers, dropout=0))
+    names = {"encoder": "predictor.embed", "decoder": "predictor.lo"}
+    tensors = {}
+    for name, tensor in module.state_dict().items():
+        part, rest = name.split(".")
+        layer = rest.rpartition("_l")
+        tensors[f"predictor.rnn.{layer[2]}.{layer[0]}" if part == "rnn" else f"{names[part]}.{rest}"] = tensor
+    path = save(dict(reversed(tensors.items())), tmp_path / "model.pt")
+
+    result = convert("torch-lstm", path, tmp_path, vocabulary=foreign.word_file(tmp_path))
+
+    assert_same_logits(tmp_path / "converted", module)
+    assert ("predictor.rnn.0, predictor.rnn.1, predictor.rnn.2" in " ".join(result.notes)) == (layers == 3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
@@ -184,9 +204,9 @@ def test_flags_name_the_parts(tmp_path):
     with pytest.raises(ValueError, match=r"several recurrent modules, first, second: .* `--recurrent`"):
         convert("torch-lstm", path, tmp_path, vocabulary=words)
     named = {"vocabulary": words, "recurrent": ["first", "second"]}
-    with pytest.raises(ValueError, match=r"`--embedding`: the modules with a weight of shape .* are: z, a"):
+    with pytest.raises(ValueError, match=r"2 modules with a weight of shape .*, z, a: name one with `--embedding`"):
         convert("torch-lstm", path, tmp_path, **named)
-    with pytest.raises(ValueError, match=r"`--embedding` is rnn, and"):
+    with pytest.raises(ValueError, match=r"`--embedding` \(rnn\) must be one of the modules of .* z, a"):
         convert("torch-lstm", path, tmp_path, embedding="rnn", **named)
     with pytest.raises(ValueError, match=r"`--recurrent` \(third\) is not .* which has first, second"):
         convert("torch-lstm", path, tmp_path, vocabulary=words, recurrent=["third"])
@@ -223,9 +243,10 @@ def test_a_matrix_that_is_stored_once_is_tied(tmp_path):
     del tensors["decoder.weight"]
     save_file(tensors, tmp_path / "model.safetensors")
 
-    convert("torch-lstm", tmp_path / "model.safetensors", tmp_path, vocabulary=foreign.word_file(tmp_path))
+    result = convert("torch-lstm", tmp_path / "model.safetensors", tmp_path, vocabulary=foreign.word_file(tmp_path))
 
     assert_same_logits(tmp_path / "converted", module)
+    assert "stored once for both" in result.notes[0]
 
 
 @pytest.mark.parametrize("cell_type", ["lstm", "gru", "rnn_tanh", "rnn_relu"])
@@ -251,6 +272,7 @@ def test_the_way_back_loads_into_torch(cell_type, tied):
         ({"cell_type": "mogrifier"}, "mogrifier"),
         ({"embedding_size": 8}, "widths 12, 8"),
         ({"output_projection_size": 12}, "output_projection_size"),
+        ({"adaptive_softmax_cutoffs": [2], "tie_word_embeddings": False}, "adaptive_softmax_cutoffs"),
     ],
 )
 def test_models_that_torch_cannot_hold_are_refused(fields, reason):
@@ -313,9 +335,20 @@ def test_a_text_with_id_0_is_encoded_decoded_and_collated(folder):
     assert tokenizer.pad_token_id != 0
     batch = default_data_collator([{"input_ids": ids, "labels": ids}])
     assert batch["labels"].tolist() == [ids]
-    if tokenizer.pad_token is not None:
-        padded = DataCollatorForLanguageModeling(tokenizer, mlm=False)([{"input_ids": ids}])
-        assert padded["labels"].tolist() == [ids]
+
+
+@pytest.mark.parametrize("token", ["<pad>", "<eos>"])
+def test_padding_of_the_source_is_left_out_of_the_loss_and_nothing_else(tmp_path, token):
+    (tmp_path / "list.json").write_text(json.dumps([*foreign.CHARACTERS[:-1], token]))
+    path = write_bare(randomised(RNNModel()), tmp_path)
+    convert("torch-lstm", path, tmp_path, vocabulary=str(tmp_path / "list.json"))
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "converted")
+
+    collate = DataCollatorForLanguageModeling(tokenizer, mlm=False)
+    batch = collate([tokenizer("\na\n"), tokenizer("\n")])
+
+    assert tokenizer.pad_token == token
+    assert batch["labels"].tolist() == [[0, 2, 0], [-100, -100, 0]]
 
 
 def test_the_ids_of_special_tokens_are_the_sources(folder):
@@ -355,8 +388,8 @@ def test_the_lines_of_the_card_pad_a_batch(folder):
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     texts = [some_text(tokenizer), tokenizer.decode([5])]
     card = (folder / "README.md").read_text(encoding="utf-8")
-    (lines,) = re.findall(r"```python\n(rows = .*?)```", card, flags=re.DOTALL)
-    names = {"torch": torch, "tokenizer": tokenizer, "texts": texts}
+    (lines,) = re.findall(r"```python\n(import torch\n\nrows = .*?)```", card, flags=re.DOTALL)
+    names = {"tokenizer": tokenizer, "texts": texts}
 
     exec(lines, names)  # noqa: S102 (the card's own lines)
 
@@ -448,17 +481,20 @@ class Bidirectional(nn.Module):
 
 
 BAD = {
-    "reads in both directions": lambda: Bidirectional(bidirectional=True).state_dict(),
+    "rnn is bidirectional": lambda: Bidirectional(bidirectional=True).state_dict(),
     "projects its output (`proj_size`)": lambda: Bidirectional(proj_size=3).state_dict(),
-    "holds attention.weight": lambda: changed(attention__weight=torch.zeros(12, 12)),
-    "holds rnn.peephole": lambda: changed(rnn__peephole=torch.zeros(12)),
+    "it has attention on top": lambda: changed(attention__weight=torch.zeros(12, 12)),
+    "it has peephole connections": lambda: changed(rnn__peephole=torch.zeros(12)),
+    "it has normalisation layers": lambda: changed(norm__weight=torch.zeros(12)),
+    "it has several inputs": lambda: changed(position_embedding__table=torch.zeros(9, 8)),
+    "it is another kind of model": lambda: changed(gate__weight=torch.zeros(3, 3)),
     "rnn.weight_hh_l0 holds 1 numbers that are NaN": lambda: changed(
         rnn__weight_hh_l0=torch.full((48, 12), 1.0).index_put(
             (torch.tensor(0), torch.tensor(0)), torch.tensor(torch.nan)
         )
     ),
     "quantised weights": lambda: changed(rnn__weight_hh_l0=torch.zeros(48, 12, dtype=torch.int8)),
-    "rnn lacks W or U of layer 0": lambda: without("rnn.weight_hh_l0"),
+    "rnn lacks weight_ih_l0 or weight_hh_l0": lambda: without("rnn.weight_hh_l0"),
     "do not fit each other": lambda: changed(rnn__bias_ih_l0=torch.zeros(47)),
     "4, 3 or 1 times as many rows": lambda: changed(
         rnn__weight_hh_l0=torch.zeros(24, 12),
@@ -466,14 +502,31 @@ BAD = {
         rnn__bias_ih_l0=torch.zeros(24),
         rnn__bias_hh_l0=torch.zeros(24),
     ),
+    "holds no embedding, a weight of shape (V, 8)": lambda: without("encoder.weight"),
     "cannot follow one that writes 12": lambda: changed(rnn__weight_ih_l1=torch.zeros(48, 9)),
-    "`--decoder`: the modules with a weight of shape (31, 12) are: none": lambda: without("decoder.weight"),
-    "holds no weights of an nn.LSTM": lambda: {"encoder.weight": torch.zeros(31, 8)},
-    "but nothing": dict,
-    "but list": lambda: [RNNModel().state_dict()],
+    "holds no decoder, a weight of shape (31, 12)": lambda: without("decoder.weight"),
+    "holds encoder.weight, and no weights of an nn.LSTM": lambda: {"encoder.weight": torch.zeros(31, 8)},
+    "holds nothing, and no": dict,
+    "holds list, and no": lambda: [RNNModel().state_dict()],
     "holds several models, 'a', 'b'": lambda: {"a": RNNModel().state_dict(), "b": RNNModel().state_dict()},
     "among its tensors": lambda: changed(encoder__bias=3),
 }
+
+
+# Whole modules, of which the code is not read.
+BAD |= {
+    "its activation is a torch.nn.modules.activation.ReLU": lambda: with_part(activation=nn.ReLU()),
+    "its rnn is a model.RNNModel": lambda: with_part(rnn=RNNModel()),
+    "rescales embeddings": lambda: with_part(encoder=nn.Embedding(foreign.V, 8, max_norm=1)),
+    "holds no decoder": lambda: with_part(ninp=12, tied=True, decoder=None),
+}
+
+
+def with_part(ninp=8, tied=False, **parts):
+    module = RNNModel(ninp=ninp, tied=tied)
+    for name, part in parts.items():
+        setattr(module, name, part)
+    return module
 
 
 @pytest.mark.parametrize("message", BAD)
@@ -483,6 +536,22 @@ def test_bad_models_are_refused_in_words(tmp_path, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         convert("torch-lstm", path, tmp_path, vocabulary=foreign.word_file(tmp_path))
     assert [name for name in tmp_path.iterdir() if name.name not in ("model.pt", "vocab.txt")] == []
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_a_part_of_the_chosen_modules_is_never_left_out(tmp_path, chosen):
+    path = save(changed(rnn__peephole=torch.zeros(12)), tmp_path / "model.pt")
+    names = {"embedding": "encoder", "recurrent": ["rnn"], "decoder": "decoder"} if chosen else {}
+
+    with pytest.raises(ValueError, match=r"holds rnn\.peephole"):
+        convert("torch-lstm", path, tmp_path, vocabulary=foreign.word_file(tmp_path), **names)
+
+
+def test_a_qrnn_is_refused_by_name(tmp_path):
+    tensors = {"encoder.weight": torch.zeros(31, 8), "rnns.0.linear.weight_raw": torch.zeros(36, 8)}
+
+    with pytest.raises(ValueError, match="its layers are QRNNs"):
+        convert("awd-lstm-lm", save(tensors, tmp_path / "model.pt"), tmp_path)
 
 
 def test_a_cell_that_contradicts_the_file_is_refused(tmp_path):

@@ -84,7 +84,8 @@ def test_a_planted_pickle_is_refused_and_nothing_runs(tmp_path, format, planted,
 
 
 def test_all_formats_with_pickles_are_tested():
-    assert set(PICKLED) <= FORMATS.keys()
+    without_pickles: set[str] = set()
+    assert set(PICKLED) == FORMATS.keys() - without_pickles
 
 
 @pytest.mark.parametrize(
@@ -169,12 +170,19 @@ def test_everything_that_programs_save_beside_weights_is_read(tmp_path, is_zip, 
     assert read["args"].fields["lr"] == 20
 
 
-def test_types_that_torch_has_had_since_are_read(tmp_path):
-    """`_rebuild_tensor_v3`, with which torch saves types that had no storages of their own."""
-    tensor = torch.arange(6, dtype=torch.float32).to(torch.uint16)
-    path = save({"a": tensor[2:]}, tmp_path / "model.pt")
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.uint16, torch.float8_e4m3fn], ids=str)
+@LAYOUTS
+def test_numbers_of_a_type_that_no_weight_has_are_refused_by_name(tmp_path, dtype, is_zip):
+    path = save({"a": torch.zeros(6, dtype=torch.float32).to(dtype)}, tmp_path / "model.pt", is_zip)
 
-    with pytest.raises(ValueError, match=r"`torch\.uint16`"):
+    with pytest.raises(ValueError, match=r"names `torch\."):
+        read_pickle(path)
+
+
+def test_a_tensor_that_repeats_numbers_is_refused_with_the_remedy(tmp_path):
+    path = save({"a": torch.zeros(1).expand(5)}, tmp_path / "model.pt")
+
+    with pytest.raises(ValueError, match=r"save a copy, `tensor\.contiguous\(\)`"):
         read_pickle(path)
 
 
@@ -195,7 +203,6 @@ def hostile(path, shape, strides, offset):
     [
         ((4,), (1,), 1),  # behind the end
         ((2, 2), (3, 1), 0),
-        ((100_000, 100_000), (0, 0), 0),  # one number repeated
         ((2,), (-1,), 3),
         ((-1,), (1,), 0),
         ((2,), (1,), -1),
@@ -317,6 +324,9 @@ def test_other_files_are_refused_in_words(tmp_path, content):
 
 def test_reading_needs_no_torch_load(tmp_path, monkeypatch):
     path = save(RNNModel(), tmp_path / "model.pt")
+    for place in (torch, pickle):
+        monkeypatch.setattr(place, "load", lambda *_, **__: pytest.fail("another reader was used"))
+    monkeypatch.setattr(pickle, "loads", torch.load)
     for name in ("exec", "eval", "compile", "__import__"):
         monkeypatch.setattr(builtins, name, lambda *_, **__: pytest.fail("code was run"))
 
@@ -324,3 +334,4 @@ def test_reading_needs_no_torch_load(tmp_path, monkeypatch):
 
     monkeypatch.undo()
     assert isinstance(tensor, StoredTensor)
+    assert tensor.read().shape == (foreign.V, 8)

@@ -151,10 +151,26 @@ def test_padding_is_never_a_token_that_text_holds(tmp_path, entries, unit, speci
 
 def test_a_dictionary_and_lines_give_the_same_ids(tmp_path):
     (tmp_path / "ids.json").write_text('{"b": 1, "a": 0, " ": 2, "\\n": 3}')
-    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbfthe\r\ncat")
+    (tmp_path / "lines.txt").write_bytes(b"the\r\ncat")
 
     assert read_vocabulary(str(tmp_path / "ids.json"), 4).entries == ["a", "b", " ", "\n"]
     assert read_vocabulary(str(tmp_path / "lines.txt"), 2).entries == ["the", "cat"]
+
+
+def test_a_byte_order_mark_is_part_of_the_first_word(tmp_path):
+    """The old programs read UTF-8 as it is."""
+    (tmp_path / "lines.txt").write_bytes(b"\xef\xbb\xbfthe\ncat")
+
+    assert read_vocabulary(str(tmp_path / "lines.txt"), 2).entries == ["\ufeffthe", "cat"]
+
+
+def test_an_empty_entry_is_not_what_unknown_text_becomes(tmp_path):
+    (tmp_path / "list.json").write_text('["", "a", "b"]')
+    tokenizer = saved(read_vocabulary(str(tmp_path / "list.json"), 3), tmp_path)
+
+    assert encode(["ab"], tokenizer)[0].tolist() == [1, 2]
+    with pytest.raises(ValueError, match="lacks 'z'"):
+        encode(["abz"], tokenizer)
 
 
 def test_a_tokenizer_of_hugging_face_is_kept(tmp_path):
@@ -173,6 +189,8 @@ def test_a_tokenizer_of_hugging_face_is_kept(tmp_path):
         ("v.txt", "the\ncat\nthe\n", "holds 'the' twice, as entries 0 and 2"),
         ("v.txt", "the\nblack cat\nx\n", "entry 1, is 'black cat': a word"),
         ("v.txt", "the\n\nx\n", "entry 1, is '': a word"),
+        ("v.txt", "▁the\n▁c\nat\n", "holds parts of words, such as '▁the'"),
+        ("v.txt", "the 0\ncat 1\nx 2\n", "Give the tokens alone, without ids or counts"),
         ("v.txt", b"the\n\xff\nx\n", "is not UTF-8 at byte 4"),
         ("v.json", "{", "is not valid JSON"),
         ("v.json", "3", "must hold a list of strings"),

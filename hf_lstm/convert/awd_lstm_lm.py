@@ -10,8 +10,10 @@ from typing import Any
 
 from hf_lstm.convert.pickles import StandIn, read_pickle
 from hf_lstm.convert.source import Source
-from hf_lstm.convert.torch_lstm import Options, find_state_dict, make_source, tensors_of_module, without_prefix
+from hf_lstm.convert.torch_files import children_of, tensors_of
+from hf_lstm.convert.torch_lstm import Options, make_source
 
+QRNN = re.compile(r"(module\.)?rnns\.\d+\..*\blinear\.weight(_raw)?")
 RAW = re.compile(r"(rnns\.\d+\.)weight_hh_l0_raw")
 # The fields of the model for the arguments of its training.
 RATES = {
@@ -36,28 +38,18 @@ def read(path: Path, options: Options) -> Source:
             check_criterion(root[1], path)
         notes = ["The criterion and the state of the optimizer were left out."]
         root = root[0]
-    rates: dict[str, float] = {}
-    if isinstance(root, StandIn):
-        tensors, modules = tensors_of_module(root, path)
-        rates = regularization(modules)
-    else:
-        tensors, modules = without_prefix(find_state_dict(root, path)), {}
-    tensors = plain_names(tensors)
-    modules = {name.removesuffix(".module"): module for name, module in modules.items()}
-    layers = sorted({m[1] for m in (re.match(r"(rnns\.\d+)\.", name) for name in tensors) if m}, key=layer_number)
-    if not layers:
+    if isinstance(root, dict) and any(isinstance(name, str) and QRNN.fullmatch(name) for name in root):
+        raise ValueError(f"{path} is refused: its layers are QRNNs, convolutions over time, which this package lacks.")
+    held = tensors_of(root, path)
+    tensors = without_wrappers(held.tensors)
+    if not any(name.startswith("rnns.") for name in tensors):
         raise ValueError(f"{path} holds no layers named rnns.0, rnns.1, ... of awd-lstm-lm: try `--from torch-lstm`.")
-    options.recurrent = options.recurrent or layers
-    source = make_source("awd-lstm-lm", path, tensors, modules, options, rates, unit="words")
-    source.notes += notes
+    source = make_source("awd-lstm-lm", path, held._replace(tensors=tensors), options, dropouts(held.modules), "words")
+    source.notes = notes + source.notes
     return source
 
 
-def layer_number(name: str) -> int:
-    return int(name.split(".")[1])
-
-
-def plain_names(tensors: dict[str, Any]) -> dict[str, Any]:
+def without_wrappers(tensors: dict[str, Any]) -> dict[str, Any]:
     """Return the tensors under the names of plain LSTMs, with the whole U instead of the dropped one."""
     raw = {match[1] for match in map(RAW.fullmatch, tensors) if match}
     stale = {f"{prefix}module.weight_hh_l0" for prefix in raw}
@@ -68,9 +60,9 @@ def plain_names(tensors: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def regularization(modules: dict[str, StandIn]) -> dict[str, float]:
+def dropouts(modules: dict[str, StandIn]) -> dict[str, float]:
     """Return the dropouts of the training, which are those of this package."""
-    given = {name: modules[""].fields.get(theirs) for theirs, name in RATES.items()}
+    given = {name: modules[""].fields.get(theirs) for theirs, name in RATES.items()} if modules else {}
     wrappers = [module for module in modules.values() if module.name.endswith(".WeightDrop")]
     given["weight_dropout"] = wrappers[0].fields.get("dropout") if wrappers else None
     return {name: rate for name, rate in given.items() if isinstance(rate, float | int) and 0 < rate < 1}
@@ -78,8 +70,7 @@ def regularization(modules: dict[str, StandIn]) -> dict[str, float]:
 
 def check_criterion(criterion: StandIn, path: Path) -> None:
     """Refuse a softmax whose weights are not the output layer's alone."""
-    tensors, _ = tensors_of_module(criterion, path)
-    if tensors:
+    if tensors := children_of(criterion, "_parameters"):
         raise ValueError(
             f"{path}: the criterion {criterion.name} has weights of its own ({', '.join(tensors)}), so the output layer alone does "
             "not give the probabilities: a softmax in several parts cannot be converted."

@@ -26,7 +26,7 @@ FORMATS: dict[str, Callable[[Path, Options], Source]] = {
 }
 TEMPLATE = Path(__file__).parent.parent / "templates" / "converted_card.md"
 CHECKED_TOKENS = 200
-LARGEST_DIFFERENCE = 1e-4  # between the two losses, in nats per token, or of losses above 1 nat in parts of them
+LARGEST_DIFFERENCE = 1e-4  # between the two losses: nats per token, relative for losses above 1
 
 
 class Conversion(NamedTuple):
@@ -72,10 +72,11 @@ def convert_checkpoint(
         ValueError: if the file is damaged or refused, the model cannot be reproduced exactly, the vocabulary has another
             size, or the two losses differ.
         FileExistsError: if `output_dir` holds anything.
+        FileNotFoundError: if there is no such file.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` ({format!r}) must be one of {', '.join(FORMATS)}.")
-    path, output = Path(path), Path(output_dir)
+    path, output = Path(path), Path(output_dir).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"`--output_dir` ({output}) is not empty: name a new folder.")
     if not path.is_file():
@@ -89,8 +90,7 @@ def convert_checkpoint(
     for role in ("pad", "bos", "eos"):
         for config in (model.config, model.generation_config):
             setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}.") as temporary:
+    with tempfile.TemporaryDirectory(dir=existing_parent(output), prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / output.name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -107,8 +107,17 @@ def convert_checkpoint(
         result = Conversion(model, len(ids) - 1, expected, loss, notes)
         card = render_card(result, path, title, unit, output.name, tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
-        folder.rename(output)
+        output.mkdir(parents=True, exist_ok=True)
+        for file in sorted(
+            folder.iterdir(), key=lambda file: file.name == "config.json"
+        ):  # without which it is no model yet
+            file.rename(output / file.name)
     return result
+
+
+def existing_parent(path: Path) -> Path:
+    """Return the nearest folder above a path that exists, on whose file system it will lie."""
+    return next(parent for parent in path.parents if parent.exists())
 
 
 def ids_to_check(source: Source, tokenizer: PreTrainedTokenizerBase, text: str | Path | None) -> list[int]:

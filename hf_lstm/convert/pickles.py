@@ -14,6 +14,7 @@ import math
 import mmap
 import pickle
 import pickletools
+import re
 import struct
 import tarfile
 import zipfile
@@ -46,19 +47,30 @@ STORAGES = {
 # of word_language_model, of its forks and of awd-lstm-lm. A stand-in runs nothing, whatever it is called; the list is short
 # so that a file of another kind is noticed.
 STAND_INS = (
-    *("torch.nn", "torch.optim", "torch.backends.cudnn", "torch.device", "torch.serialization", "torch.Generator"),
-    *("numpy.core.multiarray", "numpy._core.multiarray", "numpy.core.numeric", "numpy._core.numeric"),
-    *(
-        "numpy.dtype",
-        "numpy.ndarray",
-        "argparse.Namespace",
-        "pathlib",
-        "builtins.object",
-        "builtins.list",
-        "builtins.dict",
-        "builtins.int",
-    ),
-    *("__main__", "model", "weight_drop", "locked_dropout", "embed_regularize", "splitcross"),
+    "torch.nn",
+    "torch.optim",
+    "torch.backends.cudnn",
+    "torch.device",
+    "torch.serialization",
+    "torch.Generator",
+    "numpy.core.multiarray",
+    "numpy._core.multiarray",
+    "numpy.core.numeric",
+    "numpy._core.numeric",
+    "numpy.dtype",
+    "numpy.ndarray",
+    "argparse.Namespace",
+    "pathlib",
+    "builtins.object",
+    "builtins.list",
+    "builtins.dict",
+    "builtins.int",
+    "__main__",
+    "model",
+    "weight_drop",
+    "locked_dropout",
+    "embed_regularize",
+    "splitcross",
 )
 FORMER_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's, and those of protocol 2
 
@@ -110,7 +122,7 @@ class StandIn(Inert):
     append = extend = add = update = __setitem__ = _forget
 
 
-class Mapping(Inert, dict):
+class PlainDict(Inert, dict):
     """A dict, an `OrderedDict` or a `defaultdict`, of which only the items are kept."""
 
     __slots__ = ()
@@ -126,7 +138,7 @@ class Parameter:
         return data
 
 
-class Known(Inert):
+class Function(Inert):
     """A function of this module, in place of the one that a pickle names."""
 
     __slots__ = ("function",)
@@ -162,11 +174,17 @@ class StoredTensor(Inert):
             raise Damaged(
                 f"A tensor has the offset, shape and strides {numbers}: a file of torch.save has none below 0."
             )
+        size = math.prod(self.shape)
         last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
-        if math.prod(self.shape) > self.storage.count or (math.prod(self.shape) and last >= self.storage.count):
+        if size and last >= self.storage.count:
             raise Damaged(
                 f"A tensor of shape {self.shape} at offset {self.offset} lies outside its storage of {self.storage.count:,} "
                 "numbers: copy or download the file again."
+            )
+        if size > self.storage.count:
+            raise Damaged(
+                f"A tensor of shape {self.shape} repeats the {self.storage.count:,} numbers of its storage, as `expand` makes "
+                "them: save a copy, `tensor.contiguous()`."
             )
 
     def read(self) -> torch.Tensor:
@@ -177,36 +195,29 @@ def _rebuild_tensor(storage, offset, shape, strides, *_):
     return StoredTensor(storage, offset, tuple(shape), tuple(strides))
 
 
-def _rebuild_tensor_v3(storage, offset, shape, strides, requires_grad, hooks, dtype, *_):
-    count = storage.count * storage.dtype.itemsize // dtype.itemsize
-    typed = Storage(dtype, count, lambda: storage.read().view(torch.uint8)[: count * dtype.itemsize].view(dtype))
-    return StoredTensor(typed, offset, tuple(shape), tuple(strides))
-
-
 def _encode(text, *_):
     """Return bytes, which protocol 2 writes as text."""
     return text.encode("latin-1")
 
 
 KNOWN = {
-    "collections.OrderedDict": Mapping,
-    "collections.defaultdict": Mapping,
-    "collections.Counter": Mapping,
+    "collections.OrderedDict": PlainDict,
+    "collections.defaultdict": PlainDict,
+    "collections.Counter": PlainDict,
     "builtins.set": set,
     "builtins.frozenset": frozenset,
-    "builtins.bytes": bytes,
-    "builtins.getattr": Known(lambda *_: None),  # of a bound method: awd-lstm-lm replaces one of its LSTMs'
-    "copyreg._reconstructor": Known(lambda made, *_: made()),  # an object of protocols 0 and 1
-    "_codecs.encode": Known(_encode),
-    "torch.Size": Known(tuple),
+    "builtins.bytes": Function(lambda *_: b""),  # others are encoded text
+    "builtins.getattr": Function(lambda *_: None),  # of a bound method: awd-lstm-lm replaces one of its LSTMs'
+    "copyreg._reconstructor": Function(lambda made, *_: made()),  # an object of protocols 0 and 1
+    "_codecs.encode": Function(_encode),
+    "torch.Size": Function(tuple),
     "torch.nn.parameter.Parameter": Parameter,
     "torch.autograd.variable.Variable": Parameter,
-    "torch._utils._rebuild_tensor": Known(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v2": Known(_rebuild_tensor),
-    "torch._utils._rebuild_tensor_v3": Known(_rebuild_tensor_v3),
-    "torch._utils._rebuild_parameter": Known(lambda data, *_: data),
-    "torch._utils._rebuild_parameter_with_state": Known(lambda data, *_: data),
-    "torch._tensor._rebuild_from_type_v2": Known(lambda function, kind, arguments, *_: function(*arguments)),
+    "torch._utils._rebuild_tensor": Function(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": Function(_rebuild_tensor),
+    "torch._utils._rebuild_parameter": Function(lambda data, *_: data),
+    "torch._utils._rebuild_parameter_with_state": Function(lambda data, *_: data),
+    "torch._tensor._rebuild_from_type_v2": Function(lambda function, kind, arguments, *_: function(*arguments)),
 }
 KNOWN |= {f"torch.{module}{name}": dtype for name, dtype in STORAGES.items() for module in ("", "cuda.", "storage.")}
 KNOWN |= {str(dtype): dtype for dtype in STORAGES.values()}
@@ -347,7 +358,8 @@ def _read_legacy(path: Path) -> Any:
     if not (isinstance(system, dict) and system.get("little_endian", True)):
         raise ValueError(f"{path} was saved on a big-endian machine: save it again on another.")
     root = _load(file, path, find_storage)
-    for key in _load(file, path, find_storage):
+    keys = _load(file, path, find_storage)
+    for key in keys if isinstance(keys, list) else []:
         (count,) = struct.unpack("<q", file.read(8))
         storage = storages.get(key)
         places[key] = file.tell()
@@ -382,12 +394,11 @@ def _load(file, path: Path, find_storage: Callable[[torch.dtype, str, int], Stor
     reader = _Reader(file, find_storage)
     try:
         loaded = reader.load()
-    except Damaged:
-        raise
-    # Whatever else contradicts itself in a pickle raises an error of its own kind.
-    except Exception as error:
+    except Exception as error:  # a pickle that contradicts itself raises an error of any kind
         if reader.refused:
             raise _refusal(path, reader.refused) from error
+        if isinstance(error, Damaged):
+            raise
         raise Damaged(
             f"{path} holds a damaged pickle ({type(error).__name__}: {error}): copy or download it again."
         ) from error
@@ -402,7 +413,10 @@ def _check_memo(file, path: Path) -> None:
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
             if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not cast(int, argument) <= count:
-                raise Damaged(f"{path} holds a damaged pickle: object {argument:,} after {count:,} steps.")
+                raise Damaged(
+                    f"{path} numbers an object {argument:,} after {count:,} steps, and a pickle numbers them one by one: it is "
+                    "damaged. Copy or download it again."
+                )
     except Damaged:
         raise
     except (ValueError, IndexError, OverflowError, MemoryError) as error:
@@ -411,7 +425,9 @@ def _check_memo(file, path: Path) -> None:
 
 
 def _refusal(path: Path, names: dict[str, None]) -> ValueError:
-    if any(name.startswith("torchqrnn.") for name in names):
+    if all(re.fullmatch(r"torch\.(\w+\.)?(\w+Storage|[a-z]+\d\w*)", name) for name in names):
+        reason = "a type of numbers that is not read: save float32 instead"
+    elif any(name.startswith("torchqrnn.") for name in names):
         reason = "and a QRNN is a convolution over time, which this package lacks"
     else:
         reason = (

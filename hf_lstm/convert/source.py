@@ -1,4 +1,4 @@
-"""A language model from elsewhere in its own layout, from which the converted model is built and against which it is checked.
+"""The weights of another program's language model: the model that is built of them, and their own loss in numpy.
 
 Shapes: V vocabulary, D width of the embeddings, H width of a cell, G its gates, T tokens.
 """
@@ -36,7 +36,7 @@ class Layer(NamedTuple):
 @dataclass
 class Source:
     """
-    A language model from elsewhere.
+    The weights of another program's language model.
 
     Args:
         title (`str`): The program that wrote it, for the model card.
@@ -149,7 +149,7 @@ def source_loss(source: Source, ids: list[int]) -> float:
 
 
 def step(source: Source, layer: Layer, x, h, c):
-    """Return h and c after one input x, each `(H,)`."""
+    """Return h and c, `(H,)` in the weights' precision, after one input x, `(D,)`."""
     read = layer.W.numpy() @ x + (0 if layer.input_bias is None else layer.input_bias.numpy())
     kept = layer.U.numpy() @ h + (0 if layer.hidden_bias is None else layer.hidden_bias.numpy())
     X, R = (dict(zip(source.gates, numpy.split(part, len(source.gates)), strict=True)) for part in (read, kept))
@@ -166,4 +166,4 @@ def step(source: Source, layer: Layer, x, h, c):
 
 
 def sigmoid(x):
-    return 1 / (1 + numpy.exp(-x))
+    return (1 + numpy.tanh(x / 2)) / 2  # which does not overflow

@@ -1,4 +1,4 @@
-"""The vocabulary of a model from elsewhere, as a stock tokenizer with the ids that the model was trained with.
+"""Vocabularies of other programs, as stock tokenizers with the ids that their models were trained with.
 
 No token is added, since each would change the softmax. Words are read as Python's `str.split()` cuts them, line ends as
 `<eos>` where the vocabulary has it; characters one by one. Text that the vocabulary lacks becomes its own unknown token, or
@@ -24,7 +24,9 @@ SPELLINGS = {
 }
 PYTHON_SPACE = "".join(
     character for character in map(chr, range(0x3001)) if character.isspace()
-)  # as str.split() has it
+)  # where str.split() cuts
+NO_UNKNOWN = "\ufdd0"  # a code point that is never a character: what is unknown is then refused
+PIECES = ("▁", "##", "@@")  # how SentencePiece, WordPiece and subword-nmt mark parts of words
 CORPUS = ("train.txt", "valid.txt", "test.txt")  # in the order in which word_language_model reads them
 
 
@@ -83,7 +85,7 @@ def make_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     tokenizer = vocabulary.tokenizer
     if tokenizer is None:
         ids = {entry: index for index, entry in enumerate(vocabulary.entries)}
-        tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special.get("unk_token", "")))
+        tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special.get("unk_token", NO_UNKNOWN)))
         if vocabulary.unit == "characters":
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
             tokenizer.decoder = decoders.Fuse()
@@ -139,8 +141,15 @@ def read_vocabulary(path: str | None, size: int, unit: Literal["words", "any"] =
         for index, entry in enumerate(entries):
             if entry.split() != [entry]:
                 raise ValueError(
-                    f"{path}, entry {index:,}, is {entry!r}: a word is not empty and contains no white space."
+                    f"{path}, entry {index:,}, is {entry!r}: a word is not empty and contains no white space. Give the tokens "
+                    "alone, without ids or counts."
                 )
+        marked = [entry for entry in entries if entry.startswith(PIECES[:2]) or entry.endswith(PIECES[2])]
+        if len(marked) > len(entries) / 10:
+            raise ValueError(
+                f"{path} holds parts of words, such as {marked[0]!r}, and does not say how words are cut: give the tokenizer.json "
+                "of the tokenizer that the model was trained with."
+            )
     return vocabulary
 
 
@@ -151,9 +160,9 @@ def unit_of(entries: list[str], unit: Literal["words", "any"]) -> Literal["words
 
 
 def read_text(path: Path) -> str:
-    """Read UTF-8, with line ends as they are."""
+    """Read UTF-8, with line ends and a byte order mark as they are: to the old programs it was part of the first word."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 at byte {error.start:,}: save it in UTF-8.") from error
 
@@ -173,7 +182,7 @@ def words_of_corpus(folder: Path, size: int) -> list[str]:
 
 def entries_of_json(path: Path) -> tuple[list[str], Tokenizer | None]:
     try:
-        content = json.loads(read_text(path))
+        content = json.loads(read_text(path).removeprefix("\ufeff"))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is not valid JSON ({error}): save it again.") from error
     tokenizer = None

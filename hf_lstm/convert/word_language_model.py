@@ -6,7 +6,8 @@ They save the whole module with torch.save, perhaps within `DataParallel`. It is
 from pathlib import Path
 
 from hf_lstm.convert.source import Source
-from hf_lstm.convert.torch_lstm import Options, make_source, read_tensors
+from hf_lstm.convert.torch_files import read_tensors
+from hf_lstm.convert.torch_lstm import Options, make_source
 
 
 def read(path: Path, options: Options) -> Source:
@@ -16,12 +17,12 @@ def read(path: Path, options: Options) -> Source:
     Raises:
         ValueError: if the file is damaged or refused, or holds another model.
     """
-    tensors, modules = read_tensors(path)
-    source = make_source("word_language_model", path, tensors, modules, options, unit="words")
-    rates = {rate for m in modules.values() if m.name.endswith(".Dropout") and (rate := m.fields.get("p"))}
+    held = read_tensors(path)
+    source = make_source("word_language_model", path, held, options, unit="words")
+    rates = {rate for m in held.modules.values() if m.name.endswith(".Dropout") and (rate := m.fields.get("p"))}
     if rates:
         source.notes.append(
-            f"The dropout of its training, {', '.join(map(str, rates))}, was not taken over: it dropped single numbers, and "
-            "the dropouts of this model drop features of whole rows."
+            f"The dropout of its training, {', '.join(map(str, rates))}, was not taken over: it drew a new mask at every step, "
+            "and the dropouts of this model draw one for all steps of a sequence."
         )
     return source

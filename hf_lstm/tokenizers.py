@@ -257,7 +257,7 @@ def encode(texts, tokenizer, offsets=False, direction="forward"):
                 **options,
             )
         except Exception as error:  # the class that tokenizers raises
-            check_known([piece for _, _, piece in batch], tokenizer, error)
+            check_known([piece for _, _, piece in batch], reader, error)
             raise
         for index, (number, begin, _) in enumerate(batch):
             ids[number].append(numpy.array(encoded["input_ids"][index], dtype=numpy.int32))

@@ -64,12 +64,11 @@ def check_known(pieces: list[str], tokenizer: PreTrainedTokenizerBase, cause: Ex
     backend = tokenizer.backend_tokenizer
     if not isinstance(backend.model, models.WordLevel):
         return
-    vocabulary = backend.get_vocab()
     for piece in pieces:
         text = piece if backend.normalizer is None else backend.normalizer.normalize_str(piece)
         words = [(text, None)] if backend.pre_tokenizer is None else backend.pre_tokenizer.pre_tokenize_str(text)
         for word, _ in words:
-            if word not in vocabulary:
+            if backend.model.token_to_id(word) is None:
                 raise ValueError(
                     f"The vocabulary lacks {word!r} and has no unknown token: remove it from the text."
                 ) from cause

@@ -4,6 +4,7 @@ import json
 import re
 
 import foreign
+import numpy
 import pytest
 import torch
 from foreign import AWDModel, Rnnlm, RNNModel, SplitCrossEntropyLoss, randomised, save
@@ -155,6 +156,27 @@ def test_state_dicts_give_the_same_logits(tmp_path, write, kind):
     assert result.notes == (left if write is write_under_a_key else [])
 
 
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_modules_without_biases_are_read(tmp_path, kind):
+    module = randomised(RNNModel(dropout=0))
+    module.rnn = randomised(kind(8, 12, 2, bias=False))
+
+    convert("torch-lstm", write_bare(module, tmp_path), tmp_path, vocabulary=foreign.word_file(tmp_path))
+
+    assert_same_logits(tmp_path / "converted", module)
+
+
+def test_a_module_with_two_names_is_read_once(tmp_path):
+    module = randomised(RNNModel(dropout=0))
+    module.again = module.drop
+
+    convert(
+        "word-language-model", save(module, tmp_path / "model.pt"), tmp_path, vocabulary=foreign.word_file(tmp_path)
+    )
+
+    assert_same_logits(tmp_path / "converted", module)
+
+
 @pytest.mark.parametrize("layers", [1, 3])
 def test_the_cells_of_espnet_are_read_in_their_order(tmp_path, layers):
     """DefaultRNNLM, a list of nn.LSTMCell: their weights have no number of a layer."""
@@ -181,6 +203,30 @@ def test_other_precisions_are_read_exactly(tmp_path, dtype):
 
     assert result.model.dtype == torch.promote_types(dtype, torch.float32)
     assert_same_logits(tmp_path / "converted", module.to(result.model.dtype))
+
+
+@pytest.mark.parametrize("rnn_type", ["LSTM", "GRU", "RNN_TANH"])
+def test_a_model_whose_rounding_grows_is_converted(tmp_path, rnn_type):
+    """Each step of the check starts from one state, so that a chaotic model does not fail it."""
+    module = randomised(RNNModel(rnn_type, nhid=64, dropout=0))
+    with torch.no_grad():
+        for layer in range(2):
+            getattr(module.rnn, f"weight_hh_l{layer}").mul_(8)
+    path = save(module, tmp_path / "model.pt")
+
+    result = convert("word-language-model", path, tmp_path, vocabulary=foreign.word_file(tmp_path))
+
+    assert result.loss == pytest.approx(result.source_loss, rel=1e-5)
+
+
+def test_states_without_bound_are_named(tmp_path):
+    module = randomised(RNNModel("RNN_RELU", nhid=64))
+    with torch.no_grad():
+        module.rnn.weight_hh_l0.abs_().mul_(9)
+    path = save(module, tmp_path / "model.pt")
+
+    with pytest.raises(ValueError, match="grow without bound"):
+        convert("word-language-model", path, tmp_path, vocabulary=foreign.word_file(tmp_path))
 
 
 class Unusual(nn.Module):
@@ -510,6 +556,9 @@ BAD = {
     "holds list, and no": lambda: [RNNModel().state_dict()],
     "holds several models, 'a', 'b'": lambda: {"a": RNNModel().state_dict(), "b": RNNModel().state_dict()},
     "among its tensors": lambda: changed(encoder__bias=3),
+    "holds int among its tensors": lambda: {**RNNModel().state_dict(), 0: torch.zeros(3)},
+    "holds str among its tensors": lambda: {**RNNModel().state_dict(), "# Licence\n": torch.zeros(3)},
+    "holds no embedding": lambda: changed(encoder__weight=torch.zeros(0, 8)),
 }
 
 
@@ -590,8 +639,9 @@ def test_a_folder_that_holds_something_is_left_alone(tmp_path):
 
 def test_a_conversion_that_does_not_agree_writes_nothing(tmp_path, monkeypatch):
     path, options = word_language_model_checkpoint(tmp_path)
-    monkeypatch.setattr("hf_lstm.convert.folder.source_loss", lambda source, ids: 3.0)
+    uniform = numpy.zeros(foreign.V, dtype=numpy.float32)
+    monkeypatch.setattr("hf_lstm.convert.folder.source_logits", lambda *_: uniform)
 
-    with pytest.raises(ValueError, match=r"3\.000000 nats by its own weights"):
+    with pytest.raises(ValueError, match=r"3\.433987 nats by its own weights"):
         convert_checkpoint("word-language-model", path, tmp_path / "converted", options)
     assert {name.name for name in tmp_path.iterdir()} == {"model.pt", "vocab.txt"}

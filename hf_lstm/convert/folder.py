@@ -1,17 +1,19 @@
 """Convert a checkpoint of another program into a model folder, with its tokenizer, its card and a check."""
 
 import hashlib
+import itertools
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy
 import torch
 from huggingface_hub import ModelCard, ModelCardData
-from transformers import PreTrainedTokenizerBase
+from transformers import DynamicCache, PreTrainedTokenizerBase
 
 from hf_lstm.convert import awd_lstm_lm, torch_lstm, word_language_model
-from hf_lstm.convert.source import Source, build_model, source_loss
+from hf_lstm.convert.source import Source, build_model, source_logits
 from hf_lstm.convert.torch_lstm import Options
 from hf_lstm.convert.vocabulary import make_tokenizer, read_text
 from hf_lstm.model.cells_lstm import CELLS
@@ -26,6 +28,7 @@ FORMATS: dict[str, Callable[[Path, Options], Source]] = {
 }
 TEMPLATE = Path(__file__).parent.parent / "templates" / "converted_card.md"
 CHECKED_TOKENS = 200
+LONGEST_TEXT = 20_000  # characters in which these tokens are looked for
 LARGEST_DIFFERENCE = 1e-4  # between the two losses: nats per token, relative for losses above 1
 
 
@@ -81,28 +84,32 @@ def convert_checkpoint(
         raise FileExistsError(f"`--output_dir` ({output}) is not empty: name a new folder.")
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: name the checkpoint.")
+    if not existing_parent(output).is_dir():
+        raise NotADirectoryError(
+            f"`--output_dir` ({output_dir}) lies in a file, {existing_parent(output)}: name a folder."
+        )
     source = FORMATS[format](path, options or Options())
     tokenizer = make_tokenizer(source.vocabulary)
     ids = ids_to_check(source, tokenizer, text)
-    expected = source_loss(source, ids)
     notes, title, unit = source.notes, source.title, source.vocabulary.unit
     model = build_model(source)
-    for role in ("pad", "bos", "eos"):
-        for config in (model.config, model.generation_config):
-            setattr(config, f"{role}_token_id", getattr(tokenizer, f"{role}_token_id"))
+    expected, loss = both_losses(source, model, ids)
+    if not abs(loss - expected) <= LARGEST_DIFFERENCE * max(1, abs(expected)):
+        raise ValueError(
+            f"{path}: the loss of {len(ids) - 1:,} tokens is {expected:.6f} nats by its own weights and {loss:.6f} by the "
+            "converted model, and they must agree: nothing was written. If one is not a number, the states of this model grow "
+            "without bound on this text; give another with `--text`."
+        )
     with tempfile.TemporaryDirectory(dir=existing_parent(output), prefix=f".{output.name}.") as temporary:
         folder = Path(temporary) / output.name
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
+        first = first_logits(model, ids[0])
         del source, model  # a second model would not fit beside them on a machine that just holds them
         model = LSTMForCausalLM.from_pretrained(folder)
-        with torch.no_grad():
-            batch = torch.tensor([ids])
-            loss = model(input_ids=batch, labels=batch).loss.item()
-        if not abs(loss - expected) <= LARGEST_DIFFERENCE * max(1, abs(expected)):
+        if not torch.allclose(first_logits(model, ids[0]), first, atol=1e-5):
             raise ValueError(
-                f"{path}: the loss of {len(ids) - 1:,} tokens is {expected:.6f} nats by its own weights and {loss:.6f} by the "
-                "converted model: they must agree. This is a fault of the converter; nothing was written."
+                f"{path}: the saved model differs from the converted one: this is a fault; nothing was written."
             )
         result = Conversion(model, len(ids) - 1, expected, loss, notes)
         card = render_card(result, path, title, unit, output.name, tokenizer)
@@ -115,6 +122,36 @@ def convert_checkpoint(
     return result
 
 
+def both_losses(source: Source, model: LSTMForCausalLM, ids: list[int]) -> tuple[float, float]:
+    """
+    Return the loss of a text by the source's weights and equations, and by the model, in nats per token. Each step of both
+    starts from the state that the model has reached, so that rounding does not add up.
+    """
+    cache = DynamicCache(config=model.config)
+    losses = []
+    for token, following in itertools.pairwise(ids):
+        states = [state_of(layer, width) for layer, width in zip(cache.layers, model.config.cell_sizes, strict=True)]
+        with torch.no_grad(), numpy.errstate(over="ignore", invalid="ignore"):  # which the loss shows
+            logits = model(torch.tensor([[token]]), past_key_values=cache).logits[0, -1]
+            both = (torch.from_numpy(source_logits(source, token, states)), logits)
+        losses.append([-part.double().log_softmax(-1)[following].item() for part in both])
+    expected, found = numpy.mean(losses, axis=0).tolist()
+    return expected, found
+
+
+def state_of(layer, width: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Return h and c of a cache layer, `(H,)` each: zeros before the first token, and for a cell without c."""
+    h, c = (getattr(layer, name, None) for name in ("keys", "values"))
+    zeros = numpy.zeros(width, dtype=numpy.float32)
+    h, c = (zeros if part is None or not part.numel() else part[0].numpy().copy() for part in (h, c))
+    return h, c
+
+
+def first_logits(model: LSTMForCausalLM, token: int) -> torch.Tensor:
+    with torch.no_grad():
+        return model(torch.tensor([[token]])).logits
+
+
 def existing_parent(path: Path) -> Path:
     """Return the nearest folder above a path that exists, on whose file system it will lie."""
     return next(parent for parent in path.parents if parent.exists())
@@ -124,7 +161,10 @@ def ids_to_check(source: Source, tokenizer: PreTrainedTokenizerBase, text: str |
     """Return at most `CHECKED_TOKENS` ids, of a text or the first of the vocabulary."""
     if text is None:
         return [index % len(source.embedding) for index in range(CHECKED_TOKENS)]
-    ids = encode([read_text(Path(text))[: 100 * CHECKED_TOKENS]], tokenizer)[0][:CHECKED_TOKENS].tolist()
+    content = read_text(Path(text))
+    if len(content) > LONGEST_TEXT:
+        content = content[:LONGEST_TEXT].rsplit(maxsplit=1)[0]
+    ids = encode([content], tokenizer)[0][:CHECKED_TOKENS].tolist()
     if len(ids) < 2:
         raise ValueError(f"`--text` ({text}) makes {len(ids)} tokens: give a text of at least 2.")
     return ids

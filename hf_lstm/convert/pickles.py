@@ -27,6 +27,7 @@ from typing import Any, cast
 import torch
 
 PIECE = 1 << 24  # bytes
+DEEPEST = 16  # levels of tuples in a pickle
 LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 
 STORAGES = {
@@ -131,8 +132,10 @@ class PlainDict(Inert, dict):
         super().__init__(arguments[-1] if arguments and isinstance(arguments[-1], dict | list | tuple) else ())
 
 
-class Parameter:
+class Parameter(Inert):
     """A parameter, of which only the tensor is kept."""
+
+    __slots__ = ()
 
     def __new__(cls, data, *_):
         return data
@@ -170,9 +173,10 @@ class StoredTensor(Inert):
 
     def __post_init__(self):
         numbers = (self.offset, *self.shape, *self.strides)
-        if not isinstance(self.storage, Storage) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        is_plain = all(isinstance(number, int) and 0 <= number < 1 << 62 for number in numbers) and len(numbers) < 64
+        if not isinstance(self.storage, Storage) or not is_plain or len(self.shape) != len(self.strides):
             raise Damaged(
-                f"A tensor has the offset, shape and strides {numbers}: a file of torch.save has none below 0."
+                "A tensor has an offset, shape or strides that torch.save never writes: the file is damaged."
             )
         size = math.prod(self.shape)
         last = self.offset + sum((n - 1) * stride for n, stride in zip(self.shape, self.strides, strict=True))
@@ -191,7 +195,9 @@ class StoredTensor(Inert):
         return self.storage.read().as_strided(self.shape, self.strides, self.offset)
 
 
-def _rebuild_tensor(storage, offset, shape, strides, *_):
+def _rebuild_tensor(storage, offset, shape, strides, requires_grad=False, hooks=None, metadata=None):
+    if metadata:
+        raise Damaged("A tensor is a lazy conjugate or negative: save `tensor.resolve_conj().resolve_neg()` instead.")
     return StoredTensor(storage, offset, tuple(shape), tuple(strides))
 
 
@@ -210,7 +216,7 @@ KNOWN = {
     "builtins.getattr": Function(lambda *_: None),  # of a bound method: awd-lstm-lm replaces one of its LSTMs'
     "copyreg._reconstructor": Function(lambda made, *_: made()),  # an object of protocols 0 and 1
     "_codecs.encode": Function(_encode),
-    "torch.Size": Function(tuple),
+    "torch.Size": Function(lambda *_: None),
     "torch.nn.parameter.Parameter": Parameter,
     "torch.autograd.variable.Variable": Parameter,
     "torch._utils._rebuild_tensor": Function(_rebuild_tensor),
@@ -251,7 +257,7 @@ class _Reader(pickle.Unpickler):
                 return Storage(dtype, size, part.read)
             case ("module", kind, *_):
                 return kind
-        raise Damaged(f"The pickle refers to {reference!r}, which is neither a storage nor a module.")
+        raise Damaged("The pickle refers to something that is neither a storage nor a module.")
 
 
 def read_pickle(path: str | Path) -> Any:
@@ -359,7 +365,9 @@ def _read_legacy(path: Path) -> Any:
         raise ValueError(f"{path} was saved on a big-endian machine: save it again on another.")
     root = _load(file, path, find_storage)
     keys = _load(file, path, find_storage)
-    for key in keys if isinstance(keys, list) else []:
+    if not isinstance(keys, list) or not all(isinstance(key, str) for key in keys):
+        raise Damaged(f"{path} has no list of its storages: copy or download it again.")
+    for key in keys:
         (count,) = struct.unpack("<q", file.read(8))
         storage = storages.get(key)
         places[key] = file.tell()
@@ -390,7 +398,7 @@ def _known_storage(
 
 def _load(file, path: Path, find_storage: Callable[[torch.dtype, str, int], Storage]) -> Any:
     """Load one pickle of a file, which is left behind its end."""
-    _check_memo(file, path)
+    _check_program(file, path)
     reader = _Reader(file, find_storage)
     try:
         loaded = reader.load()
@@ -407,21 +415,54 @@ def _load(file, path: Path, find_storage: Callable[[torch.dtype, str, int], Stor
     return loaded
 
 
-def _check_memo(file, path: Path) -> None:
-    """Refuse a pickle that numbers its objects beyond their count, for which the reader would take any amount of memory."""
+def _check_program(file, path: Path) -> None:
+    """
+    Refuse a pickle that would take any amount of memory or time, before it is loaded: one that numbers its objects beyond
+    their count, or nests tuples, whose hash takes twice as long with each level that holds the one below twice.
+    """
     begin = file.tell()
+    stack: list[int | None] = []  # how deeply tuples are nested in each object; `None` for a mark
+    numbered: dict[int, int] = {}
     try:
         for count, (opcode, argument, _) in enumerate(pickletools.genops(file)):
-            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and not cast(int, argument) <= count:
-                raise Damaged(
-                    f"{path} numbers an object {argument:,} after {count:,} steps, and a pickle numbers them one by one: it is "
-                    "damaged. Copy or download it again."
-                )
-    except Damaged:
-        raise
-    except (ValueError, IndexError, OverflowError, MemoryError) as error:
+            if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                number = len(numbered) if argument is None else cast(int, argument)
+                if number > count:
+                    raise Damaged(
+                        f"{path} numbers an object {number:,} after {count:,} steps, and a pickle numbers them one by one: it is "
+                        "damaged. Copy or download it again."
+                    )
+                numbered[number] = stack[-1] or 0
+                continue
+            taken = _take(stack, opcode)
+            depth = 0
+            if opcode.name.startswith("TUPLE"):
+                depth = 1 + max(taken, default=0)
+            elif opcode.name in ("GET", "BINGET", "LONG_BINGET"):
+                depth = numbered[cast(int, argument)]
+            elif opcode.name == "DUP":
+                depth = taken[0]
+            if depth > DEEPEST:
+                raise Damaged(f"{path} nests tuples more than {DEEPEST} deep, which no model does: it is refused.")
+            stack += [None if kind is pickletools.markobject else depth for kind in opcode.stack_after]
+    except (ValueError, LookupError, OverflowError, MemoryError) as error:
+        if isinstance(error, Damaged):
+            raise
         raise Damaged(f"{path} is neither a file of torch.save nor another pickle ({error}).") from error
     file.seek(begin)
+
+
+def _take(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
+    """Take from the stack what an operation takes, down to the last mark if it takes that."""
+    needed = len(opcode.stack_before)
+    if pickletools.markobject in opcode.stack_before:
+        mark = len(stack) - 1 - stack[::-1].index(None)
+        needed = len(stack) - mark + opcode.stack_before.index(pickletools.markobject)
+    if needed > len(stack):
+        raise LookupError("an operation takes more than there is")
+    taken = stack[len(stack) - needed :]
+    del stack[len(stack) - needed :]
+    return [depth or 0 for depth in taken]
 
 
 def _refusal(path: Path, names: dict[str, None]) -> ValueError:
@@ -434,4 +475,5 @@ def _refusal(path: Path, names: dict[str, None]) -> ValueError:
             "which could run any program; none of it was run. If you trust the file, load it with the program that wrote "
             "it, save `model.state_dict()` with torch.save, and convert that with `--from torch-lstm`"
         )
-    return ValueError(f"{path} is refused: its pickle names {', '.join(f'`{name}`' for name in names)}, {reason}.")
+    shown = (f"`{name}`" if name.isprintable() else repr(name) for name in names)
+    return ValueError(f"{path} is refused: its pickle names {', '.join(shown)}, {reason}.")

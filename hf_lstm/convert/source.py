@@ -3,7 +3,6 @@
 Shapes: V vocabulary, D width of the embeddings, H width of a cell, G its gates, T tokens.
 """
 
-import itertools
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -92,13 +91,18 @@ def build_model(source: Source) -> LSTMForCausalLM:
         "last_cell_size": None if tied or last == hidden_size else last,
         "output_bias": source.decoder_bias is not None,
     }
+    special = source.vocabulary.special_tokens()
+    for role in ("pad_token", "bos_token", "eos_token"):  # never LSTMConfig's own ids
+        fields[f"{role}_id"] = source.vocabulary.entries.index(special[role]) if role in special else None
     config = LSTMConfig(**fields)
     with torch.device("meta"):
         model = LSTMForCausalLM(config)
     weights = {"model.embed_tokens.weight": source.embedding}
     for index, layer in enumerate(source.layers):
-        zeros = torch.zeros(len(layer.W), dtype=layer.W.dtype)
-        biases = [ordered(zeros if bias is None else bias, source) for bias in (layer.input_bias, layer.hidden_bias)]
+        biases = [
+            torch.zeros(len(layer.W), dtype=layer.W.dtype) if bias is None else ordered(bias, source)
+            for bias in (layer.input_bias, layer.hidden_bias)
+        ]
         if model.model.layers[index].hidden_gates.bias is None:
             biases = [biases[0] + biases[1]]
         gates = f"model.layers.{index}.input_gates", f"model.layers.{index}.hidden_gates"
@@ -122,47 +126,40 @@ def ordered(tensor: torch.Tensor, source: Source) -> torch.Tensor:
     return torch.cat([blocks[gate] for gate in GATES[source.cell_type]])
 
 
-def source_loss(source: Source, ids: list[int]) -> float:
+def source_logits(source: Source, token: int, states: list[tuple[numpy.ndarray, numpy.ndarray]]) -> numpy.ndarray:
     """
-    Compute the loss by the source's own weights and equations, in numpy, one step after the other.
+    Compute the logits after a token by the source's own weights and equations, in numpy.
 
     Args:
         source (`Source`): The source.
-        ids (`list[int]`): Two tokens or more; each but the first is predicted.
+        token (`int`): The token.
+        states (`list[tuple]`): For each layer h and c before the token, each `(H,)`; c is not read where the cell has none.
 
     Returns:
-        `float`: Nats per token.
+        `numpy.ndarray`: `(V,)`.
     """
-    states = [numpy.zeros((2, layer.U.shape[1]), dtype=numpy.float32) for layer in source.layers]
-    losses = []
-    for token, following in itertools.pairwise(ids):
-        x = source.embedding[token].numpy()
-        for index, layer in enumerate(source.layers):
-            states[index] = numpy.stack(step(source, layer, x, *states[index]))
-            x = states[index][0]
-        logits = source.decoder.numpy() @ x
-        if source.decoder_bias is not None:
-            logits = logits + source.decoder_bias.numpy()
-        largest = logits.max()
-        losses.append(numpy.log(numpy.exp(logits - largest, dtype=numpy.float64).sum()) + largest - logits[following])
-    return float(numpy.mean(losses))
+    x = source.embedding[token].numpy()
+    for layer, (h, c) in zip(source.layers, states, strict=True):
+        x = step(source, layer, x, h, c)
+    logits = source.decoder.numpy() @ x
+    return logits if source.decoder_bias is None else logits + source.decoder_bias.numpy()
 
 
 def step(source: Source, layer: Layer, x, h, c):
-    """Return h and c, `(H,)` in the weights' precision, after one input x, `(D,)`."""
+    """Return h, `(H,)` in the weights' precision, after one input x, `(D,)`."""
     read = layer.W.numpy() @ x + (0 if layer.input_bias is None else layer.input_bias.numpy())
     kept = layer.U.numpy() @ h + (0 if layer.hidden_bias is None else layer.hidden_bias.numpy())
     X, R = (dict(zip(source.gates, numpy.split(part, len(source.gates)), strict=True)) for part in (read, kept))
     if source.cell_type == "lstm":
         i, f, o = (sigmoid(X[gate] + R[gate]) for gate in "ifo")
         c = f * c + i * numpy.tanh(X["g"] + R["g"])
-        return o * numpy.tanh(c), c
+        return o * numpy.tanh(c)
     if source.cell_type == "gru":
         r, z = (sigmoid(X[gate] + R[gate]) for gate in "rz")
         n = numpy.tanh(X["n"] + r * R["n"])
-        return (1 - z) * n + z * h, c
+        return (1 - z) * n + z * h
     total = X["h"] + R["h"]
-    return (numpy.tanh(total) if source.cell_type == "rnn_tanh" else numpy.maximum(total, 0)), c
+    return numpy.tanh(total) if source.cell_type == "rnn_tanh" else numpy.maximum(total, 0)
 
 
 def sigmoid(x):

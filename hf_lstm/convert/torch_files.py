@@ -14,6 +14,7 @@ from hf_lstm.convert.pickles import StandIn, StoredTensor, read_pickle
 
 RECURRENT = re.compile(r"(?:(.*)\.)?(weight|bias)_(ih|hh|hr)_l(\d+)(_reverse)?")
 ONE_STEP = re.compile(r"(?:.*\.)?(?:weight|bias)_(?:ih|hh)")  # nn.LSTMCell and its like: one layer, without a number
+NAME = re.compile(r"[\w.-]{1,500}")
 STATE_DICTS = ("state_dict", "model_state_dict", "model")  # keys under which programs save one beside other things
 # The classes whose modules do no more in evaluation than `Source` says, a recurrent layer's one excepted.
 KNOWN_MODULES = {
@@ -79,7 +80,7 @@ def tensors_of(root: Any, path: Path) -> Tensors:
             "with an embedding, a recurrent module and an output layer."
         )
     key = (usual or found)[0]
-    rest = [str(other) for other in held if other != key]
+    rest = [other if is_name(other) else "something without a name" for other in held if other != key]
     notes = [f"Beside the weights the file held {', '.join(rest)}, which was left out."] if rest else []
     return Tensors(plain_names(held[key], path), {}, notes)
 
@@ -94,12 +95,20 @@ def has_layers(value: Any) -> bool:
 
 def plain_names(tensors: Mapping[Any, Any], path: Path) -> dict[str, Any]:
     """Return the tensors of a state_dict without the prefix of `DataParallel`, those of an nn.LSTMCell as its layer 0."""
-    other = [name for name, tensor in tensors.items() if not (isinstance(name, str) and is_tensor(tensor))]
+    other = [name for name, tensor in tensors.items() if not (is_name(name) and is_tensor(tensor))]
     if other:
-        raise ValueError(f"{path} holds {', '.join(map(repr, other[:5]))} among its tensors: give a state_dict alone.")
+        shown = ", ".join(name if is_name(name) else type(name).__name__ for name in other[:5])
+        raise ValueError(
+            f"{path} holds {shown} among its tensors: give a state_dict alone, of tensors by their names."
+        )
     prefix = "module." if all(name.startswith("module.") for name in tensors) else ""
     names = ((name.removeprefix(prefix), tensor) for name, tensor in tensors.items())
     return {f"{name}_l0" if ONE_STEP.fullmatch(name) else name: tensor for name, tensor in names}
+
+
+def is_name(value: Any) -> bool:
+    """Return whether a key can be the name of a tensor."""
+    return isinstance(value, str) and NAME.fullmatch(value) is not None
 
 
 def is_tensor(value: Any) -> bool:
@@ -120,8 +129,9 @@ def tensors_of_module(root: StandIn, path: Path) -> Tensors:
     waiting, seen = deque([("", root)]), set()
     while waiting:
         name, module = waiting.popleft()
-        if not isinstance(module, StandIn):
-            raise ValueError(f"{path}: {name or 'its object'} is not a PyTorch module: it is refused.")
+        if not isinstance(module, StandIn) or not (name == "" or is_name(name)):
+            shown = name[:100] if name else "its object"
+            raise ValueError(f"{path}: {shown!r} is not a PyTorch module: it is refused.")
         if name and module.name.rpartition(".")[2] not in KNOWN_MODULES:
             raise ValueError(
                 f"{path} is refused: its {name} is a {module.name}, which an embedding, recurrent layers and an output layer do "
@@ -155,7 +165,7 @@ def read_weights(tensors: Mapping[str, Any], names: Iterable[str], path: Path) -
     read = {}
     for name in names:
         tensor = tensors[name].read() if isinstance(tensors[name], StoredTensor) else tensors[name]
-        if not tensor.dtype.is_floating_point:
+        if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
             raise ValueError(f"{path}: {name} holds {tensor.dtype} numbers: quantised weights cannot be converted.")
         wrong = tensor.numel() - int(torch.isfinite(tensor).sum())
         if wrong:

@@ -17,6 +17,7 @@ from hf_lstm.convert.torch_files import RECURRENT, Tensors, read_tensors, read_w
 from hf_lstm.convert.vocabulary import read_vocabulary
 from hf_lstm.model.modeling_lstm import LSTMForCausalLM
 
+MODES = {"RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}  # of an nn.RNN that was saved whole
 CELLS_BY_GATES = {4: "lstm", 3: "gru", 1: "rnn"}
 # Names that decide where shapes do not: of word_language_model and its forks, awd-lstm-lm, icefall and espnet, and usual ones.
 EMBEDDINGS = ("encoder", "input_embedding", "embed", "embedding", "embeddings", "emb", "embed_tokens", "wte")
@@ -90,6 +91,10 @@ def make_source(
     cell_type, cell_notes = find_cell(parts, held, options, path)
     notes = [*held.notes, *parts.notes, *cell_notes, *left_out_parts(tensors, parts, options, path)]
     vocabulary = read_vocabulary(options.vocabulary, tensors[parts.embedding].shape[0], unit)
+    if vocabulary.unit == "characters" and not any(map(str.isspace, vocabulary.entries)):
+        notes.append(
+            "All tokens have one character, so text is read by characters; `--from word-language-model` reads words."
+        )
     read = read_weights(tensors, parts.names(tensors), path)
     layers = [
         Layer(
@@ -161,7 +166,11 @@ def find_parts(tensors: Mapping[str, Any], options: Options, path: Path) -> Part
                 f"{path}: a layer that reads {following} numbers cannot follow one that writes {output}: these recurrent modules "
                 "do not read each other's outputs in this order."
             )
-    matrices = [name for name, tensor in tensors.items() if name.endswith("weight") and len(tensor.shape) == 2]
+    matrices = [
+        name
+        for name, tensor in tensors.items()
+        if name.endswith("weight") and len(tensor.shape) == 2 and 0 not in tensor.shape
+    ]
     embeddings = [name for name in matrices if tensors[name].shape[1] == widths[0] and bias_of(name) not in tensors]
     embedding = choose("embedding", options.embedding, embeddings, EMBEDDINGS, f"(V, {widths[0]})", path)
     size = tensors[embedding].shape[0]
@@ -190,7 +199,7 @@ def find_recurrent(tensors: Mapping[str, Any], options: Options, path: Path) -> 
     if not prefixes:
         raise ValueError(f"{path} holds no weights of an nn.LSTM, nn.GRU or nn.RNN, such as rnn.weight_ih_l0.")
     if options.recurrent is not None:
-        chosen = [f"{name.removesuffix('.')}." for name in options.recurrent]
+        chosen = [f"{name}." if name else "" for name in options.recurrent]
         if missing := [prefix.removesuffix(".") for prefix in chosen if prefix not in prefixes]:
             raise ValueError(
                 f"`--recurrent` ({', '.join(missing)}) is not a recurrent module of {path}, which has {shown}: name these."
@@ -279,7 +288,7 @@ def find_cell(parts: Parts, held: Tensors, options: Options, path: Path) -> tupl
             rows, hidden = held.tensors[f"{prefix}weight_hh_l{layer}"].shape
             kind = CELLS_BY_GATES[rows // hidden]
             if kind == "rnn" and prefix.removesuffix(".") in held.modules:
-                kind = str(held.modules[prefix.removesuffix(".")].fields.get("mode", kind)).lower()
+                kind = MODES.get(held.modules[prefix.removesuffix(".")].fields.get("mode", ""), kind)
             kinds.add(kind)
     found = kinds.pop()
     if kinds:

@@ -1,7 +1,7 @@
 """Vocabularies of other programs, as stock tokenizers with the ids that their models were trained with.
 
 No token is added, since each would change the softmax. Words are read as Python's `str.split()` cuts them, line ends as
-`<eos>` where the vocabulary has it; characters one by one. Text that the vocabulary lacks becomes its own unknown token, or
+`<eos>` if the vocabulary contains that; characters one by one. Text that the vocabulary lacks becomes its own unknown token, or
 is refused where it has none.
 """
 
@@ -161,6 +161,8 @@ def unit_of(entries: list[str], unit: Literal["words", "any"]) -> Literal["words
 
 def read_text(path: Path) -> str:
     """Read UTF-8, with line ends and a byte order mark as they are: to the old programs it was part of the first word."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file: name a text file.")
     try:
         return path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -183,7 +185,7 @@ def words_of_corpus(folder: Path, size: int) -> list[str]:
 def entries_of_json(path: Path) -> tuple[list[str], Tokenizer | None]:
     try:
         content = json.loads(read_text(path).removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): save it again.") from error
     tokenizer = None
     if isinstance(content, dict) and isinstance(content.get("model"), dict):

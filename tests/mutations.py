@@ -227,6 +227,27 @@ MUTATIONS = [
         "test_direction.py",
     ),
     Mutation(
+        "a pickle may name anything",
+        "convert/pickles.py",
+        "            self.refused[path] = None",
+        "            pass",
+        "test_convert_pickles.py",
+    ),
+    Mutation(
+        "an old LSTM's second bias is lost",
+        "convert/source.py",
+        "biases = [biases[0] + biases[1]]",
+        "biases = [biases[0]]",
+        "test_convert.py",
+    ),
+    Mutation(
+        "padding is made of a line end",
+        "convert/vocabulary.py",
+        'if self.unit != "words":',
+        "if True:",
+        "test_convert_vocabulary.py",
+    ),
+    Mutation(
         "half a character is shown",
         "decoding.py",
         "return self._characters(held + spelt)[0]",

@@ -3,6 +3,10 @@
 python scripts/convert.py --from word-language-model model.pt --vocabulary vocab.txt --output_dir runs/gulordava
 python scripts/convert.py --from awd-lstm-lm WT2.pt --vocabulary data/wikitext-2 --output_dir runs/awd
 python scripts/convert.py --from torch-lstm state_dict.pt --vocabulary characters.json --output_dir runs/mine
+python scripts/convert.py --from fastai model.pth --vocabulary itos.pkl --output_dir runs/fastai
+python scripts/convert.py --from flair best-lm.pt --output_dir runs/flair
+python scripts/convert.py --from torch-rnn checkpoint_10000.t7 --output_dir runs/torch-rnn
+python scripts/convert.py --from char-rnn lm_lstm_epoch50.00_1.3.t7 --output_dir runs/char-rnn
 python scripts/convert.py --to onnx --model runs/first --output_dir runs/first/onnx
 python scripts/convert.py --to torch --model runs/first --output_dir runs/first/torch
 """
@@ -37,7 +41,7 @@ class Arguments:
     vocabulary: str | None = field(
         default=None,
         metadata={
-            "help": "With --from: a file with one token a line, a JSON list or dictionary, a tokenizer.json, or the folder of the corpus."
+            "help": "With --from: a file with one token a line, a JSON list or dictionary, a tokenizer.json, or the folder of the corpus; for fastai its itos.pkl; flair and char-rnn need none."
         },
     )
     cell_type: Literal["lstm", "gru", "rnn_tanh", "rnn_relu"] | None = field(

@@ -11,6 +11,7 @@ from collections import OrderedDict, defaultdict
 from contextlib import suppress
 
 import foreign
+import foreign_fastai_flair
 import numpy
 import pytest
 import torch
@@ -63,11 +64,17 @@ def planted_file(format, content, path, is_zip, protocol):
         return save({"model": module.state_dict(), "other": content}, path, is_zip, protocol)
     if format == "awd-lstm-lm":
         return save([module, SplitCrossEntropyLoss(), content], path, is_zip, protocol)
+    if format == "fastai":
+        state = {"model": foreign_fastai_flair.AWDLanguageModel().state_dict(), "opt": content}
+        return foreign_fastai_flair.save(state, path, is_zip, protocol)
+    if format == "flair":
+        state = foreign_fastai_flair.FlairModel().content(optimizer_state_dict=content)
+        return foreign_fastai_flair.save(state, path, is_zip, protocol)
     module.extra = content
     return save(module, path, is_zip, protocol)
 
 
-PICKLED = ["torch-lstm", "word-language-model", "awd-lstm-lm"]
+PICKLED = ["torch-lstm", "word-language-model", "awd-lstm-lm", "fastai", "flair"]
 
 
 @LAYOUTS
@@ -84,7 +91,7 @@ def test_a_planted_pickle_is_refused_and_nothing_runs(tmp_path, format, planted,
 
 
 def test_all_formats_with_pickles_are_tested():
-    without_pickles: set[str] = set()
+    without_pickles = {"torch-rnn", "char-rnn"}
     assert set(PICKLED) == FORMATS.keys() - without_pickles
 
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from hf_lstm.convert import awd_lstm_lm, torch_lstm, word_language_model
+from hf_lstm.convert import awd_lstm_lm, char_rnn, fastai, flair, torch_lstm, torch_rnn, word_language_model
 from hf_lstm.convert.source import Source, build_model, source_logits
 from hf_lstm.convert.torch_lstm import Options
 from hf_lstm.convert.vocabulary import make_tokenizer, read_text
@@ -25,6 +25,10 @@ FORMATS: dict[str, Callable[[Path, Options], Source]] = {
     "torch-lstm": torch_lstm.read,
     "word-language-model": word_language_model.read,
     "awd-lstm-lm": awd_lstm_lm.read,
+    "fastai": fastai.read,
+    "flair": flair.read,
+    "torch-rnn": torch_rnn.read,
+    "char-rnn": char_rnn.read,
 }
 TEMPLATE = Path(__file__).parent.parent / "templates" / "converted_card.md"
 CHECKED_TOKENS = 200
@@ -88,10 +92,11 @@ def convert_checkpoint(
         raise NotADirectoryError(
             f"`--output_dir` ({output_dir}) lies in a file, {existing_parent(output)}: name a folder."
         )
+    refuse_elmo(path)
     source = FORMATS[format](path, options or Options())
     tokenizer = make_tokenizer(source.vocabulary)
     ids = ids_to_check(source, tokenizer, text)
-    notes, title, unit = source.notes, source.title, source.vocabulary.unit
+    notes, title, preface, unit = source.notes, source.title, source.preface, source.vocabulary.unit
     model = build_model(source)
     expected, loss = both_losses(source, model, ids)
     if not abs(loss - expected) <= LARGEST_DIFFERENCE * max(1, abs(expected)):
@@ -112,7 +117,7 @@ def convert_checkpoint(
                 f"{path}: the saved model differs from the converted one: this is a fault; nothing was written."
             )
         result = Conversion(model, len(ids) - 1, expected, loss, notes)
-        card = render_card(result, path, title, unit, output.name, tokenizer)
+        card = render_card(result, path, title, preface, unit, output.name, tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
         output.mkdir(parents=True, exist_ok=True)
         for file in sorted(
@@ -157,6 +162,20 @@ def existing_parent(path: Path) -> Path:
     return next(parent for parent in path.parents if parent.exists())
 
 
+def refuse_elmo(path: Path) -> None:
+    """Raise `ValueError` for the weights (HDF5) or the options (JSON) of an ELMo."""
+    with path.open("rb") as file:
+        begin = file.read(1000)
+        is_weights = begin.startswith(b"\x89HDF") and any(
+            b"MultiRNNCell" in piece for piece in iter(lambda: file.read(1 << 24), b"")
+        )
+    if is_weights or (begin.lstrip().startswith(b"{") and b'"char_cnn"' in begin):
+        raise ValueError(
+            f"{path} is an ELMo, which reads in both directions and embeds words by a network of their characters: it is not a "
+            "language model that writes, and is refused."
+        )
+
+
 def ids_to_check(source: Source, tokenizer: PreTrainedTokenizerBase, text: str | Path | None) -> list[int]:
     """Return at most `CHECKED_TOKENS` ids, of a text or the first of the vocabulary."""
     if text is None:
@@ -164,14 +183,14 @@ def ids_to_check(source: Source, tokenizer: PreTrainedTokenizerBase, text: str |
     content = read_text(Path(text))
     if len(content) > LONGEST_TEXT:
         content = content[:LONGEST_TEXT].rsplit(maxsplit=1)[0]
-    ids = encode([content], tokenizer)[0][:CHECKED_TOKENS].tolist()
+    ids = encode([content], tokenizer, direction=source.direction)[0][:CHECKED_TOKENS].tolist()
     if len(ids) < 2:
         raise ValueError(f"`--text` ({text}) makes {len(ids)} tokens: give a text of at least 2.")
     return ids
 
 
 def render_card(
-    result: Conversion, path: Path, title: str, unit: str, name: str, tokenizer: PreTrainedTokenizerBase
+    result: Conversion, path: Path, title: str, preface: str, unit: str, name: str, tokenizer: PreTrainedTokenizerBase
 ) -> str:
     """Render the model card: where the weights came from, what was left out, and the two losses."""
     config = result.model.config
@@ -184,6 +203,7 @@ def render_card(
     values = {
         "name": name,
         "title": title,
+        "preface": preface,
         "unit": unit,
         "cell": cell.title[0].upper() + cell.title[1:],
         "parameters": result.model.num_parameters(),

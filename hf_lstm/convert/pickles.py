@@ -44,9 +44,9 @@ STORAGES = {
     "UntypedStorage": torch.uint8,
 }
 
-# Modules whose classes become stand-ins: torch's own, containers of other numbers, the program that was run, and the files
-# of word_language_model, of its forks and of awd-lstm-lm. A stand-in runs nothing, whatever it is called; the list is short
-# so that a file of another kind is noticed.
+# Modules whose classes become stand-ins: torch's own, containers of other numbers, the program that was run, the files of
+# word_language_model, of its forks and of awd-lstm-lm, fastai's list and flair's dictionary. A stand-in runs nothing, whatever
+# it is called; the list is short so that a file of another kind is noticed.
 STAND_INS = (
     "torch.nn",
     "torch.optim",
@@ -72,7 +72,10 @@ STAND_INS = (
     "locked_dropout",
     "embed_regularize",
     "splitcross",
+    "fastcore.foundation.L",
+    "flair.data.Dictionary",
 )
+REMEDY = "save `model.state_dict()` with torch.save, and convert that with `--from torch-lstm`"
 FORMER_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's, and those of protocol 2
 
 
@@ -289,6 +292,22 @@ def _damage(path: Path) -> Iterator[None]:
         raise Damaged(f"{path} is incomplete or damaged ({error}): copy or download it again.") from error
 
 
+def read_plain_pickle(path: Path) -> Any:
+    """
+    Read a pickle that is not a file of torch.save, such as a list of tokens. It returns and raises what [`read_pickle`] does,
+    and raises [`Damaged`] for tensors.
+    """
+    file = io.BytesIO(path.read_bytes())
+
+    def find_storage(dtype: torch.dtype, key: str, count: int) -> Storage:
+        raise Damaged(f"{path} holds tensors: it is not a plain pickle.")
+
+    loaded = _load(file, path, find_storage, "save its contents as JSON")
+    if file.read(1):
+        raise Damaged(f"{path} goes on behind its pickle: give a file of one pickle alone.")
+    return loaded
+
+
 def _read_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
@@ -396,22 +415,22 @@ def _known_storage(
     return known
 
 
-def _load(file, path: Path, find_storage: Callable[[torch.dtype, str, int], Storage]) -> Any:
-    """Load one pickle of a file, which is left behind its end."""
+def _load(file, path: Path, find_storage: Callable[[torch.dtype, str, int], Storage], remedy: str = REMEDY) -> Any:
+    """Load one pickle of a file, which is left behind its end. A refusal ends with `remedy`."""
     _check_program(file, path)
     reader = _Reader(file, find_storage)
     try:
         loaded = reader.load()
     except Exception as error:  # a pickle that contradicts itself raises an error of any kind
         if reader.refused:
-            raise _refusal(path, reader.refused) from error
+            raise _refusal(path, reader.refused, remedy) from error
         if isinstance(error, Damaged):
             raise
         raise Damaged(
             f"{path} holds a damaged pickle ({type(error).__name__}: {error}): copy or download it again."
         ) from error
     if reader.refused:
-        raise _refusal(path, reader.refused)
+        raise _refusal(path, reader.refused, remedy)
     return loaded
 
 
@@ -465,7 +484,7 @@ def _take(stack: list[int | None], opcode: pickletools.OpcodeInfo) -> list[int]:
     return [depth or 0 for depth in taken]
 
 
-def _refusal(path: Path, names: dict[str, None]) -> ValueError:
+def _refusal(path: Path, names: dict[str, None], remedy: str) -> ValueError:
     if all(re.fullmatch(r"torch\.(\w+\.)?(\w+Storage|[a-z]+\d\w*)", name) for name in names):
         reason = "a type of numbers that is not read: save float32 instead"
     elif any(name.startswith("torchqrnn.") for name in names):
@@ -473,7 +492,7 @@ def _refusal(path: Path, names: dict[str, None]) -> ValueError:
     else:
         reason = (
             "which could run any program; none of it was run. If you trust the file, load it with the program that wrote "
-            "it, save `model.state_dict()` with torch.save, and convert that with `--from torch-lstm`"
+            f"it, {remedy}"
         )
     shown = (f"`{name}`" if name.isprintable() else repr(name) for name in names)
     return ValueError(f"{path} is refused: its pickle names {', '.join(shown)}, {reason}.")

@@ -4,7 +4,8 @@ Shapes: V vocabulary, D width of the embeddings, H width of a cell, G its gates,
 """
 
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
 import numpy
 import torch
@@ -32,6 +33,19 @@ class Layer(NamedTuple):
     hidden_bias: torch.Tensor | None = None
 
 
+class Projection(NamedTuple):
+    """
+    A linear layer between the last recurrent layer and the output layer.
+
+    Args:
+        W (`(P, H)`): Its weights.
+        bias (`(P,)`): Its bias.
+    """
+
+    W: torch.Tensor
+    bias: torch.Tensor
+
+
 @dataclass
 class Source:
     """
@@ -42,12 +56,15 @@ class Source:
         cell_type (`str`): The cell, as in [`LSTMConfig`].
         embedding (`(V, D)`): The embeddings.
         layers (`list[Layer]`): The recurrent layers, the first one first.
-        decoder (`(V, H)`): The output layer.
+        decoder (`(V, H)`, or `(V, P)` behind a projection): The output layer.
         decoder_bias (`(V,)`, *optional*): Its bias.
         vocabulary (`Vocabulary`): The tokens in the order of their ids.
         gates (`str`): The order of the gates; that of [`LSTMConfig`]'s cells by default.
         regularization (`dict[str, float]`): Fields of [`LSTMConfig`] that the file tells.
         notes (`list[str]`): Sentences for the screen and the model card: parts of the file that were left out, for example.
+        projection (`Projection`, *optional*): A layer before the output layer.
+        direction (`str`): `"backward"` for a model that reads each text from its end.
+        preface (`str`): What to know before using the model, for the first lines of the model card.
     """
 
     title: str
@@ -60,10 +77,37 @@ class Source:
     gates: str = ""
     regularization: dict[str, float] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    projection: Projection | None = None
+    direction: Literal["forward", "backward"] = "forward"
+    preface: str = ""
 
     def __post_init__(self):
         self.gates = self.gates or GATES[self.cell_type]
         self.vocabulary.check_size(len(self.embedding))
+
+    def check_shapes(self, path: Path) -> None:
+        """Raise `ValueError` if tensors of the file `path` do not fit each other."""
+        size, width = self.embedding.shape
+        fits = True
+        for layer in self.layers:
+            rows, hidden = layer.U.shape
+            biases = [bias for bias in (layer.input_bias, layer.hidden_bias) if bias is not None]
+            fits &= rows == len(self.gates) * hidden and layer.W.shape == (rows, width)
+            fits &= all(bias.shape == (rows,) for bias in biases)
+            width = hidden
+        if self.projection is not None:
+            rows = len(self.projection.W)
+            fits &= self.projection.W.shape == (rows, width) and self.projection.bias.shape == (rows,)
+            width = rows
+        fits &= self.decoder.shape == (size, width)
+        fits &= self.decoder_bias is None or self.decoder_bias.shape == (size,)
+        if not (fits and self.layers):
+            shapes = [self.embedding, *(part for layer in self.layers for part in layer[:2]), self.decoder]
+            raise ValueError(
+                f"{path}: the embedding, the W and U of each layer and the output layer, of shapes "
+                f"{', '.join(' x '.join(map(str, part.shape)) for part in shapes)}, do not fit each other: the file is damaged or of "
+                "another program."
+            )
 
 
 def build_model(source: Source) -> LSTMForCausalLM:
@@ -88,8 +132,10 @@ def build_model(source: Source) -> LSTMForCausalLM:
         "num_hidden_layers": len(source.layers),
         "cell_type": source.cell_type,
         "tie_word_embeddings": tied,
-        "last_cell_size": None if tied or last == hidden_size else last,
+        "last_cell_size": None if (tied and source.projection is None) or last == hidden_size else last,
+        "output_projection_size": None if source.projection is None else len(source.projection.W),
         "output_bias": source.decoder_bias is not None,
+        "direction": source.direction,
     }
     special = source.vocabulary.special_tokens()
     for role in ("pad_token", "bos_token", "eos_token"):  # never LSTMConfig's own ids
@@ -113,6 +159,8 @@ def build_model(source: Source) -> LSTMForCausalLM:
     weights["lm_head.weight"] = source.embedding if tied else source.decoder
     if source.decoder_bias is not None:
         weights["lm_head.bias"] = source.decoder_bias
+    if source.projection is not None:
+        weights |= {"model.out_proj.weight": source.projection.W, "model.out_proj.bias": source.projection.bias}
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
     return model.eval()
@@ -141,6 +189,8 @@ def source_logits(source: Source, token: int, states: list[tuple[numpy.ndarray, 
     x = source.embedding[token].numpy()
     for layer, (h, c) in zip(source.layers, states, strict=True):
         x = step(source, layer, x, h, c)
+    if source.projection is not None:
+        x = source.projection.W.numpy() @ x + source.projection.bias.numpy()
     logits = source.decoder.numpy() @ x
     return logits if source.decoder_bias is None else logits + source.decoder_bias.numpy()
 

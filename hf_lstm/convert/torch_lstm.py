@@ -49,6 +49,14 @@ class Options:
     recurrent: list[str] | None = None
     decoder: str | None = None
 
+    def refuse_names(self) -> None:
+        """Raise `ValueError` if the user names a cell or parts, for a format that names them itself."""
+        for name in ("cell_type", "embedding", "recurrent", "decoder"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"`--{name}` ({getattr(self, name)}) has no meaning for this format, whose file tells it: leave it out."
+                )
+
 
 def read(path: Path, options: Options) -> Source:
     """
@@ -85,7 +93,7 @@ def make_source(
     tensors = held.tensors
     if raw := [name for name in tensors if name.endswith("_raw")]:
         raise ValueError(
-            f"{path} holds {raw[0]}, a weight of awd-lstm-lm beside its copy with dropped entries: use `--from awd-lstm-lm`."
+            f"{path} holds {raw[0]}, a weight beside its copy with dropped entries: use `--from awd-lstm-lm` or `--from fastai`."
         )
     parts = find_parts(tensors, options, path)
     cell_type, cell_notes = find_cell(parts, held, options, path)

@@ -37,15 +37,21 @@ class Vocabulary:
 
     Args:
         entries (`list[str]`): The tokens.
-        unit (`str`): `"words"`, `"characters"`, or `"pieces"` of a tokenizer that is given whole.
+        unit (`str`):
+            `"words"`, `"characters"`; `"bytes"` of UTF-8, each entry the letter that stands for one in byte-level tokenizers;
+            `"tokens"` with spaces between them; or `"pieces"` of a tokenizer that is given whole.
         origin (`str`): The file, for messages.
         tokenizer (`tokenizers.Tokenizer`, *optional*): That tokenizer.
+        roles (`dict[str, str]`, *optional*):
+            The tokens with a task by their names in transformers, where the program fixes them; by default they are found by
+            their usual spellings. Where the program fixes them, it reads them in a text as any other part of it.
     """
 
     entries: list[str]
-    unit: Literal["words", "characters", "pieces"]
+    unit: Literal["words", "characters", "bytes", "tokens", "pieces"]
     origin: str
     tokenizer: Tokenizer | None = None
+    roles: dict[str, str] | None = None
 
     def __post_init__(self):
         known: dict[str, int] = {}
@@ -70,6 +76,8 @@ class Vocabulary:
         Return the tokens with a task by their names in transformers. Padding is the vocabulary's own, or else its end of
         text, unless that stands for line ends: a token that text holds is never padding.
         """
+        if self.roles is not None:
+            return dict(self.roles)
         entries = set(self.entries)
         found = {
             role: next((name for name in spellings if name in entries), None) for role, spellings in SPELLINGS.items()
@@ -86,9 +94,14 @@ def make_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     if tokenizer is None:
         ids = {entry: index for index, entry in enumerate(vocabulary.entries)}
         tokenizer = Tokenizer(models.WordLevel(ids, unk_token=special.get("unk_token", NO_UNKNOWN)))
-        if vocabulary.unit == "characters":
+        if vocabulary.unit in ("characters", "bytes"):
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
             tokenizer.decoder = decoders.Fuse()
+            if vocabulary.unit == "bytes":
+                tokenizer.normalizer = normalizers.ByteLevel()
+                tokenizer.decoder = decoders.ByteLevel()
+        elif vocabulary.unit == "tokens":
+            tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "removed")
         else:
             tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(f"[{PYTHON_SPACE}]+"), "removed")
             if "eos_token" in special:
@@ -97,6 +110,7 @@ def make_tokenizer(vocabulary: Vocabulary) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         **special,
+        split_special_tokens=vocabulary.roles is not None,
         padding_side="left",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],

@@ -84,7 +84,7 @@ def test_a_planted_pickle_is_refused_and_nothing_runs(tmp_path, format, planted,
 
 
 def test_all_formats_with_pickles_are_tested():
-    without_pickles: set[str] = set()
+    without_pickles = {"keras"}  # but for its Tokenizer's: test_convert_keras.py
     assert set(PICKLED) == FORMATS.keys() - without_pickles
 
 

@@ -45,8 +45,8 @@ STORAGES = {
 }
 
 # Modules whose classes become stand-ins: torch's own, containers of other numbers, the program that was run, and the files
-# of word_language_model, of its forks and of awd-lstm-lm. A stand-in runs nothing, whatever it is called; the list is short
-# so that a file of another kind is noticed.
+# of word_language_model, of its forks and of awd-lstm-lm, and Keras' Tokenizer. A stand-in runs nothing, whatever it is
+# called; the list is short so that a file of another kind is noticed.
 STAND_INS = (
     "torch.nn",
     "torch.optim",
@@ -72,6 +72,10 @@ STAND_INS = (
     "locked_dropout",
     "embed_regularize",
     "splitcross",
+    "builtins.long",
+    "keras_preprocessing.text.Tokenizer",
+    *(f"{keras}.preprocessing.text.Tokenizer" for keras in ("keras", "keras.src", "keras.src.legacy")),
+    *(f"{keras}.preprocessing.text.Tokenizer" for keras in ("tf_keras", "tf_keras.src", "tensorflow.python.keras")),
 )
 FORMER_MODULES = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's, and those of protocol 2
 
@@ -289,6 +293,16 @@ def _damage(path: Path) -> Iterator[None]:
         raise Damaged(f"{path} is incomplete or damaged ({error}): copy or download it again.") from error
 
 
+def read_plain_pickle(path: str | Path) -> Any:
+    """Read a file that `pickle.dump` wrote, which holds no tensors; see [`read_pickle`] for what it returns and raises."""
+    path = Path(path)
+
+    def find_storage(dtype: torch.dtype, key: str, count: int) -> Storage:
+        raise Damaged(f"{path} refers to a tensor outside of it, as only files of torch.save do.")
+
+    return _load(io.BytesIO(path.read_bytes()), path, find_storage)
+
+
 def _read_zip(path: Path) -> Any:
     with zipfile.ZipFile(path) as archive:
         records = {record.filename: record for record in archive.infolist()}
@@ -473,7 +487,7 @@ def _refusal(path: Path, names: dict[str, None]) -> ValueError:
     else:
         reason = (
             "which could run any program; none of it was run. If you trust the file, load it with the program that wrote "
-            "it, save `model.state_dict()` with torch.save, and convert that with `--from torch-lstm`"
+            "it, and save plain data: `model.state_dict()` with torch.save, for `--from torch-lstm`, or a vocabulary as JSON"
         )
     shown = (f"`{name}`" if name.isprintable() else repr(name) for name in names)
     return ValueError(f"{path} is refused: its pickle names {', '.join(shown)}, {reason}.")

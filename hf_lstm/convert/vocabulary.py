@@ -40,12 +40,15 @@ class Vocabulary:
         unit (`str`): `"words"`, `"characters"`, or `"pieces"` of a tokenizer that is given whole.
         origin (`str`): The file, for messages.
         tokenizer (`tokenizers.Tokenizer`, *optional*): That tokenizer.
+        special (`dict[str, str]`, *optional*):
+            The tokens with a task by their names in transformers; by default those with usual spellings.
     """
 
     entries: list[str]
     unit: Literal["words", "characters", "pieces"]
     origin: str
     tokenizer: Tokenizer | None = None
+    special: dict[str, str] | None = None
 
     def __post_init__(self):
         known: dict[str, int] = {}
@@ -70,6 +73,8 @@ class Vocabulary:
         Return the tokens with a task by their names in transformers. Padding is the vocabulary's own, or else its end of
         text, unless that stands for line ends: a token that text holds is never padding.
         """
+        if self.special is not None:
+            return self.special
         entries = set(self.entries)
         found = {
             role: next((name for name in spellings if name in entries), None) for role, spellings in SPELLINGS.items()

@@ -35,8 +35,11 @@ def drops_text(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def dropped_characters(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase) -> set[str]:
-    """The characters of texts that the tokenizer leaves out, whole or some of their bytes."""
-    if not drops_text(tokenizer):
+    """
+    The characters of texts that the tokenizer leaves out, whole or some of their bytes; none where it spells no characters
+    but knows whole words (Keras'), which it leaves out as such.
+    """
+    if not drops_text(tokenizer) or all(len(token) > 1 for token in tokenizer.get_vocab()):
         return set()
     backend = tokenizer.backend_tokenizer
     model, normalizer, cut = backend.model, backend.normalizer, backend.pre_tokenizer

@@ -7,6 +7,7 @@ python scripts/convert.py --from fastai model.pth --vocabulary itos.pkl --output
 python scripts/convert.py --from flair best-lm.pt --output_dir runs/flair
 python scripts/convert.py --from torch-rnn checkpoint_10000.t7 --output_dir runs/torch-rnn
 python scripts/convert.py --from char-rnn lm_lstm_epoch50.00_1.3.t7 --output_dir runs/char-rnn
+python scripts/convert.py --from keras model.keras --vocabulary tokenizer.json --output_dir runs/keras
 python scripts/convert.py --to onnx --model runs/first --output_dir runs/first/onnx
 python scripts/convert.py --to torch --model runs/first --output_dir runs/first/torch
 """
@@ -59,6 +60,9 @@ class Arguments:
     decoder: str | None = field(
         default=None, metadata={"help": "With --from: the name of the output layer, such as decoder."}
     )
+    config: str | None = field(
+        default=None, metadata={"help": "With --from keras: the JSON of the model, for a .weights.h5 file."}
+    )
     text: str | None = field(
         default=None, metadata={"help": "With --from: a text file for the check, by default the vocabulary."}
     )
@@ -90,7 +94,7 @@ def check_arguments(arguments: Arguments, source: str | None) -> None:
         raise ValueError(
             "give either `--from FORMAT SOURCE`, to convert a checkpoint, or `--to FORMAT --model MODEL`, to export one."
         )
-    of_from = ("vocabulary", "cell_type", "embedding", "recurrent", "decoder", "text")
+    of_from = ("vocabulary", "cell_type", "embedding", "recurrent", "decoder", "config", "text")
     foreign = ("model", "trust_remote_code") if arguments.to is None else of_from
     given = [f"--{name}" for name in foreign if getattr(arguments, name)]
     if arguments.to is not None and source is not None:
@@ -100,6 +104,8 @@ def check_arguments(arguments: Arguments, source: str | None) -> None:
         raise ValueError(f"`{' '.join(given)}` has no meaning with `{direction}`: leave it out.")
     if arguments.to is None and arguments.from_ not in FORMATS:
         raise ValueError(f"`--from` ({arguments.from_}) must be one of {', '.join(FORMATS)}.")
+    if arguments.config is not None and arguments.from_ != "keras":
+        raise ValueError(f"`--config` has no meaning with `--from {arguments.from_}`: leave it out.")
     if arguments.to is None and source is None:
         raise ValueError(f"`--from {arguments.from_}` needs the file to convert after it.")
     if arguments.to is not None and arguments.model is None:
@@ -113,6 +119,7 @@ def import_checkpoint(arguments: Arguments, source: str) -> None:
         embedding=arguments.embedding,
         recurrent=arguments.recurrent,
         decoder=arguments.decoder,
+        config=arguments.config,
     )
     result = convert_checkpoint(arguments.from_, source, arguments.output_dir, options, arguments.text)
     for note in result.notes:

@@ -347,6 +347,14 @@ def awd_lstm_lm_checkpoint(folder):
     return path, Options(vocabulary=foreign.word_file(folder))
 
 
+def keras_checkpoint(folder):
+    files = pytest.importorskip("keras_files", reason="needs the extra `convert`", exc_type=ImportError)
+    (folder / "characters.json").write_text(json.dumps(foreign.CHARACTERS))
+    layers = [files.embedding(foreign.V), files.cell("LSTM"), files.dense(units=foreign.V)]
+    path = files.write(folder / "model.keras", files.sequential(layers), layers)
+    return path, Options(vocabulary=str(folder / "characters.json"))
+
+
 CHECKPOINTS = {
     "torch-lstm": torch_lstm_checkpoint,
     "word-language-model": word_language_model_checkpoint,
@@ -355,6 +363,7 @@ CHECKPOINTS = {
     "flair": flair_checkpoint,
     "torch-rnn": torch_rnn_checkpoint,
     "char-rnn": char_rnn_checkpoint,
+    "keras": keras_checkpoint,
 }
 
 

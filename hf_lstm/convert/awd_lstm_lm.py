@@ -8,10 +8,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_lstm.convert.pickles import StandIn, read_pickle
+from hf_lstm.convert.pickles import StandIn
 from hf_lstm.convert.source import Source
 from hf_lstm.convert.torch_files import children_of, tensors_of
 from hf_lstm.convert.torch_lstm import Options, make_source
+from hf_lstm.convert.torch_save import read_pickle
 
 QRNN = re.compile(r"(module\.)?rnns\.\d+\..*\blinear\.weight(_raw)?")
 RAW = re.compile(r"(rnns\.\d+\.)weight_hh_l0_raw")

@@ -9,10 +9,11 @@ import re
 from pathlib import Path
 from typing import Any
 
-from hf_lstm.convert.pickles import StandIn, read_pickle, read_plain_pickle
+from hf_lstm.convert.pickles import StandIn, read_plain_pickle
 from hf_lstm.convert.source import Layer, Source
 from hf_lstm.convert.torch_files import plain_names, read_weights
 from hf_lstm.convert.torch_lstm import Options
+from hf_lstm.convert.torch_save import read_pickle
 from hf_lstm.convert.vocabulary import Vocabulary, entries_of_json
 
 EMBEDDING = "0.encoder.weight"

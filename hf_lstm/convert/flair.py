@@ -8,10 +8,11 @@ output layer.
 from pathlib import Path
 from typing import Any
 
-from hf_lstm.convert.pickles import StandIn, read_pickle
+from hf_lstm.convert.pickles import StandIn
 from hf_lstm.convert.source import Layer, Projection, Source
 from hf_lstm.convert.torch_files import plain_names, read_weights
 from hf_lstm.convert.torch_lstm import CELLS_BY_GATES, Options, check_layers, is_recurrent_weight
+from hf_lstm.convert.torch_save import read_pickle
 from hf_lstm.convert.vocabulary import Vocabulary
 
 PARTS = ("encoder.weight", "decoder.weight", "decoder.bias", "proj.weight", "proj.bias")

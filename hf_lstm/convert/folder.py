@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import DynamicCache, PreTrainedTokenizerBase
 
-from hf_lstm.convert import awd_lstm_lm, char_rnn, fastai, flair, torch_lstm, torch_rnn, word_language_model
+from hf_lstm.convert import awd_lstm_lm, char_rnn, fastai, flair, keras, torch_lstm, torch_rnn, word_language_model
 from hf_lstm.convert.source import Source, build_model, source_logits
 from hf_lstm.convert.torch_lstm import Options
 from hf_lstm.convert.vocabulary import make_tokenizer, read_text
@@ -29,6 +29,7 @@ FORMATS: dict[str, Callable[[Path, Options], Source]] = {
     "flair": flair.read,
     "torch-rnn": torch_rnn.read,
     "char-rnn": char_rnn.read,
+    "keras": keras.read,
 }
 TEMPLATE = Path(__file__).parent.parent / "templates" / "converted_card.md"
 CHECKED_TOKENS = 200
@@ -86,6 +87,7 @@ def convert_checkpoint(
     path, output = Path(path), Path(output_dir).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"`--output_dir` ({output}) is not empty: name a new folder.")
+    keras.refuse_folder(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file: name the checkpoint.")
     if not existing_parent(output).is_dir():

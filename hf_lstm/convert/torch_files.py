@@ -10,7 +10,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from hf_lstm.convert.pickles import StandIn, StoredTensor, read_pickle
+from hf_lstm.convert.pickles import StandIn, StoredTensor
+from hf_lstm.convert.torch_save import read_pickle
 
 RECURRENT = re.compile(r"(?:(.*)\.)?(weight|bias)_(ih|hh|hr)_l(\d+)(_reverse)?")
 ONE_STEP = re.compile(r"(?:.*\.)?(?:weight|bias)_(?:ih|hh)")  # nn.LSTMCell and its like: one layer, without a number

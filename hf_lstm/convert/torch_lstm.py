@@ -41,6 +41,7 @@ class Options:
         cell_type (`str`, *optional*): The cell, which a state_dict of `nn.RNN` does not tell.
         embedding, decoder (`str`, *optional*): Names of these modules in a state_dict.
         recurrent (`list[str]`, *optional*): Names of the recurrent modules, the first one first.
+        config (`str`, *optional*): The file that describes the model, where the file of its weights does not.
     """
 
     vocabulary: str | None = None
@@ -48,6 +49,7 @@ class Options:
     embedding: str | None = None
     recurrent: list[str] | None = None
     decoder: str | None = None
+    config: str | None = None
 
     def refuse_names(self) -> None:
         """Raise `ValueError` if the user names a cell or parts, for a format that names them itself."""

@@ -125,7 +125,7 @@ class Session:
         an interruption, which the next one returns first. A `feed` drops both.
         """
         text = self._state.untold + StreamDecoder(self.tokenizer, self._state.context).waiting
-        return in_direction(text, self.direction)
+        return in_direction(text, self.direction, self.tokenizer)
 
     def feed(self, text: str) -> None:
         """
@@ -204,7 +204,7 @@ class Session:
         state = self._state
         try:
             self._state = state._replace(untold="")
-            return in_direction(state.untold, self.direction)
+            return in_direction(state.untold, self.direction, self.tokenizer)
         except BaseException:
             self._state = state
             raise

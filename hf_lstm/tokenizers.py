@@ -13,6 +13,7 @@ Texts may have any length: `model_max_length` is transformers' very large defaul
 
 import copy
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
@@ -273,11 +274,17 @@ def encode(texts, tokenizer, offsets=False, direction="forward"):
     return joined, places
 
 
-def in_direction(text: str | None, direction: str) -> str:
+def in_direction(text: str | None, direction: str, tokenizer: PreTrainedTokenizerBase | None = None) -> str:
     """
     Return a text as a model of this `config.direction` reads it, or a text that it wrote as people read it: reversed by
     Unicode code point for `"backward"`, as flair does. Marks that combine with the letter before them then come first, and
     special tokens written in a text, such as WikiText's `<unk>`, are no longer recognised.
+
+    Args:
+        text (`str`, *optional*): The text; `None` counts as an empty one.
+        direction (`str`): `"forward"` or `"backward"`.
+        tokenizer (`PreTrainedTokenizerBase`, *optional*):
+            Given for a text that was decoded: the names of its special tokens are kept whole.
 
     Raises:
         ValueError: if `direction` is neither `"forward"` nor `"backward"`.
@@ -287,7 +294,13 @@ def in_direction(text: str | None, direction: str) -> str:
             f"`direction` ({direction!r}) must be `forward` or `backward`: give the model's `config.direction`."
         )
     text = text or ""
-    return text[::-1] if direction == "backward" else text
+    if direction == "forward":
+        return text
+    names = [] if tokenizer is None else tokenizer.all_special_tokens
+    if not names:
+        return text[::-1]
+    parts = re.split(f"({'|'.join(map(re.escape, names))})", text)
+    return "".join(part if part in names else part[::-1] for part in reversed(parts))
 
 
 def direction_of(model: PreTrainedModel) -> str:

@@ -113,7 +113,7 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
         written = model.generate(**options)
     if "streamer" not in options:
         text = tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer))
-        print(in_direction(text, direction))
+        print(in_direction(text, direction, tokenizer))
 
 
 def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) -> None:

@@ -330,12 +330,24 @@ def test_a_tokenizer_of_another_size_is_refused(tmp_path, size, settings, fits):
             read_keras_vocabulary(str(path), size, False)
 
 
+def test_a_word_with_the_id_0_is_padding_too(tmp_path):
+    """As some tutorials add one by hand."""
+    fields = files.fit(["a"]) | {"word_index": {"<pad>": 0, "a": 1, "<unk>": 2}, "oov_token": "<unk>", "filters": ""}
+    (tmp_path / "tokenizer.json").write_text(files.tokenizer_json(fields))
+
+    masked, plain = (read_keras_vocabulary(str(tmp_path / "tokenizer.json"), 3, mask)[0] for mask in (True, False))
+
+    assert (masked.entries, masked.roles["pad_token"]) == (["<pad>", "a", "<unk>"], "<pad>")
+    assert "pad_token" not in plain.roles
+    assert encode(["a <pad> b"], make_tokenizer(plain))[0].tolist() == [1, 0, 2]
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
         ("word_index", None),
         ("word_index", {}),
-        ("word_index", {"a": 0}),
+        ("word_index", {"a": -1}),
         ("word_index", {"a": 1, "b": 1}),
         ("word_index", "{"),
         ("num_words", "5"),
@@ -449,6 +461,15 @@ def without_layers(config):
     config["config"]["layers"] = []
 
 
+def training(config):
+    """A dropout that is drawn at each call, after training too."""
+    config["config"]["layers"][2]["inbound_nodes"][0]["kwargs"]["training"] = True
+
+
+def own_class_of_a_like_name(config):
+    config["config"]["layers"][3]["module"] = "keras_things"
+
+
 def without_nodes(config):
     del config["config"]["layers"][3]["inbound_nodes"]
 
@@ -459,8 +480,10 @@ def without_nodes(config):
         (several_outputs, "has 2 outputs"),
         (read_twice, "used more than once"),
         (read_the_state, "or its state is"),
-        (initial_state, "reads 2 tensors"),
+        (initial_state, r"reads my embedding 1, an argument \(initial_state\)"),
+        (training, r"an argument \(training\)"),
         (own_class, "is a class of its own"),
+        (own_class_of_a_like_name, "is a class of its own"),
         (subclassed, "is a MyModel"),
         (without_layers, "without layers"),
         (without_nodes, "not that of a Keras model"),

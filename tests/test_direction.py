@@ -87,6 +87,13 @@ def test_a_text_is_reversed_whole_and_its_places_are_those_of_the_text(tokenizer
         assert [SONG[begin:end] for begin, end in places[0]] == [*SONG[::-1]]
 
 
+def test_the_names_of_special_tokens_are_kept_whole_in_written_text():
+    tokenizer = word_tokenizer(["dna tac"])
+
+    assert in_direction("tac <unk> dna<pad>", "backward", tokenizer) == "<pad>and <unk> cat"
+    assert in_direction("tac <unk>", "forward", tokenizer) == "tac <unk>"
+
+
 @EACH_TOKENIZER
 @pytest.mark.parametrize("texts", [TEXTS, [SONG]], ids=["documents", "one text"])
 def test_a_stream_is_that_of_the_reversed_documents(tokenizer, texts):

@@ -87,11 +87,21 @@ def read(path: Path, options: Options) -> Source:
         decoder=read[DECODER],
         decoder_bias=read.get(DECODER_BIAS),
         vocabulary=vocabulary,
-        notes=list(NOTES),
+        notes=[*NOTES, *notes_on(vocabulary)],
         preface=PREFACE.format(begin=(vocabulary.roles or {}).get("bos_token", "xxbos")),
     )
     source.check_shapes(path)
     return source
+
+
+def notes_on(vocabulary: Vocabulary) -> list[str]:
+    """Return a sentence on the tokens that text with spaces between tokens cannot hold."""
+    lost = [entry for entry in vocabulary.entries if " " in entry and not entry.startswith(FILLER)]
+    if not lost:
+        return []
+    return [
+        f"{len(lost):,} tokens contain a space, such as {lost[0]!r}, and are never found in text with spaces between tokens."
+    ]
 
 
 def find_state(root: Any, path: Path) -> dict[str, Any]:

@@ -218,6 +218,7 @@ def render_card(
         "dropouts": {name: getattr(config, name) for name in DROPOUTS if getattr(config, name)},
         "unknown": tokenizer.unk_token,
         "line_end": tokenizer.eos_token if unit == "words" else None,
+        "backward": config.direction == "backward",
         "is_padded": tokenizer.pad_token is not None,
     }
     return str(ModelCard.from_template(metadata, template_path=str(TEMPLATE), **values))

@@ -117,9 +117,8 @@ def check_classes(layers: list[dict[str, Any]], path: Path) -> None:
         kind, name = layer["class_name"], name_of(layer)
         inner = layer["config"]["layer"]["class_name"] if kind == "TimeDistributed" else "Dense"
         registered = layer.get("registered_name")
-        is_own = registered not in (None, kind) or not str(layer.get("module") or "keras").startswith(
-            ("keras", "tf_keras")
-        )
+        package = str(layer.get("module") or "keras").split(".")[0]
+        is_own = registered not in (None, kind) or package not in ("keras", "tf_keras")
         if kind not in FILED_AS or inner != "Dense" or is_own:
             shown = kind if inner == "Dense" else f"{kind}({inner})"
             reason = REASONS.get(kind, "computes what no layer of this package does")
@@ -158,7 +157,10 @@ def follow(config: dict[str, Any], layers: list[dict[str, Any]], path: Path) -> 
             break
         tensors, mask = inputs_of(nodes[0])
         if len(tensors) != 1 or not set(mask) <= masks:
-            raise ValueError(f"{path}: the layer {name} reads {len(tensors)} tensors: only a chain of layers is read.")
+            shown = ", ".join(other for other, _ in tensors) or "nothing"
+            raise ValueError(
+                f"{path}: the layer {name} reads {shown}, and only a chain of layers, one input each, is read."
+            )
         name, output = tensors[0]
     for name in masks:
         (node,) = by_name[name]["inbound_nodes"]
@@ -175,11 +177,15 @@ def inputs_of(node: Any) -> tuple[list[tuple[str, int]], list[str]]:
     if isinstance(node, dict):
         keywords = dict(node.get("kwargs") or {})
         mask = [name for name, _ in tensors_in(keywords.pop("mask", None))]
-        return [*tensors_in(node["args"]), *tensors_in(keywords)], mask
+        return [*tensors_in(node["args"]), *others_in(keywords)], mask
     node = [node] if isinstance(node[0], str) else node
-    arguments = [value for entry in node for value in (entry[3] if len(entry) > 3 else {}).values()]
-    others = [("an argument", 0) for value in arguments if isinstance(value, list)]
-    return [(entry[0], entry[2]) for entry in node] + others, []
+    arguments = [value for entry in node for value in (entry[3] if len(entry) > 3 and entry[3] else {}).values()]
+    return [(entry[0], entry[2]) for entry in node] + others_in(dict(enumerate(arguments))), []
+
+
+def others_in(keywords: dict[Any, Any]) -> list[tuple[str, int]]:
+    """Return the arguments of a call that say anything, `training=True` for example, which draws dropout at each call."""
+    return [(f"an argument ({name})", 0) for name, value in keywords.items() if value not in (None, False)]
 
 
 def tensors_in(value: Any) -> Iterator[tuple[str, int]]:
@@ -286,6 +292,10 @@ def notes_of(chain: list[dict[str, Any]], first: Part) -> list[str]:
         None,
         0,
     }
+    if any("mixed" in str(layer["config"].get("dtype")) for layer in chain):
+        notes.append(
+            "Keras computes it in mixed precision, and this model in float32, so that they differ by Keras' rounding."
+        )
     if rates:
         notes.append(f"The dropout of its training ({', '.join(map(str, sorted(rates)))}) was not taken over.")
     return notes

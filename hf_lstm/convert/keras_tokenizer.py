@@ -117,8 +117,8 @@ def checked(fields: dict[str, Any], path: Path) -> Settings:
 
     words: Any = fields.get("word_index")
     oov, num_words = fields.get("oov_token"), fields.get("num_words")
-    whole = isinstance(words, dict) and all(isinstance(w, str) and type(i) is int and i > 0 for w, i in words.items())
-    check("word_index", whole and len(words) > 0, "must give ids of 1 or more to words")
+    whole = isinstance(words, dict) and all(isinstance(w, str) and type(i) is int and i >= 0 for w, i in words.items())
+    check("word_index", whole and len(words) > 0, "must give whole numbers to words")
     check("word_index", len(set(words.values())) == len(words), "must give each word an id of its own")
     check("num_words", num_words is None or (type(num_words) is int and num_words >= 0), "must be a number or null")
     check("oov_token", oov is None or (isinstance(oov, str) and oov in words), "must be null or one of the words")
@@ -147,10 +147,14 @@ def vocabulary_of(settings: Settings, origin: str, size: int, mask_zero: bool) -
     prefix = "" if oov is not None or settings.char_level else split
     entries = [f"<id{split}{index}>" for index in range(size)]
     if mask_zero:
-        entries[0] = SPELLINGS["pad_token"][0]
+        entries[0] = (
+            SPELLINGS["pad_token"][0] if prefix or settings.char_level else f"<pad{split}>"
+        )  # no text holds either
     for word, index in words.items():
         entries[index] = word if word == oov else f"{prefix}{word}"
-    special = {"pad_token": entries[0]} if mask_zero else {}
+    special = (
+        {"pad_token": entries[0]} if mask_zero else {}
+    )  # a word with the id 0, as some tutorials add, is that too
     if oov is not None and re.fullmatch(r"<.+>|\[.+\]", oov):  # a plain word, as a special token, would cut others
         special["unk_token"] = oov
     unit = "character" if settings.char_level else "word"

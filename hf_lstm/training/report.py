@@ -66,7 +66,7 @@ def write_sample(
             return_dict_in_generate=False,
         )
     text = str(tokenizer.decode(written[0], skip_special_tokens=not ends_lines(tokenizer)))
-    return in_direction(text, direction)
+    return in_direction(text, direction, tokenizer)
 
 
 def describe_loss(loss: float, bytes_per_token: float) -> str:

@@ -55,7 +55,7 @@ def describe_run(
         "parameters": model.num_parameters(),
         "architecture": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary of {config.vocab_size:,}",
         "cell": cell.title,
-        "state_size": len(cell.states) * sum(config.cell_sizes),
+        "state_size": config.state_size,
         "data": data,
         "results": results,
         "procedure": procedure,

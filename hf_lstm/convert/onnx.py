@@ -24,7 +24,8 @@ from transformers import PreTrainedTokenizerFast
 
 from hf_lstm.decoding import bytes_of_tokens
 from hf_lstm.model.cells_lstm import Gates
-from hf_lstm.model.modeling_lstm import GatedMLP, LSTMForCausalLM, LSTMLayer
+from hf_lstm.model.layers_lstm import GatedMLP, LSTMLayer
+from hf_lstm.model.modeling_lstm import LSTMForCausalLM
 
 from .checking import largest_difference
 

@@ -325,6 +325,7 @@ class WindowAttentionLayer(GradientCheckpointingLayer):
 
     cache_layer: type[Any] = WindowCacheLayer
     state_names = ("keys", "values", "real")
+    returns_maps = True
 
     def __init__(self, config: LSTMConfig):
         super().__init__()
@@ -351,7 +352,12 @@ class WindowAttentionLayer(GradientCheckpointingLayer):
         return empty, empty, empty.new_zeros(len(x), 0, dtype=torch.bool)
 
     def forward(
-        self, x: torch.Tensor, *window: torch.Tensor, reading: Reading | None = None, record: bool = False
+        self,
+        x: torch.Tensor,
+        *window: torch.Tensor,
+        reading: Reading | None = None,
+        record: bool = False,
+        maps: bool = False,
     ) -> tuple[torch.Tensor, ...]:
         """
         Args:
@@ -359,17 +365,18 @@ class WindowAttentionLayer(GradientCheckpointingLayer):
             window (`tuple`): Carried keys and values, `(B, A, W, D)` each, and which are there, `(B, W)`.
             reading (`Segments` or `Steps`, *optional*): The tokens to read, where rows are padded or documents start.
             record (`bool`, defaults to `False`): Whether to return too what the cache keeps to take tokens back.
+            maps (`bool`, defaults to `False`): Whether to return too the map of an eager attention.
 
         Returns:
-            `tuple`: The stream, `(B, T, H)`; the window after the call; and, if recorded, keys and values of its tokens,
-            `(B, A, T, D)` each, which are real and where documents start, `(B, T)` each.
+            `tuple`: The stream, `(B, T, H)`; the window after the call; if recorded, keys and values of its tokens,
+            `(B, A, T, D)` each, which are real and where documents start, `(B, T)` each; and the map, `(B, A, T, n)`.
         """
         p = self.config.hidden_dropout if self.training else 0
-        output, _, *states = self.self_attn(self.norm(x), *window, reading=reading, record=record)
+        output, weights, *states = self.self_attn(self.norm(x), *window, reading=reading, record=record)
         x = x + locked_dropout(output, p)
         if self.mlp is not None:
             x = x + locked_dropout(self.mlp(x), p)
-        return x, *states
+        return x, *states, *((weights,) if maps else ())
 
 
 STATIC_LAYER_TYPE_MAPPING[WINDOW_LAYER] = WindowStaticCacheLayer

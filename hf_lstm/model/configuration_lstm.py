@@ -3,10 +3,10 @@
 import copy
 import math
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
 from transformers.activations import ACT2FN
 
 from .cells_lstm import CELLS
@@ -445,5 +445,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_lstm.LSTMModel",
     "AutoModelForCausalLM": "modeling_lstm.LSTMForCausalLM",
 }
+
+# Trainer reads the config of a checkpoint as a plain `PreTrainedConfig`, which refuses layers of other names.
+ALLOWED: Any = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*ALLOWED, LSTM_LAYER, WINDOW_LAYER)
 
 __all__ = ["LSTMConfig"]

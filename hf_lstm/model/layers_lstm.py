@@ -6,7 +6,7 @@ A residual block reads and writes a stream x (He et al. 2016; normalised before 
     x = x + D (act(G norm(x)) ⊙ F norm(x))    gated MLP, optional: Shazeer 2020
 
 A layer is a pure function of its input and the state it starts from. It says of its state what the model and the cache
-need (`cache_layer`, `state_names`, `state_shape`, `zero_state`), and so do the layers of attention_lstm.py.
+need (`cache_layer`, `state_names`, `state_shape`, `zero_state`, `returns_maps`), and so do the layers of attention_lstm.py.
 
 Shapes: B batch, T tokens of this call, D width of a layer's input, H width of its cell.
 """
@@ -31,6 +31,7 @@ class LSTMLayer(GradientCheckpointingLayer):
     """One layer of an LSTM, or of another cell."""
 
     cache_layer: type[Any] = LSTMCacheLayer
+    returns_maps = False  # of attention
 
     def __init__(self, input_size: int, cell_size: int, config: LSTMConfig):
         super().__init__()

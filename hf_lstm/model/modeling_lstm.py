@@ -14,7 +14,7 @@ travels as `past_key_values` (cache_lstm.py); modules hold no state.
 
 import itertools
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
-from .attention_lstm import WindowAttention, WindowAttentionLayer
+from .attention_lstm import WindowAttentionLayer
 from .cache_lstm import prepare_cache_layers, rows_that_read
 from .cells_lstm import CELLS
 from .configuration_lstm import LSTM_LAYER, WINDOW_LAYER, LSTMConfig
@@ -78,7 +78,7 @@ class LSTMPreTrainedModel(StrictLoading, PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _can_record_outputs = {"hidden_states": [LSTMLayer, WindowAttentionLayer], "attentions": WindowAttention}
+    _can_record_outputs = {"hidden_states": [LSTMLayer, WindowAttentionLayer]}
     _can_compile_fullgraph = True
     _supports_sdpa = True
 
@@ -200,7 +200,10 @@ class LSTMModel(LSTMPreTrainedModel):
         x = take_plain_step(self, {LSTMModel, LSTMLayer}, input_ids, past_key_values, asked)
         if x is not None:
             return LSTMModelOutputWithPast(last_hidden_state=x[:, None], past_key_values=past_key_values)
-        self._check_arguments(input_ids, inputs_embeds, kwargs.get("output_attentions"))
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        self._check_arguments(input_ids, inputs_embeds, output_attentions)
         x, lookup = self._embed(input_ids) if inputs_embeds is None else (inputs_embeds, {})
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -214,14 +217,18 @@ class LSTMModel(LSTMPreTrainedModel):
         if attention_mask is not None and reading is not None:
             read = cache_layers[0].read_after(reading.real)
         x = self.in_proj(locked_dropout(x, self.config.input_dropout if self.training else 0))
-        is_residual = self.config.block_type == "residual"
+        is_residual, maps = self.config.block_type == "residual", []
         for index, (layer, cache_layer) in enumerate(zip(layers, cache_layers, strict=False)):
             if self.training and index > 0 and not is_residual:
                 x = locked_dropout(x, self.config.hidden_dropout)
             state = cache_layer.get_state(x.device) or layer.zero_state(x)
+            if layer.returns_maps and output_attentions:
+                lookup = {"maps": True}
             # The state by position: checkpointing with `use_reentrant` computes no gradients of other arguments.
             x, *states = layer(x, *state, reading=reading, record=cache_layer.record_past, **lookup)
             lookup = {}
+            if layer.returns_maps and output_attentions:
+                maps.append(states.pop())
             last, past = states[: len(state)], tuple(states[len(state) :])
             cache_layer.update(*last, num_tokens=x.shape[1], past=past)
         x = self.out_proj(self.norm(x))
@@ -231,10 +238,11 @@ class LSTMModel(LSTMPreTrainedModel):
         return LSTMModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
+            attentions=tuple(maps) if output_attentions else None,
             document_starts=reading.firsts if self.training and reading is not None else None,
         )
 
-    def _embed(self, input_ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _embed(self, input_ids) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Embed tokens `(B, T)`. Where the first layer can use them, return too the row of each token among the K distinct
         ones, `(B, T)`, and the embeddings of these, `(K, D)`.
@@ -246,8 +254,8 @@ class LSTMModel(LSTMPreTrainedModel):
         embeddings = word_dropout(self.embed_tokens(words), words, vocab_size, p)
         return F.embedding(tokens, embeddings), {"tokens": tokens, "embeddings": embeddings}
 
-    def _check_arguments(self, input_ids, inputs_embeds, output_attentions: bool | None) -> None:
-        if self.config.output_attentions if output_attentions is None else output_attentions:
+    def _check_arguments(self, input_ids, inputs_embeds, output_attentions: bool) -> None:
+        if output_attentions:
             if WINDOW_LAYER not in cast(list[str], self.config.layer_types):
                 raise ValueError(
                     "`output_attentions` (True) cannot be returned, since an LSTM has no attention: use "

@@ -50,7 +50,8 @@ class LSTMConfig(PreTrainedConfig):
             LSTM, since the attention knows no positions. A smaller `num_hidden_layers` that is set afterwards, as
             `assistant_early_exit` does, leaves the first of them.
         attention_window (`int`, *optional*, defaults to 512 with such layers):
-            Tokens that one attends to, itself among them. The layer keeps the keys and values of so many.
+            Tokens that one attends to, itself among them. From the first token on, the layer keeps keys and values of so
+            many.
         num_attention_heads (`int`, *optional*, defaults to 1 with such layers):
             Heads of the attention, each `hidden_size / num_attention_heads` wide. One is enough in SHA-RNN (Merity 2019).
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.

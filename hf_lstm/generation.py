@@ -9,7 +9,7 @@ import uuid
 import weakref
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,7 +28,6 @@ from transformers import (
 
 from hf_lstm.decoding import StreamDecoder
 from hf_lstm.model.cache_lstm import load_state_tensors, state_tensors
-from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.tokenizers import check_tokenizer, direction_of, encode, in_direction, start_ids
 
 STATE, SESSION = "hf_lstm state", "hf_lstm session"
@@ -42,8 +41,8 @@ COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be
 def save_state(model: PreTrainedModel, cache: Cache, path: str | Path) -> None:
     """
     Write the state of a model after all tokens read so far into a safetensors file, whose size does not depend on the
-    number of tokens: h and, where the cell has it, c of each layer and row. An existing file of that name is replaced
-    once the new one is complete.
+    number of tokens: h and, where the cell has it, c of each layer and row, or the window of a layer of attention. An
+    existing file of that name is replaced once the new one is complete.
 
     Args:
         model (`LSTMForCausalLM` or `LSTMModel`): The model of the state; the file loads with this one only.
@@ -337,11 +336,10 @@ def _apart(cache: Cache) -> Cache:
 def _tensors_of(model, cache: Cache) -> dict[str, torch.Tensor]:
     """Return the tensors of the state in `cache` on the CPU, after checking that it belongs to the model."""
     states = [layer.get_state() if hasattr(layer, "get_state") else None for layer in cache.layers]
-    sizes = model.config.cell_sizes
-    if len(states) != len(sizes) or None in states:
+    if len(states) != model.config.num_hidden_layers or None in states:
         raise ValueError(
             f"`cache` holds a state in {sum(state is not None for state in states)} of {len(states)} layers, and the model "
-            f"has {len(sizes)}: pass the `past_key_values` of a forward of this model."
+            f"has {model.config.num_hidden_layers}: pass the `past_key_values` of a forward of this model."
         )
     tensors = {name: tensor.cpu() for name, tensor in state_tensors(cache).items()}
     _check_shapes(tensors, model.config, "`cache`")
@@ -418,10 +416,11 @@ def _checked(path: str | Path) -> Path:
 def _check_shapes(tensors: dict[str, torch.Tensor], config, source: str) -> None:
     """Raise `ValueError` unless the tensors are a state of one or more rows of the config's model."""
     rows = len(next(iter(tensors.values()))) if tensors else 0
+    layers: list[Any] = DynamicCache(config=config).layers
     expected: dict[str, tuple[int, ...]] = {
-        f"layers.{index}.{name}": (rows, size)
-        for index, size in enumerate(config.cell_sizes)
-        for name in CELLS[config.cell_type].states
+        f"layers.{index}.{name}": (rows, *shape)
+        for index, layer in enumerate(layers)
+        for name, shape in layer.shapes_of(config, index).items()
     }
     # Files of version 0.1.0 lack these.
     optional = {"layers.0.held": (rows, config.output_size), "layers.0.document": (rows,), "layers.0.read": (rows,)}

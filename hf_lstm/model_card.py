@@ -9,6 +9,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import PreTrainedModel
 
 from hf_lstm.model.cells_lstm import CELLS
+from hf_lstm.model.configuration_lstm import WINDOW_LAYER
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 PACKAGES = ("hf-lstm", "torch", "transformers", "tokenizers", "datasets", "accelerate")
@@ -48,15 +49,17 @@ def describe_run(
             (`list[str]`, names on the Hub).
     """
     folder, config = Path(folder), model.config
-    cell = CELLS[config.cell_type]
+    cell, kinds = CELLS[config.cell_type], config.layer_types
+    windows = kinds.count(WINDOW_LAYER)
+    attention = f", attention over {config.attention_window:,} tokens in {windows} of the layers" if windows else ""
     return {
         "name": folder.name,
         "folder": folder.as_posix() if not folder.is_absolute() else folder.name,
         "parameters": model.num_parameters(),
-        "architecture": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary of {config.vocab_size:,}",
+        "architecture": f"{config.num_hidden_layers} x {config.hidden_size}, vocabulary of {config.vocab_size:,}{attention}",
         "cell": cell.title,
         "direction": config.direction,
-        "state_size": len(cell.states) * sum(config.cell_sizes),
+        "state_size": config.state_size,
         "data": data,
         "results": results,
         "procedure": procedure,

@@ -64,9 +64,8 @@ def main() -> int:
             "test_lstm.py",
             *sys.argv[1:],
         ]
-        return subprocess.run(
-            command, cwd=folder, env=os.environ | {"PYTHONPATH": str(folder)}, check=False
-        ).returncode
+        paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
+        return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, check=False).returncode
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ while text:  # the longest token that the text begins with
     text = text[len(tokens[ids[-1]]) :]
 ids = ids or ends[:1] or [0]
 
-shapes = {part.name: (1, part.shape[1]) for part in step.get_inputs()[1:]}
+shapes = {part.name: (1, *part.shape[1:]) for part in step.get_inputs()[1:]}
 state = {name: numpy.zeros(shape, numpy.float32) for name, shape in shapes.items()}
 random, graph = numpy.random.default_rng(0), chunk
 for _ in range(300):

@@ -62,6 +62,14 @@ class ModelArguments:
     intermediate_size: int | None = field(
         default=None, metadata={"help": "Width of the gated MLP after each residual layer; left out by default."}
     )
+    layer_types: list[str] | None = field(
+        default=None,
+        metadata={"help": "Of residual layers: `hf_lstm`, or `hf_lstm_window` for attention. LSTMs by default."},
+    )
+    attention_window: int | None = field(
+        default=None, metadata={"help": "Tokens that attention looks at; 512 by default, where there is any."}
+    )
+    num_attention_heads: int | None = field(default=None, metadata={"help": "Heads of attention; 1 by default."})
     embedding_dropout: float = field(default=0.0, metadata={"help": "Share of the words dropped in a step."})
     input_dropout: float = field(default=0.0, metadata={"help": "Locked dropout of the embeddings."})
     hidden_dropout: float = field(default=0.0, metadata={"help": "Locked dropout between layers."})

@@ -98,6 +98,14 @@ CONFIGS = {
     "untied": {"cell_type": "mogrifier", "embedding_size": 10, "tie_word_embeddings": False, "output_bias": True},
     "projected": {"cell_type": "rnn_relu", "embedding_size": 9, "output_projection_size": 9, "last_cell_size": 10},
     "residual": {"block_type": "residual", "initializer_range": 0.2},
+    "hybrid": {
+        "block_type": "residual",
+        "num_hidden_layers": 3,
+        "layer_types": ["hf_lstm", "hf_lstm_window", "hf_lstm"],
+        "attention_window": 4,
+        "num_attention_heads": 2,
+        "initializer_range": 0.2,
+    },
     "residual_narrow": {
         "cell_type": "rnn_tanh",
         "block_type": "residual",

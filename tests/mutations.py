@@ -129,6 +129,27 @@ MUTATIONS = [
         "test_generation.py",
     ),
     Mutation(
+        "a token attends to one too many",
+        "model/attention_lstm.py",
+        "seen = (at <= now) & (at > now - window)",
+        "seen = (at <= now) & (at >= now - window)",
+        "test_attention.py",
+    ),
+    Mutation(
+        "padding stays in the window",
+        "model/attention_lstm.py",
+        "kept = self.real & (document == document[:, -1:])",
+        "kept = document == document[:, -1:]",
+        "test_attention.py",
+    ),
+    Mutation(
+        "documents see each other in the window",
+        "model/attention_lstm.py",
+        "near & same & entries.real[:, None]",
+        "near & entries.real[:, None]",
+        "test_attention.py",
+    ),
+    Mutation(
         "one token too few is taken back",
         "model/cache_lstm.py",
         "past.shape[1] - 1 - removed",

@@ -171,20 +171,56 @@ def swiglu(x, gate, up, down):
     return linear(inner, down)
 
 
-def language_model(ids, weights, cell_type="lstm"):
+def window_attention(x, window, w, size, heads):
+    """
+    Attend from one token to itself and the `size` - 1 before it: x has H numbers, and so have each key and value of `window`, a
+    list of keys and one of values. Returns the output, before its projection, and the window with this token.
+    """
+    query = linear(x, w["self_attn.q_proj.weight"])
+    keys, values = (
+        [*old[max(0, len(old) - size + 1) :], linear(x, w[f"self_attn.{name}_proj.weight"])]
+        for name, old in zip("kv", window, strict=True)
+    )
+    width, output = len(query) // heads, []
+    for head in range(heads):
+        part = slice(head * width, (head + 1) * width)
+        shares = [(dot(query[part], key[part]) * Scalar(width**-0.5)).exp() for key in keys]
+        total = dot(shares, [Scalar(1.0)] * len(shares)).power(-1)
+        output += [dot(shares, [value[unit] for value in values]) * total for unit in range(part.start, part.stop)]
+    return output, [keys, values]
+
+
+def filled_window(window, size, heads):
+    """Return keys and values by heads, after zeros where there are fewer than `size`, and which of them are there."""
+    zeros, missing = [Scalar(0.0)] * len(window[0][0]), size - len(window[0])
+    width = len(zeros) // heads
+    parts = [
+        [[entry[head * width : (head + 1) * width] for entry in [zeros] * missing + entries] for head in range(heads)]
+        for entries in window
+    ]
+    return [*parts, [Scalar(float(place >= missing)) for place in range(size)]]
+
+
+def language_model(ids, weights, cell_type="lstm", window=None, heads=1):
     """
     Return the logits after each token of one row, and the state after the last: for each layer a list of h and, where the
-    cell has it, c. `weights` come from `weights_of`.
+    cell has it, c; for one of attention, over `window` tokens by so many `heads`, keys, values and which of them are there.
+    `weights` come from `weights_of`.
     """
     w = {name.removeprefix("model."): weight for name, weight in weights.items()}
-    layers = sum(name.endswith("hidden_gates.weight") for name in w)
+    layers = 1 + max(int(name.split(".")[1]) for name in w if name.startswith("layers."))
     residual = "norm.weight" in w
     of_layer = [
         {name.removeprefix(f"layers.{index}."): weight for name, weight in w.items() if f"layers.{index}." in name}
         for index in range(layers)
     ]
     parts = 2 if cell_type in ("lstm", "mogrifier") else 1
-    states = [[[Scalar(0.0)] * len(layer["hidden_gates.weight"][0]) for _ in range(parts)] for layer in of_layer]
+    states = [
+        [[Scalar(0.0)] * len(layer["hidden_gates.weight"][0]) for _ in range(parts)]
+        if "hidden_gates.weight" in layer
+        else [[], []]
+        for layer in of_layer
+    ]
     logits = []
     for token in ids:
         x = w["embed_tokens.weight"][token]
@@ -192,11 +228,16 @@ def language_model(ids, weights, cell_type="lstm"):
             x = linear(x, w["in_proj.weight"])
         for index, layer in enumerate(of_layer):
             read = rms_norm(x, layer["norm.weight"]) if residual else x
-            states[index] = cell_step(read, states[index], layer, cell_type)
+            if "hidden_gates.weight" in layer:
+                states[index] = cell_step(read, states[index], layer, cell_type)
+                output, projection = states[index][0], layer.get("o_proj.weight")
+            else:
+                output, states[index] = window_attention(read, states[index], layer, window, heads)
+                projection = layer["self_attn.o_proj.weight"]
             if not residual:
-                x = states[index][0]
+                x = output
                 continue
-            x = [a + b for a, b in zip(x, linear(states[index][0], layer["o_proj.weight"]), strict=True)]
+            x = [a + b for a, b in zip(x, linear(output, projection), strict=True)]
             if "mlp.norm.weight" in layer:
                 projections = (layer[f"mlp.{name}_proj.weight"] for name in ("gate", "up", "down"))
                 branch = swiglu(rms_norm(x, layer["mlp.norm.weight"]), *projections)
@@ -206,6 +247,9 @@ def language_model(ids, weights, cell_type="lstm"):
         if "out_proj.weight" in w:
             x = linear(x, w["out_proj.weight"], w.get("out_proj.bias"))
         logits.append(linear(x, w.get("lm_head.weight", w["embed_tokens.weight"]), w.get("lm_head.bias")))
+    for index, layer in enumerate(of_layer):
+        if "hidden_gates.weight" not in layer:
+            states[index] = filled_window(states[index], window, heads)
     return logits, states
 
 
@@ -223,3 +267,9 @@ def mean_cross_entropy(logits, targets):
 def weights_of(model):
     """Return the weights of an `LSTMForCausalLM` by name, as nested lists of `Scalar`; tied weights occur once."""
     return {name: scalars(parameter.tolist()) for name, parameter in model.named_parameters()}
+
+
+def fields_of(model):
+    """Return the arguments of `language_model` after the weights."""
+    config = model.config
+    return config.cell_type, config.attention_window, config.num_attention_heads or 1

@@ -26,6 +26,12 @@ result = {}
 for name, options in {
     "stacked": {},
     "residual": {"block_type": "residual", "intermediate_size": 24},
+    "hybrid": {
+        "block_type": "residual",
+        "layer_types": ["hf_lstm", "hf_lstm_window", "hf_lstm"],
+        "attention_window": 6,
+        "num_attention_heads": 2,
+    },
     "chunked": {"loss_chunk_size": 5},
     "untied": {"tie_word_embeddings": False, "weight_dropout": 0.0},
     "in one group": {},

@@ -9,7 +9,13 @@ from hf_lstm import byte_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("default")]
 IDS = make_ids(4, 12)
-TARGETS = {"gates": ["input_gates", "hidden_gates"], "all-linear": "all-linear"}
+TARGETS = {
+    "gates": ["input_gates", "hidden_gates"],
+    "all-linear": "all-linear",
+    "attention": ["q_proj", "k_proj", "v_proj", "self_attn.o_proj"],
+}
+CASES = [(block, name) for block in ("stacked", "tied_narrow", "residual_narrow") for name in ("gates", "all-linear")]
+CASES += [("hybrid", "attention"), ("hybrid", "all-linear")]
 
 
 def test_lora_works_on_the_embedding():
@@ -27,8 +33,7 @@ def test_lora_works_on_the_embedding():
         assert adapted.eval()(input_ids=IDS[:, :1]).logits.shape == (*IDS[:, :1].shape, model.config.vocab_size)
 
 
-@pytest.mark.parametrize("block", ["stacked", "tied_narrow", "residual_narrow"])
-@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize(("block", "targets"), CASES)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_lora_learns_and_survives_saving_and_merging(tmp_path, block, targets, dora):
     import peft
@@ -48,7 +53,8 @@ def test_lora_learns_and_survives_saving_and_merging(tmp_path, block, targets, d
 
     assert losses[-1] < 0.85 * losses[0]  # 0.60 to 0.81 of it in residual models of 16 seeds
     assert all(torch.equal(model.get_parameter(name), tensor) for name, tensor in frozen.items())
-    assert any("hidden_gates.lora" in name for name, _ in model.named_parameters())
+    adapted = "self_attn.k_proj" if targets == "attention" else "hidden_gates"
+    assert any(f"{adapted}.lora" in name for name, _ in model.named_parameters())
 
     model.eval()
     expected = model(input_ids=IDS).logits

@@ -270,3 +270,54 @@ def test_a_cache_has_a_layer_for_each_lstm_layer():
     cache = DynamicCache(config=LSTMConfig(num_hidden_layers=3))
 
     assert [type(layer).__name__ for layer in cache.layers] == ["LSTMCacheLayer"] * 3
+
+
+HYBRID = {"block_type": "residual", "num_hidden_layers": 3, "layer_types": ["hf_lstm", "hf_lstm_window", "hf_lstm"]}
+
+
+@pytest.mark.parametrize("way", ["made", "set", "update", "update_from_string", "from_pretrained"])
+def test_layers_are_lstms_and_follow_their_number(way, saved_config):
+    config = AutoConfig.from_pretrained(saved_config)
+    if way == "made":
+        config = LSTMConfig(num_hidden_layers=4)
+    elif way == "set":
+        config.num_hidden_layers = 4
+    elif way == "update":
+        config.update({"num_hidden_layers": 4})
+    elif way == "update_from_string":
+        config.update_from_string("num_hidden_layers=4")
+    else:
+        config = AutoConfig.from_pretrained(saved_config, num_hidden_layers=4)
+
+    assert config.layer_types == ["hf_lstm"] * 4
+    assert "layer_types" not in config.to_dict()
+
+
+def test_a_list_of_layers_that_was_given_comes_back(tmp_path):
+    LSTMConfig(**HYBRID).save_pretrained(tmp_path)
+
+    config = AutoConfig.from_pretrained(tmp_path)
+
+    assert config.layer_types == HYBRID["layer_types"]
+    assert (config.attention_window, config.num_attention_heads) == (512, 1)
+    assert [type(layer).__name__ for layer in DynamicCache(config=config).layers] == [
+        "LSTMCacheLayer",
+        "WindowCacheLayer",
+        "LSTMCacheLayer",
+    ]
+    with pytest.raises(StrictDataclassError, match=r"`layer_types` \(3 entries\) must have one for each"):
+        AutoConfig.from_pretrained(tmp_path, num_hidden_layers=4)
+    config.layer_types = None
+    assert (config.layer_types, config.attention_window) == (["hf_lstm"] * 3, None)
+    assert "layer_types" not in config.to_dict()
+
+
+def test_fewer_layers_are_the_first_ones_until_there_are_all_again():
+    """As `assistant_early_exit` sets the number, and sets it back."""
+    config = LSTMConfig(**HYBRID, attention_window=7)
+
+    config.num_hidden_layers = 1
+    assert (config.layer_types, config.attention_window) == (["hf_lstm"], 7)
+    config.num_hidden_layers = 3
+
+    assert config.to_dict() == LSTMConfig(**HYBRID, attention_window=7).to_dict()

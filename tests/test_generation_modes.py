@@ -17,7 +17,7 @@ MASK = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
 
 
 COMPILED = [
-    (config, "eager") for config in ("stacked", "tied_narrow", "untied", "residual_narrow")
+    (config, "eager") for config in ("stacked", "tied_narrow", "untied", "residual_narrow", "hybrid")
 ]  # of all configs, in fast tests
 
 

@@ -33,12 +33,12 @@ def test_the_graphs_agree_with_the_model(name, tmp_path):
             assert difference(model, path, rows, length) < 1e-3
 
 
-@pytest.mark.parametrize("name", ["stacked", "residual_narrow"])
+@pytest.mark.parametrize("name", ["stacked", "residual_narrow", "hybrid"])
 def test_the_state_of_one_graph_continues_in_the_other(name, tmp_path):
     model = byte_model(**CONFIGS[name])
     step, chunk = (onnxruntime.InferenceSession(path) for path in export_onnx(model, byte_tokenizer(), tmp_path))
     ids = torch.randint(260, (2, 12))
-    state = {part.name: numpy.zeros((2, part.shape[1]), numpy.float32) for part in step.get_inputs()[1:]}
+    state = {part.name: numpy.zeros((2, *part.shape[1:]), numpy.float32) for part in step.get_inputs()[1:]}
 
     _, *following = chunk.run(None, {"input_ids": ids[:, :-1].numpy(), **state})
     logits, *_ = step.run(None, {"input_ids": ids[:, -1:].numpy(), **dict(zip(state, following, strict=True))})

@@ -89,12 +89,9 @@ def test_a_batch_in_chunks_equals_every_document_alone(model, batch, is_fused):
                 wanted[row, document] = last.logits[0].detach()
                 total = total + last.logits.square().sum()
             for index, layer in enumerate(cache.layers):
-                state = torch.stack([part[row] for part in layer.get_state()])
-                if last is None:
-                    expected = torch.zeros_like(state)
-                else:
-                    expected = torch.cat(last.past_key_values.layers[index].get_state())
-                assert_close(state, expected, model)
+                for name, part in zip(layer.STATE, layer.get_state(), strict=False):
+                    alone = None if last is None else getattr(last.past_key_values.layers[index], name)[0]
+                    assert_close(part[row], torch.zeros_like(part[row]) if alone is None else alone, model)
     assert_close(logits[mask.bool()], wanted[mask.bool()], model)
     if mask.any():
         (expected,) = torch.autograd.grad(total, model.model.layers[0].hidden_gates.weight)
@@ -109,7 +106,7 @@ def test_both_kernels_agree(model, batch):
     for is_fused in (True, False):
         with with_kernel(is_fused):
             output = model(ids, attention_mask=mask, position_ids=1 - starts, use_cache=True)
-        states = [state for layer in output.past_key_values.layers for state in layer.get_state()]
+        states = [state.double() for layer in output.past_key_values.layers for state in layer.get_state()]
         objective = output.logits.square().sum() + sum(state.sum() for state in states)
         results.append(
             [output.logits, *states, *torch.autograd.grad(objective, list(model.parameters()), materialize_grads=True)]
@@ -130,7 +127,7 @@ def test_a_batch_equals_the_equations(model, batch, is_fused):
 
     for row in range(len(ids)):
         for document in documents_of(row, mask, starts):
-            expected, _ = reference.language_model(ids[row, document].tolist(), weights, model.config.cell_type)
+            expected, _ = reference.language_model(ids[row, document].tolist(), weights, *reference.fields_of(model))
             assert_close(logits[row, document], torch.tensor(reference.values(expected), dtype=torch.float64), model)
 
 
@@ -182,9 +179,11 @@ def test_a_cache_equals_reading_the_text_again(model, operations, is_fused):
 
 
 def assert_close(actual, expected, model):
+    """Within the type's precision of the largest element; flags too."""
+    actual, expected = actual.double(), expected.double()
     precision = PRECISION[model.dtype] * ROUNDING.get(model.config.cell_type, 1)
     largest = expected.abs().max().item() if expected.numel() else 0.0
-    torch.testing.assert_close(actual.double(), expected.double(), rtol=0, atol=precision * max(largest, 1e-3))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=precision * max(largest, 1e-3))
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def equations_of(config):
     """Computed once for all tests of a config, since it takes a second."""
     model = make_model(**CONFIGS[config])
     weights = reference.weights_of(model)
-    logits, states = reference.language_model(IDS[0].tolist(), weights, model.config.cell_type)
+    logits, states = reference.language_model(IDS[0].tolist(), weights, *reference.fields_of(model))
     loss = reference.mean_cross_entropy(logits[:-1], IDS[0, 1:].tolist())
     squares = reference.dot([*logits[-1], *states[0][-1]], [*logits[-1], *states[0][-1]])
     return Equations(

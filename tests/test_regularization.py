@@ -74,7 +74,7 @@ def test_every_dropout_is_where_it_belongs(name, masks):
     model.eval()
     residual = model.config.block_type == "residual"
     words, embeds, *rest, output = masks
-    by_weight = [mask for mask in rest if mask.ndim == 2]
+    by_weight = iter(mask for mask in rest if mask.ndim == 2)
     branches = iter(mask for mask in rest if mask.ndim == 3)
 
     base = model.model
@@ -82,13 +82,16 @@ def test_every_dropout_is_where_it_belongs(name, masks):
     for index, layer in enumerate(base.layers):
         if index > 0 and not residual:
             x = x * next(branches)
-        with torch.no_grad():
-            layer.hidden_gates.weight.mul_(by_weight[index])
-        size = layer.hidden_gates.in_features
-        zeros = layer.cell.zero_state(x, size)
+        is_attention, zeros = hasattr(layer, "self_attn"), layer.zero_state(x)
+        if not is_attention:
+            with torch.no_grad():
+                layer.hidden_gates.weight.mul_(next(by_weight))
         if residual:
-            outputs = modeling_lstm.LSTMLayer.forward(layer, layer.norm(x), *zeros)[0]
-            x = x + layer.o_proj(outputs) * next(branches)
+            if is_attention:
+                branch = layer.self_attn(layer.norm(x), *zeros)[0]
+            else:
+                branch = layer.o_proj(modeling_lstm.LSTMLayer.forward(layer, layer.norm(x), *zeros)[0])
+            x = x + branch * next(branches)
             x = x if layer.mlp is None else x + layer.mlp(x) * next(branches)
         else:
             x = layer(x, *zeros)[0]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_ids, make_model
+from conftest import CONFIGS, make_ids, make_model
 from datasets import Dataset
 from processes import Program
 from safetensors.torch import load_file, save_file
@@ -103,6 +103,19 @@ def test_a_killed_run_resumes_bit_equal(killed, tmp_path, kill, resumed):
     ]
     for name, weight in expected_weights.items():
         assert torch.equal(weights[name], weight), name
+
+
+def test_a_window_of_attention_resumes_bit_equal(tmp_path):
+    """The checkpoint holds the window, and the run that goes on from it is the same."""
+    expected, weights = run(tmp_path, model=make_model(torch.float32, **CONFIGS["hybrid"]))
+    checkpoint = tmp_path / "checkpoint-8"
+
+    logs, resumed = run(tmp_path, resume=str(checkpoint), model=make_model(torch.float32, **CONFIGS["hybrid"]))
+
+    names = load_file(checkpoint / "lstm_state_rank0.safetensors").keys()
+    assert {"layers.0.h", "layers.1.keys", "layers.1.values", "layers.1.real", "layers.2.c"} <= names
+    assert [entry.get("loss") for entry in logs] == [entry.get("loss") for entry in expected]
+    assert all(torch.equal(resumed[name], weight) for name, weight in weights.items())
 
 
 def test_an_incomplete_checkpoint_is_skipped_and_named(finished, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ def runs():
     return json.loads(first.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("model", ["stacked", "residual", "chunked", "untied", "in one group", "by DDP"])
+@pytest.mark.parametrize("model", ["stacked", "residual", "hybrid", "chunked", "untied", "in one group", "by DDP"])
 def test_sharded_parameters_train_as_whole_ones(runs, model):
     run = runs[model]
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import CHECKPOINTING, make_ids, make_model, standard_library
+from conftest import CHECKPOINTING, CONFIGS, make_ids, make_model, standard_library
 from transformers import DynamicCache, Trainer, TrainerCallback, TrainingArguments, default_data_collator
 
 from hf_lstm import (
@@ -79,19 +79,26 @@ def train_by_hand(model, tokens, epochs=1, accumulate=1):
 
 
 @pytest.mark.parametrize(
-    ("options", "cell_type"),
+    ("options", "config"),
     [
-        ({}, "lstm"),
-        ({}, "rnn_tanh"),
-        ({"gradient_accumulation_steps": 2}, "gru"),
-        ({CHECKPOINTING: True}, "mogrifier"),
-        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, "gru", marks=pytest.mark.slow),
+        ({}, {}),
+        ({}, {"cell_type": "rnn_tanh"}),
+        ({"gradient_accumulation_steps": 2}, {"cell_type": "gru"}),
+        ({CHECKPOINTING: True}, {"cell_type": "mogrifier"}),
+        ({}, CONFIGS["hybrid"]),
+        ({CHECKPOINTING: True}, CONFIGS["hybrid"] | {"attention_window": 9}),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, {"cell_type": "gru"}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, CONFIGS["hybrid"], marks=pytest.mark.slow
+        ),
     ],
     ids=str,
 )
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
-def test_training_equals_a_loop_by_hand(tmp_path, options, cell_type):
-    expected_model, model = make_model(cell_type=cell_type), make_model(cell_type=cell_type)
+def test_training_equals_a_loop_by_hand(tmp_path, options, config):
+    expected_model, model = make_model(**config), make_model(**config)
     accumulate = options.get("gradient_accumulation_steps", 1)
     expected = train_by_hand(expected_model, TOKENS, epochs=2, accumulate=accumulate)
 

@@ -12,7 +12,7 @@ from hf_lstm.convert.checking import check_file
 from hf_lstm.convert.torch_export import Step, difference, export_step
 
 
-@pytest.mark.parametrize("name", ["tied_narrow", "untied", "residual_narrow"])
+@pytest.mark.parametrize("name", ["tied_narrow", "untied", "residual_narrow", "hybrid"])
 def test_the_exported_step_agrees_with_the_model(name, tmp_path):
     model = make_model(**CONFIGS[name])
 

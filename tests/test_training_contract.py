@@ -142,9 +142,9 @@ def test_low_precision_weights_give_close_logits_and_float32_cells(dtype, kernel
     assert all(parameter.grad.dtype == dtype and parameter.grad.isfinite().all() for parameter in low.parameters())
     assert (logits.double() - expected).norm() < precision * expected.norm()
     cache = low(IDS, use_cache=True).past_key_values
-    types = {"h": dtype, "c": torch.float32}
+    types = {"h": dtype, "c": torch.float32, "keys": dtype, "values": dtype, "real": torch.bool}
     for layer, block in zip(cache.layers, low.model.layers, strict=True):
-        assert [part.dtype for part in layer.get_state()] == [types[name] for name in block.cell.states]
+        assert [part.dtype for part in layer.get_state()] == [types[name] for name in block.state_names]
     written = low.generate(IDS, max_new_tokens=5, do_sample=False, eos_token_id=None)
     assert written.shape == (3, 17)
 
@@ -184,7 +184,8 @@ def test_autocast_on_a_cpu_gives_close_logits(model, kernel, length):
 
     precision = PRECISION[torch.bfloat16] * (2 if model.config.cell_type == "mogrifier" else 1)
     assert (output.logits.float() - expected).norm() < precision * expected.norm()
-    assert {layer.values.dtype for layer in cache.layers if layer.values is not None} <= {torch.float32}
+    cells = [layer for layer, kind in zip(cache.layers, model.config.layer_types, strict=True) if kind == "hf_lstm"]
+    assert {layer.values.dtype for layer in cells if layer.values is not None} <= {torch.float32}
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # dynamo looks at one
@@ -214,9 +215,9 @@ def test_one_token_can_be_exported(block):
 
         def forward(self, ids, *states):
             cache = DynamicCache(config=self.model.config)
-            size = len(states) // len(cache.layers)
-            for index, layer in enumerate(cache.layers):
-                layer.update(*states[size * index : size * (index + 1)])
+            parts = iter(states)
+            for own, layer in zip(self.model.model.layers, cache.layers, strict=True):
+                layer.update(*(next(parts) for _ in own.state_names))
             logits = self.model(ids, past_key_values=cache).logits
             return logits, *(state for layer in cache.layers for state in layer.get_state())
 
@@ -251,12 +252,13 @@ def test_invalid_fields_of_blocks_are_refused(config, message):
 
 
 def test_a_layer_may_be_split_between_cpu_and_disk(model, tmp_path):
-    """With such a device map the gates of the layer are called one by one."""
+    """With such a device map the modules of the layer are called one by one."""
     model.save_pretrained(tmp_path / "model")
     parts = {name: "cpu" for name, module in model.named_modules() if not list(module.children())}
+    on_disk = "input_gates" if hasattr(model.model.layers[1], "input_gates") else "self_attn.k_proj"
     loaded = AutoModelForCausalLM.from_pretrained(
         tmp_path / "model",
-        device_map=parts | {"model.layers.1.input_gates": "disk"},
+        device_map=parts | {f"model.layers.1.{on_disk}": "disk"},
         offload_folder=tmp_path / "offload",
         dtype=torch.float64,
     )

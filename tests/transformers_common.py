@@ -1,11 +1,13 @@
 """transformers' own common model tests on our classes: run by scripts/common_tests.py, which fetches their source.
 
-None is left out by us. Those that skip themselves say why: they ask for attention, an accelerator, experts or a
+None is left out by us. Two are overridden for hybrid models: one asks each layer for a map of attention, and one asks sdpa
+for maps, which is refused. Those that skip themselves say why: they ask for attention, an accelerator, experts or a
 tensor-parallel plan.
 """
 
 import unittest
 
+import pytest
 import torch
 from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
@@ -46,6 +48,17 @@ class MogrifierTester(LSTMTester):
     block = {"cell_type": "mogrifier", "output_projection_size": 32}
 
 
+class HybridTester(LSTMTester):
+    block = {
+        "block_type": "residual",
+        "intermediate_size": 48,
+        "layer_types": ["hf_lstm", "hf_lstm_window"],
+        "attention_window": 5,
+        "attn_implementation": "eager",  # for maps; the tests of other kinds of attention load it anew
+        "num_attention_heads": 4,
+    }
+
+
 class StackedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (LSTMModel, LSTMForCausalLM)
     has_attentions = False
@@ -66,3 +79,26 @@ class GRUTest(StackedTest):
 
 class MogrifierTest(StackedTest):
     lstm_tester = MogrifierTester
+
+
+class HybridTest(StackedTest):
+    lstm_tester = HybridTester
+    has_attentions = True
+
+    def test_attention_outputs(self):
+        """One map for each layer of attention, over the tokens of the call."""
+        config, inputs = self.model_tester.prepare_config_and_inputs_for_common()
+        for model_class in self.all_model_classes:
+            for way in ("argument", "config"):
+                model = model_class._from_config(config, attn_implementation="eager").eval()
+                model.config.output_attentions = way == "config"
+                options = {"output_attentions": True} if way == "argument" else {}
+                with torch.no_grad():
+                    outputs = model(**inputs, **options)
+                assert [shares.shape for shares in outputs.attentions] == [(5, 4, 7, 7)]
+
+    def test_eager_matches_sdpa_inference_24_fp32_pad_left_output_attentions(self):
+        model = LSTMModel._from_config(self.model_tester.get_config(), attn_implementation="sdpa")
+
+        with pytest.raises(ValueError, match="cannot be returned by the attention 'sdpa'"):
+            model(torch.tensor([[5, 6]]), output_attentions=True)

@@ -211,7 +211,7 @@ def render_card(
         "parameters": result.model.num_parameters(),
         "layers": " + ".join(map(str, config.cell_sizes)),
         "vocab_size": config.vocab_size,
-        "state_size": len(cell.states) * sum(config.cell_sizes),
+        "state_size": config.state_size,
         "file": path.name,
         "digest": digest,
         "result": result,

@@ -1,7 +1,7 @@
 """Export to ONNX graphs, which run without Python, torch and this package.
 
 Both graphs map `input_ids (B, T)` and the state, `h_0, c_0, h_1, ...` of shape `(B, H)` (without c for cells that lack
-it), to `logits (B, T, V)` and the next state, `next_h_0, next_c_0, ...`. step.onnx reads one token per row with matrix
+it; for a layer of attention `keys_1, values_1` `(B, A, W, D)` and `real_1` `(B, W)`, 1 for entries that are there), to `logits (B, T, V)` and the next state, `next_h_0, next_c_0, ...`. step.onnx reads one token per row with matrix
 products; chunk.onnx reads any number with ONNX's operator for the cell, or with a loop. The graphs are built node by
 node, because the exporters of torch fix the length.
 
@@ -23,8 +23,10 @@ from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from hf_lstm.decoding import bytes_of_tokens
+from hf_lstm.model.attention_lstm import WindowAttention, WindowAttentionLayer
 from hf_lstm.model.cells_lstm import Gates
-from hf_lstm.model.modeling_lstm import GatedMLP, LSTMForCausalLM, LSTMLayer
+from hf_lstm.model.layers_lstm import GatedMLP, LSTMLayer
+from hf_lstm.model.modeling_lstm import LSTMForCausalLM
 
 from .checking import largest_difference
 
@@ -96,7 +98,7 @@ def difference(model: LSTMForCausalLM, path: str | Path, rows: int = 3, length: 
     from onnxruntime import InferenceSession
 
     session = InferenceSession(path)
-    state = {part.name: numpy.zeros((rows, part.shape[1]), numpy.float32) for part in session.get_inputs()[1:]}
+    state = {part.name: numpy.zeros((rows, *part.shape[1:]), numpy.float32) for part in session.get_inputs()[1:]}
 
     def read(ids: torch.Tensor) -> torch.Tensor:
         logits, *following = session.run(None, {"input_ids": ids.numpy(), **state})
@@ -109,7 +111,7 @@ def difference(model: LSTMForCausalLM, path: str | Path, rows: int = 3, length: 
 
 def onnx_graph(model: LSTMForCausalLM, one_token: bool) -> onnx.ModelProto:
     """Build the graph that reads one token per row, or any number of tokens."""
-    config, layers = model.config, model.model.layers
+    config, layers = model.config, list(model.model.layers)
     graph = _Graph()
     length = 1 if one_token else "tokens"
     x = graph("Transpose", graph.embedding(model, "input_ids"), perm=[2, 1, 0])  # (T, B, D), the layout of ONNX's LSTM
@@ -117,17 +119,22 @@ def onnx_graph(model: LSTMForCausalLM, one_token: bool) -> onnx.ModelProto:
     inputs = [helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["rows", length])]
     outputs = [helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["rows", length, config.vocab_size])]
     recurrence = graph.step if one_token else graph.chunk
-    for index, (layer, size) in enumerate(zip(layers, config.cell_sizes, strict=True)):
+    for index, layer in enumerate(layers):
         name = f"layers.{index}"
-        state = [f"{part}_{index}" for part in layer.cell.states]
-        inputs += [helper.make_tensor_value_info(part, TensorProto.FLOAT, ["rows", size]) for part in state]
+        state = [f"{part}_{index}" for part in layer.state_names]
         following = [f"next_{part}" for part in state]
-        outputs += [helper.make_tensor_value_info(part, TensorProto.FLOAT, ["rows", size]) for part in following]
+        for values, parts in ((inputs, state), (outputs, following)):
+            for part, shape in zip(parts, layer.cache_layer.shapes_of(config, index).values(), strict=True):
+                values.append(helper.make_tensor_value_info(part, TensorProto.FLOAT, ["rows", *shape]))
         if config.block_type == "stacked":
             x = recurrence(x, state, following, layer, name)
             continue
-        y = recurrence(graph.rms_norm(x, layer.norm, f"{name}.norm"), state, following, layer, name)
-        x = graph("Add", x, graph.linear(y, layer.o_proj, f"{name}.o_proj"))
+        y = graph.rms_norm(x, layer.norm, f"{name}.norm")
+        if isinstance(layer, WindowAttentionLayer):
+            y = graph.attention(y, state, following, layer.self_attn, f"{name}.self_attn")
+        else:
+            y = graph.linear(recurrence(y, state, following, layer, name), layer.o_proj, f"{name}.o_proj")
+        x = graph("Add", x, y)
         if layer.mlp is not None:
             x = graph("Add", x, graph.gated_mlp(x, layer.mlp, config.hidden_act, f"{name}.mlp"))
     if config.block_type == "residual":
@@ -161,6 +168,11 @@ class _Graph:
         self.weights[name] = numpy_helper.from_array(numpy.array(numbers, dtype=numpy.int64), name)
         return name
 
+    def scalar(self, number: int) -> str:
+        name = f"scalar_{number}"
+        self.weights[name] = numpy_helper.from_array(numpy.array(number, dtype=numpy.int64), name)
+        return name
+
     def embedding(self, model: LSTMForCausalLM, ids: str) -> str:
         """Add the embedding, `(D, B, T)`. Tied weights are columns of the output layer's matrix, stored once."""
         weight = model.model.embed_tokens.weight
@@ -190,6 +202,42 @@ class _Graph:
         gate = self(ACTIVATIONS[act], gate) if act in ACTIVATIONS else self("Mul", gate, self("Sigmoid", gate))
         x = self("Mul", gate, self.linear(x, mlp.up_proj, f"{name}.up_proj"))
         return self.linear(x, mlp.down_proj, f"{name}.down_proj")
+
+    def attention(self, x: str, state: list[str], following: list[str], module: WindowAttention, name: str) -> str:
+        """Add the attention of a layer to its window and to the tokens of the call; x is `(T, B, H)`."""
+        config = module.config
+        size, heads = config.attention_window or 1, config.num_attention_heads or 1
+        axis, last = self.integers(2), (self.integers(-size), self.integers(2**62))
+
+        def split(part: str) -> str:  # (T, B, H) -> (B, A, T, D)
+            y = self.linear(x, getattr(module, part), f"{name}.{part}")
+            y = self("Reshape", y, self.integers(0, 0, heads, module.head_dim))
+            return self("Transpose", y, perm=[1, 2, 0, 3])
+
+        query = split("q_proj")
+        keys, values = (
+            self("Concat", old, split(part), axis=2) for old, part in zip(state, ("k_proj", "v_proj"), strict=False)
+        )
+        ones = self(
+            "ConstantOfShape", self("Shape", "input_ids"), value=helper.make_tensor("", TensorProto.FLOAT, [1], [1])
+        )
+        real = self("Concat", state[2], ones, axis=1)  # (B, W + T)
+        for part, new, place in zip((keys, values, real), following, (axis, axis, self.integers(1)), strict=True):
+            self("Slice", part, *last, place, outputs=[new])
+        end = self("Squeeze", self("Gather", self("Shape", keys), axis))
+        entries = self("Range", self.scalar(0), end, self.scalar(1))
+        tokens = self("Range", self.scalar(size), end, self.scalar(1))
+        distance = self("Sub", self("Unsqueeze", tokens, self.integers(1)), entries)  # (T, W + T)
+        near = self("And", self("Less", distance, self.scalar(size)), self("GreaterOrEqual", distance, self.scalar(0)))
+        there = self("Unsqueeze", self("Cast", real, to=TensorProto.BOOL), self.integers(1, 2))  # (B, 1, 1, W + T)
+        scores = self("MatMul", query, self("Transpose", keys, perm=[0, 1, 3, 2]))
+        scores = self("Mul", scores, self.weight(f"{name}.scaling", torch.tensor(module.scaling)))
+        nothing = self.weight("nothing", torch.tensor(-torch.inf))
+        shares = self("Softmax", self("Where", self("And", near, there), scores, nothing), axis=-1)
+        y = self("Transpose", self("MatMul", shares, values), perm=[2, 0, 1, 3])
+        return self.linear(
+            self("Reshape", y, self.integers(0, 0, config.hidden_size)), module.o_proj, f"{name}.o_proj"
+        )
 
     def gates(self, layer: LSTMLayer, name: str) -> Gates:
         """Return the modules of a layer's cell as functions that map a [`_Value`] to their product with it."""

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
-from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.model.modeling_lstm import LSTMForCausalLM
 
 from .checking import largest_difference
@@ -15,8 +14,8 @@ from .checking import largest_difference
 
 class Step(nn.Module):
     """
-    One step: `input_ids (B, 1)` and the state, `[h, c, ...]` or for a cell without c `[h, ...]`, `(B, H)` for each layer,
-    to `logits (B, 1, V)` and the next state. h has the dtype of the weights; c is float32 if that is a half-precision dtype.
+    One step: `input_ids (B, 1)` and the state, `[h, c, ...]` or for a cell without c `[h, ...]`, `(B, H)` for each layer, or
+    the tensors of a window (attention_lstm.py), to `logits (B, 1, V)` and the next state. h has the dtype of the weights; c is float32 if that is a half-precision dtype.
     """
 
     def __init__(self, model: LSTMForCausalLM):
@@ -25,9 +24,9 @@ class Step(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, state: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
         cache: Any = DynamicCache(config=self.model.config)
-        size = len(CELLS[self.model.config.cell_type].states)
-        for layer, first in zip(cache.layers, range(0, len(state), size), strict=True):
-            layer.update(*state[first : first + size])
+        parts = iter(state)
+        for own, layer in zip(self.model.model.layers, cache.layers, strict=True):
+            layer.update(*(next(parts) for _ in own.state_names))
         logits = self.model(input_ids, past_key_values=cache).logits
         return logits, [part for layer in cache.layers for part in layer.get_state()]
 

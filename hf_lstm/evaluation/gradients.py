@@ -51,14 +51,19 @@ def gradient_flow(
         gradients vanish from their type, below 1e-45 in float32, and infinite or NaN from where they exceed it.
 
     Raises:
-        ValueError: for another kind of model, ids outside the vocabulary, other shapes, too short a text, or numbers
-            below 1.
+        ValueError: for another kind of model or one with attention, ids outside the vocabulary, other shapes, too short a
+            text, or numbers below 1.
     """
     check_at_least_one(positions=positions, max_distance=max_distance)
     ids = torch.as_tensor(ids)
     if ids.ndim != 2:
         raise ValueError(f"`ids` of shape {tuple(ids.shape)} must be of shape (rows, tokens).")
     checked_stream(model, ids.flatten())
+    if model.config.attention_window is not None:
+        raise ValueError(
+            f"`layer_types` ({model.config.layer_types}) has attention, whose gradients reach all tokens of a window at once "
+            "and not from state to state: give a model of LSTM layers alone."
+        )
     if ids.shape[1] < max_distance + positions + 1:
         raise ValueError(
             f"`ids` ({ids.shape[1]:,} tokens a row) must hold at least {max_distance + positions + 1:,}, which is "

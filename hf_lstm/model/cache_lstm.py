@@ -1,36 +1,35 @@
 """The state of a recurrent model as layers of a transformers `Cache`, for every mode of `generate()`.
 
 A layer keeps named tensors with a row for each of the batch (`KEPT`). Whatever happens to a state happens to all of them
-by one protocol: map a function over them, detach, record them after each token and crop the last of these.
+by one protocol: map a function over them, detach, forget rows, record them after each token and crop the last of these.
+attention_lstm.py has the layer for attention.
 
 Shapes: B batch, T tokens of one call, H the width of the layer's cell, D that of the model's output.
 """
 
 import copy
-from typing import Any
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin
 from transformers.utils import is_torchdynamo_compiling
 
-from .cells_lstm import State
+from .cells_lstm import CELLS, State
+from .configuration_lstm import LSTM_LAYER, LSTMConfig
 from .recurrence_lstm import UNKNOWN, hold
 
-LAYER_TYPE = "hf_lstm"
-KEPT = {"keys": 0, "values": 0, "held": 0, "document": UNKNOWN, "read": False}
-"""The tensors that a layer keeps, and the value of each in a row without tokens so far."""
-CELL_STATE = ("keys", "values")
-"""Those that hold the state of the cell: h and c."""
-SAVED_AS = {"keys": "h", "values": "c", "held": "held", "document": "document", "read": "read"}
+LAST = {"held": 0, "document": UNKNOWN, "read": False}
+"""Data about the last token of each row, in the first layer, and the value of each in a row without tokens so far."""
 MAX_HISTORY = 1024
 """Tokens that can be rolled back: more than any assistant drafts between two checks, and a limit on memory."""
 
 
-class LSTMCacheLayer(CacheLayerMixin):
+class StateCacheLayer(CacheLayerMixin):
     """
-    The state of one layer: `keys` holds h and `values` holds c, or `None` for a cell without c, each of shape `(B, H)`
-    however many tokens were read. `update` replaces the tensors and never writes into them, so a state may be part of an
-    autograd graph.
+    The state of one layer: tensors with a row for each of the batch, of a size that does not depend on the tokens read.
+    `update` replaces the tensors and never writes into them, so a state may be part of an autograd graph.
 
     The first layer also keeps data about the last token of each row that is not part of the state (`remember`):
     `held`, the model's output `(B, D)`, which padding repeats; `document` `(B,)`, its `seq_idx`; and `read` `(B,)`,
@@ -38,12 +37,30 @@ class LSTMCacheLayer(CacheLayerMixin):
 
     After `activate_past_recording()` the states of the last `MAX_HISTORY` tokens are kept too, until `crop` rolls some
     of them back or `crop(0)` accepts them.
+
+    Attributes:
+        layer_type (`str`): The type of the layer in `config.layer_types`.
+        STATE (`dict`): The tensors of the state, and the value of each in a row without tokens so far.
+        KEPT (`dict`): These and `LAST`.
+        BY_TOKEN (`tuple`): Those that are recorded after each token.
+        TENSORS (`tuple`): Names of all tensors, those of the record too, each with a row for each of the batch.
+        SAVED_AS (`dict`): Names of kept tensors in files, where they differ.
     """
 
-    _layer_type: str | None = LAYER_TYPE  # registers the class for `DynamicCache(config=...)`
+    layer_type: ClassVar[str]
+    STATE: ClassVar[dict[str, Any]]
+    KEPT: ClassVar[dict[str, Any]]
+    BY_TOKEN: ClassVar[tuple[str, ...]]
+    TENSORS: ClassVar[tuple[str, ...]]
+    SAVED_AS: ClassVar[dict[str, str]] = {}
     is_croppable = True
     is_sliding = False
     supports_early_init = False
+
+    held: torch.Tensor | None
+    document: torch.Tensor | None
+    read: torch.Tensor | None
+    past_keys: Any
 
     def __init__(self, **kwargs) -> None:
         super().__init__()
@@ -51,52 +68,35 @@ class LSTMCacheLayer(CacheLayerMixin):
         # layer.
         self.cumulative_length: Any = 0
         self.record_past = False
-        self.held = self.document = self.read = None
         self.plain_step: Any = None  # in the first layer: the generation_lstm.PlainStep that reads this text
-        # (B, n + 1, ...): the same tensors before the last n tokens and after each of them
-        self.past_keys = self.past_values = self.past_held = self.past_document = self.past_read = None
+        # `past_...`, (B, n + 1, ...): the same tensors before the last n tokens and after each of them
+        vars(self).update(dict.fromkeys(self.TENSORS))
 
     @property
     def nbytes(self) -> int:
         """Size of the state in bytes, without the history kept for rolling back."""
-        return sum(state.nbytes for name in KEPT if (state := getattr(self, name)) is not None)
+        return sum(state.nbytes for name in self.KEPT if (state := getattr(self, name)) is not None)
 
-    def lazy_initialization(self, h: torch.Tensor, *others: torch.Tensor) -> None:
-        self.dtype, self.device = h.dtype, h.device
+    @property
+    def recorded(self) -> int:
+        """Number of tokens that can be taken back."""
+        return 0 if self.past_keys is None else self.past_keys.shape[1] - 1
+
+    @staticmethod
+    @abstractmethod
+    def shapes_of(config: LSTMConfig, index: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of the state of one row in layer `index`, by the names of the tensors in files."""
+
+    def lazy_initialization(self, first: torch.Tensor, *others: torch.Tensor) -> None:
+        self.dtype, self.device = first.dtype, first.device
         self.is_initialized = True
 
     def get_state(self, device: torch.device | None = None) -> State | None:
-        """Return h and, where the cell has it, c, each `(B, H)`, on a device if asked; `None` before the first token."""
+        """Return the tensors of the state, on a device if asked; `None` before the first token."""
         if self.keys is None:
             return None
-        state = (self.keys,) if self.values is None else (self.keys, self.values)
+        state = tuple(part for name in self.STATE if (part := getattr(self, name)) is not None)
         return state if device is None else tuple(part.to(device) for part in state)
-
-    def update(  # type: ignore[override]  # a state has its own shape here
-        self, *state: torch.Tensor, num_tokens: int = 1, past: State = (), **kwargs
-    ) -> State:
-        """
-        Replace the state, and return it.
-
-        Args:
-            state (`(B, H)` each): h and, where the cell has it, c after the last token.
-            num_tokens (`int`, defaults to 1): Number of columns read since the last update.
-            past (`tuple` of `(B, T, H)`, *optional*): The same after each of them; needed while past states are recorded.
-
-        Raises:
-            ValueError: if it is needed and not given.
-        """
-        if self.record_past and len(past) < len(state):
-            raise ValueError(
-                f"`past` ({len(past)} tensors) must hold the state after each token while past states are recorded: give it, "
-                "or call `update` before `activate_past_recording()`."
-            )
-        if not self.is_initialized:
-            self.lazy_initialization(*state)
-        for name, last, states in zip(CELL_STATE[: len(state)], state, past or [None] * len(state), strict=True):
-            self._replace(name, last, states)
-        self.cumulative_length += num_tokens
-        return state
 
     def hold(self, x: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
         """Repeat the output `x` `(B, T, D)` of the last real token, of this call or an earlier one, over padding."""
@@ -152,7 +152,7 @@ class LSTMCacheLayer(CacheLayerMixin):
             past = getattr(self, f"past_{name}")
             if past is None:
                 start = getattr(self, name)
-                past = (torch.full_like(last, KEPT[name]) if start is None else start.clone())[:, None]
+                past = (torch.full_like(last, self.KEPT[name]) if start is None else start.clone())[:, None]
             setattr(self, f"past_{name}", torch.cat([past, states], dim=1)[:, -MAX_HISTORY - 1 :])
         self._set(name, last)
 
@@ -170,14 +170,13 @@ class LSTMCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: if the states of those tokens were not recorded.
         """
-        removed = -tokens_to_remove
-        recorded = 0 if self.past_keys is None else self.past_keys.shape[1] - 1
+        removed, recorded = -tokens_to_remove, self.recorded
         if not 0 <= removed <= recorded:
             raise ValueError(
                 f"`tokens_to_remove` ({tokens_to_remove}) must lie in [-{recorded}, 0], the tokens whose states were "
                 f"recorded: call `activate_past_recording()` before they are read (at most {MAX_HISTORY} are kept)."
             )
-        for name in KEPT:
+        for name in self.BY_TOKEN:
             past = getattr(self, f"past_{name}")
             if removed and past is not None:
                 # `document` may be recorded later than the others; a view would keep the whole history alive
@@ -189,11 +188,16 @@ class LSTMCacheLayer(CacheLayerMixin):
         """Detach the state from its autograd graph, for truncated backpropagation through time."""
         self._map(torch.Tensor.detach)
 
+    def forget(self, rows: torch.Tensor) -> None:
+        """Set the state of some rows, `(B,)`, to that before the first token."""
+        for name, initial in self.STATE.items():
+            if (state := getattr(self, name)) is not None:
+                chosen = rows.to(state.device).view(-1, *(1 for _ in state.shape[1:]))
+                self._set(name, state.masked_fill(chosen, initial))
+
     def reset(self) -> None:
         """Drop the state and the history: the next batch may have another number of rows."""
-        for name in KEPT:
-            setattr(self, name, None)
-            setattr(self, f"past_{name}", None)
+        vars(self).update(dict.fromkeys(self.TENSORS))
         self.is_initialized = False
         self.cumulative_length = 0
         self.plain_step = None
@@ -227,7 +231,7 @@ class LSTMCacheLayer(CacheLayerMixin):
         return vars(self) | {"plain_step": None}
 
     def _map(self, function) -> None:
-        for name in (*KEPT, *(f"past_{name}" for name in KEPT)):
+        for name in self.TENSORS:
             if (state := getattr(self, name)) is not None:
                 setattr(self, name, function(state))
 
@@ -241,19 +245,63 @@ class LSTMCacheLayer(CacheLayerMixin):
         return query_length + self.cumulative_length, 0
 
 
-class LSTMStaticCacheLayer(LSTMCacheLayer):
-    """The state in tensors with fixed addresses, for compiled decoding and CUDA graphs."""
+class LSTMCacheLayer(StateCacheLayer):
+    """
+    The state of a cell: `keys` holds h and `values` holds c, or `None` for a cell without c, each of shape `(B, H)`
+    however many tokens were read.
+    """
 
-    _layer_type = None  # registered below: `CacheLayerMixin` takes only subclasses of `StaticLayer` for static
+    _layer_type: str | None = LSTM_LAYER  # registers the class for `DynamicCache(config=...)`
+    layer_type = LSTM_LAYER
+    STATE: ClassVar = {"keys": 0, "values": 0}
+    KEPT: ClassVar = STATE | LAST
+    BY_TOKEN = tuple(KEPT)
+    TENSORS = (*KEPT, *(f"past_{name}" for name in BY_TOKEN))
+    SAVED_AS: ClassVar = {"keys": "h", "values": "c"}
+
+    @staticmethod
+    def shapes_of(config, index):
+        return dict.fromkeys(CELLS[config.cell_type].states, (config.cell_sizes[index],))
+
+    def update(  # type: ignore[override]  # a state has its own shape here
+        self, *state: torch.Tensor, num_tokens: int = 1, past: State = (), **kwargs
+    ) -> State:
+        """
+        Replace the state, and return it.
+
+        Args:
+            state (`(B, H)` each): h and, where the cell has it, c after the last token.
+            num_tokens (`int`, defaults to 1): Number of columns read since the last update.
+            past (`tuple` of `(B, T, H)`, *optional*): The same after each of them; needed while past states are recorded.
+
+        Raises:
+            ValueError: if it is needed and not given.
+        """
+        if self.record_past and len(past) < len(state):
+            raise ValueError(
+                f"`past` ({len(past)} tensors) must hold the state after each token while past states are recorded: give it, "
+                "or call `update` before `activate_past_recording()`."
+            )
+        if not self.is_initialized:
+            self.lazy_initialization(*state)
+        for name, last, states in zip(self.STATE, state, past or (None, None), strict=False):
+            self._replace(name, last, states)
+        self.cumulative_length += num_tokens
+        return state
+
+
+class StaticTensors(StateCacheLayer):
+    """A state in tensors with fixed addresses, for compiled decoding and CUDA graphs."""
+
     is_compileable = True
 
     def __init__(self, max_cache_len: int | None = None, **kwargs):
         super().__init__()
         self.cumulative_length = torch.tensor(0)  # an `int` would recompile the graph at every step
 
-    def lazy_initialization(self, h, *others):
-        super().lazy_initialization(h)
-        self.cumulative_length = self.cumulative_length.to(h.device)
+    def lazy_initialization(self, first, *others):
+        super().lazy_initialization(first)
+        self.cumulative_length = self.cumulative_length.to(first.device)
         self._fix(self.cumulative_length)
 
     def _set(self, name, state):
@@ -267,17 +315,23 @@ class LSTMStaticCacheLayer(LSTMCacheLayer):
             torch._dynamo.mark_static_address(tensor)  # as transformers' StaticLayer does
 
     def reset(self):
-        """Set the state to zero, in the same tensors."""
-        for name, initial in KEPT.items():
-            setattr(self, f"past_{name}", None)
+        """Set the state to that before the first token, in the same tensors."""
+        vars(self).update(dict.fromkeys(name for name in self.TENSORS if name not in self.KEPT))
+        for name, initial in self.KEPT.items():
             if (state := getattr(self, name)) is not None:
                 state.fill_(initial)
         self.cumulative_length.zero_()
 
     def reorder_cache(self, beam_idx):
-        for name in KEPT:
+        for name in self.KEPT:
             if (state := getattr(self, name)) is not None:
                 self._set(name, state.index_select(0, beam_idx.to(state.device)))
+
+
+class LSTMStaticCacheLayer(StaticTensors, LSTMCacheLayer):
+    """The state of a cell in tensors with fixed addresses."""
+
+    _layer_type = None  # registered below: `CacheLayerMixin` takes only subclasses of `StaticLayer` for static
 
 
 def rows_that_read(cache: Cache | None) -> torch.Tensor | None:
@@ -286,70 +340,76 @@ def rows_that_read(cache: Cache | None) -> torch.Tensor | None:
     return layer.rows_read() if hasattr(layer, "rows_read") else None
 
 
-def prepare_cache_layers(
-    cache: Cache | None, rows: int, num_layers: int, cell_sizes: list[int], states: tuple[str, ...]
-) -> list[LSTMCacheLayer]:
+def prepare_cache_layers(cache: Cache | None, rows: int, layers: Sequence[Any], all_layers: Any) -> Sequence[Any]:
     """
-    Return the layers of a cache, after checking rows and widths; new ones without a cache or for an empty one.
+    Return the layers of a cache, after checking kinds, rows and widths; new ones without a cache or for an empty one.
 
     Args:
         cache (`Cache`, *optional*): The `past_key_values` of a forward.
         rows (`int`): B.
-        num_layers (`int`): Number of layers of the model.
-        cell_sizes (`list[int]`): H of the layers that are run: fewer in an assistant that exits early.
-        states (`tuple[str, ...]`): Names of the tensors of the cell's state, h or h and c.
+        layers (`Sequence`): The model's layers that are run: fewer in an assistant that exits early.
+        all_layers (`nn.ModuleList`): All its layers.
 
     Raises:
         ValueError: if the cache is not that of a recurrent model, or its state belongs to another model or number of rows.
     """
     if cache is None:
-        return [LSTMCacheLayer() for _ in range(num_layers)]
+        return [layer.cache_layer() for layer in layers]
     if not isinstance(cache, Cache):
         raise ValueError(
             f"`past_key_values` ({type(cache).__name__}) must be a transformers `Cache`, "
             "such as `DynamicCache(config=model.config)`."
         )
     if not cache.layers:  # `DynamicCache()` does not know the model yet
-        cache.layers.extend(LSTMCacheLayer() for _ in range(num_layers))
+        cache.layers.extend(layer.cache_layer() for layer in all_layers)
         cache.layer_class_to_replicate = None
-    layers: list[Any] = cache.layers
-    for layer in layers:
-        if not hasattr(layer, "get_state"):
+    kept: list[Any] = cache.layers
+    for found in kept:
+        if not hasattr(found, "get_state"):
             raise ValueError(
-                f"`past_key_values` holds a {type(layer).__name__}, not the state of an LSTM: pass "
+                f"`past_key_values` holds a {type(found).__name__}, not the state of an LSTM: pass "
                 "`DynamicCache(config=model.config)`, since an LSTM cannot use the keys and values of attention that "
                 "prefix tuning and other models give."
             )
-    if len(layers) != num_layers == len(cell_sizes):
+    if len(kept) != len(all_layers) == len(layers):
         raise ValueError(
-            f"`past_key_values` has {len(layers)} layers and the model {num_layers}: it belongs to another model."
+            f"`past_key_values` has {len(kept)} layers and the model {len(all_layers)}: it belongs to another model."
         )
-    for layer, size in zip(layers, cell_sizes, strict=False):
-        if layer.is_initialized and layer.keys.shape[0] != rows:
+    for index, (found, layer) in enumerate(zip(kept, layers, strict=False)):
+        if found.layer_type != layer.cache_layer.layer_type:
             raise ValueError(
-                f"`past_key_values` holds the state of {len(layer.keys)} rows and the input has {rows}, and they must "
+                f"`past_key_values` has layer {index} of type {found.layer_type!r} and the model's is "
+                f"{layer.cache_layer.layer_type!r}: it belongs to a model of other `layer_types`."
+            )
+        if not found.is_initialized:
+            continue
+        if found.keys.shape[0] != rows:
+            raise ValueError(
+                f"`past_key_values` holds the state of {len(found.keys)} rows and the input has {rows}, and they must "
                 "be equal: give each beam or sequence its own state with "
                 "`past_key_values.batch_repeat_interleave(n)`, or start from a new cache."
             )
-        if layer.is_initialized and (found := len(layer.get_state())) != len(states):
+        names = layer.state_names
+        if (number := len(found.get_state())) != len(names):
             raise ValueError(
-                f"`past_key_values` holds {found} tensors a layer and the model's cells have {len(states)} "
-                f"({', '.join(states)}): it belongs to a model of another `cell_type`."
+                f"`past_key_values` holds {number} tensors a layer and the model's cells have {len(names)} "
+                f"({', '.join(names)}): it belongs to a model of another `cell_type`."
             )
-        if layer.is_initialized and layer.keys.shape[1] != size:
+        if found.keys.shape[1:] != layer.state_shape:
+            size, expected = (" x ".join(map(str, shape)) for shape in (found.keys.shape[1:], layer.state_shape))
             raise ValueError(
-                f"`past_key_values` holds a state of width {layer.keys.shape[1]} and the model's is {size}: it belongs to "
-                "another model."
+                f"`past_key_values` holds a state of width {size} and the model's is {expected}: it belongs to another model."
             )
-    return layers
+    return kept
 
 
 def state_tensors(cache: Cache) -> dict[str, torch.Tensor]:
     """Return the tensors of a state by their names in files: `layers.{index}.h`, `.c` and, where kept, others."""
+    layers: list[Any] = cache.layers
     return {
-        f"layers.{index}.{SAVED_AS[name]}": state.detach().contiguous()
-        for index, layer in enumerate(cache.layers)
-        for name in KEPT
+        f"layers.{index}.{layer.SAVED_AS.get(name, name)}": state.detach().contiguous()
+        for index, layer in enumerate(layers)
+        for name in layer.KEPT
         if (state := getattr(layer, name)) is not None
     }
 
@@ -360,11 +420,11 @@ def load_state_tensors(
     """Fill an empty cache with the tensors of `state_tensors`, the state after `num_tokens` tokens."""
     layers: list[Any] = cache.layers
     for index, layer in enumerate(layers):
-        found = {name: tensors.get(f"layers.{index}.{SAVED_AS[name]}") for name in KEPT}
+        found = {name: tensors.get(f"layers.{index}.{layer.SAVED_AS.get(name, name)}") for name in layer.KEPT}
         states = {name: state.to(device) for name, state in found.items() if state is not None}
-        layer.update(*(states.pop(name) for name in CELL_STATE if name in states), num_tokens=num_tokens)
+        layer.update(*(states.pop(name) for name in layer.STATE if name in states), num_tokens=num_tokens)
         for name, state in states.items():
             setattr(layer, name, state)
 
 
-STATIC_LAYER_TYPE_MAPPING[LAYER_TYPE] = LSTMStaticCacheLayer
+STATIC_LAYER_TYPE_MAPPING[LSTM_LAYER] = LSTMStaticCacheLayer

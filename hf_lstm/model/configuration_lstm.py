@@ -3,13 +3,16 @@
 import copy
 import math
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 from huggingface_hub.dataclasses import strict
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, configuration_utils
 from transformers.activations import ACT2FN
 
 from .cells_lstm import CELLS
+
+LSTM_LAYER, WINDOW_LAYER = "hf_lstm", "hf_lstm_window"
+"""The types of layers, and of their layers of a cache."""
 
 
 @strict
@@ -33,14 +36,24 @@ class LSTMConfig(PreTrainedConfig):
             Width of a token's embedding. When embeddings are tied and it differs from `hidden_size`, the last cell of
             a stacked model is `embedding_size` wide, as in AWD-LSTM (Merity et al. 2018): 400, 1150, 1150, 400. A
             residual model projects instead.
-        num_hidden_layers (`int`, defaults to 2): Number of LSTM layers.
+        num_hidden_layers (`int`, defaults to 2): Number of layers.
         block_type (`str`, defaults to `"stacked"`):
             `"stacked"`: each cell reads the output of the one below it. `"residual"`: each adds its output for the
             normalised stream to the stream, x + W LSTM(RMSNorm(x)), which makes deep models trainable: for otherwise
             equal models, Beck et al. 2024 (xLSTM, table 2) report perplexity 2418 for stacked and 35 for residual
             layers.
         intermediate_size (`int`, *optional*):
-            Width of the gated MLP (SwiGLU, Shazeer 2020) that follows each residual LSTM; none by default.
+            Width of the gated MLP (SwiGLU, Shazeer 2020) that follows each residual layer; none by default.
+        layer_types (`list[str]`, *optional*):
+            The type of each layer of a residual model: `"hf_lstm"`, or `"hf_lstm_window"` for attention over the last tokens
+            (attention_lstm.py). All layers are LSTMs by default, which is not saved. At least one layer must be an
+            LSTM, since the attention knows no positions. A smaller `num_hidden_layers` that is set afterwards, as
+            `assistant_early_exit` does, leaves the first of them.
+        attention_window (`int`, *optional*, defaults to 512 with such layers):
+            Tokens that one attends to, itself among them. From the first token on, the layer keeps keys and values of so
+            many.
+        num_attention_heads (`int`, *optional*, defaults to 1 with such layers):
+            Heads of the attention, each `hidden_size / num_attention_heads` wide. One is enough in SHA-RNN (Merity 2019).
         hidden_act (`str`, defaults to `"silu"`): Activation of the gated MLP.
         rms_norm_eps (`float`, defaults to 1e-6): Epsilon of RMSNorm (Zhang & Sennrich 2019), against division by 0.
         tie_word_embeddings (`bool`, defaults to `True`):
@@ -95,7 +108,7 @@ class LSTMConfig(PreTrainedConfig):
             refused.
     """
 
-    model_type = "hf_lstm"
+    model_type = LSTM_LAYER
     keys_to_ignore_at_inference = ["past_key_values"]
 
     vocab_size: int = 260
@@ -107,6 +120,9 @@ class LSTMConfig(PreTrainedConfig):
     num_hidden_layers: int = 2
     block_type: Literal["stacked", "residual"] = "stacked"
     intermediate_size: int | None = None
+    layer_types: list[str] | None = None
+    attention_window: int | None = None
+    num_attention_heads: int | None = None
     hidden_act: str = "silu"
     rms_norm_eps: float = 1e-6
     tie_word_embeddings: bool = True
@@ -133,7 +149,7 @@ class LSTMConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs):
         self.validate_depth()
-        self._derive(set(), {})
+        self._derive(type(self).__dataclass_fields__.keys(), {})
         super().__post_init__(**kwargs)
         self._is_complete = True
 
@@ -182,19 +198,34 @@ class LSTMConfig(PreTrainedConfig):
             "initializer_range": 0.2 if self.block_type == "stacked" else 0.02,
             "forget_gate_bias": 1.0 if has_constant_bias else None,
             "mogrifier_rounds": 5 if cell.has_rounds else None,
+            "layer_types": [LSTM_LAYER] * min(self.num_hidden_layers, MAX_LAYERS),  # `validate_depth` refuses more
+            "attention_window": 512 if self._has_windows else None,
+            "num_attention_heads": 1 if self._has_windows else None,
         }
 
     def _derive(self, given, former_defaults):
         """Set fields that were left at their default: `None` or, in saved files, the former default itself."""
+        if "layer_types" in given:
+            self._given_types = self.layer_types
+        elif self._given_types is not None:
+            self.layer_types = self._given_types[: self.num_hidden_layers]
         for name, default in self._defaults().items():
             value = getattr(self, name)
             if value is None or (name not in given and value == former_defaults.get(name)):
                 setattr(self, name, default)
 
     @property
-    def layer_types(self) -> list[str]:
-        """Types of the cache layers, from which transformers builds a cache: `hf_lstm` (cache_lstm.py) for each LSTM layer."""
-        return [self.model_type] * self.num_hidden_layers
+    def _has_windows(self) -> bool:
+        """Whether there are attention layers, also among those that an early exit leaves out."""
+        return WINDOW_LAYER in (self._given_types or ())
+
+    @property
+    def state_size(self) -> int:
+        """Numbers that the state of one row holds, in all layers, without the flags of windows."""
+        kinds = cast(list[str], self.layer_types)
+        cells = [size for size, kind in zip(self.cell_sizes, kinds, strict=True) if kind == LSTM_LAYER]
+        windows = (len(kinds) - len(cells)) * 2 * self.hidden_size * (self.attention_window or 0)
+        return len(CELLS[self.cell_type].states) * sum(cells) + windows
 
     @property
     def cell_sizes(self) -> list[int]:
@@ -344,7 +375,42 @@ class LSTMConfig(PreTrainedConfig):
             )
 
     def validate_layer_type(self):
-        """Skip transformers' own check, which knows attention layers only: `layer_types` follows from `num_hidden_layers`."""
+        """Check `layer_types` in place of transformers, which knows attention layers only, and the fields of windows."""
+        types = self._given_types or []
+        if unknown := [name for name in types if name not in (LSTM_LAYER, WINDOW_LAYER)]:
+            raise ValueError(
+                f"`layer_types` ({unknown[0]!r} in it) must hold {LSTM_LAYER!r} and {WINDOW_LAYER!r} only."
+            )
+        if self._given_types is not None and len(cast(list[str], self.layer_types)) != self.num_hidden_layers:
+            raise ValueError(
+                f"`layer_types` ({len(types)} entries) must have one for each of `num_hidden_layers` "
+                f"({self.num_hidden_layers}): make them equal."
+            )
+        window, heads = self.attention_window, self.num_attention_heads
+        for name, value in (("attention_window", window), ("num_attention_heads", heads)):
+            if value is not None and not self._has_windows:
+                raise ValueError(
+                    f"`{name}` ({value}) needs attention layers, and there are none: leave it out, or name the layers in "
+                    f"`layer_types`, such as {[LSTM_LAYER, WINDOW_LAYER]}."
+                )
+        if not self._has_windows:
+            return
+        if self.block_type != "residual":
+            raise ValueError(
+                f"`layer_types` ({types}) has attention, which adds to a stream and needs residual layers: set "
+                '`block_type="residual"`, or leave it out.'
+            )
+        if LSTM_LAYER not in types:
+            raise ValueError(
+                f"`layer_types` ({types}) must hold at least one {LSTM_LAYER!r}, since attention alone does not know the order "
+                "of tokens."
+            )
+        if window is not None and not 1 <= window <= MAX_WINDOW:
+            raise ValueError(f"`attention_window` ({window}) must be at least 1 and at most {MAX_WINDOW:,} tokens.")
+        if heads is not None and (heads < 1 or self.hidden_size % heads):
+            raise ValueError(
+                f"`num_attention_heads` ({heads}) must divide `hidden_size` ({self.hidden_size}): give a divisor of it, such as 1."
+            )
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """Save the config, and remove the code files that version 0.1.0 saved under other names."""
@@ -356,11 +422,13 @@ class LSTMConfig(PreTrainedConfig):
         """Return the fields, and the `auto_map` with which a saved model loads where hf_lstm is not installed."""
         fields = super().to_dict() | {"auto_map": dict(AUTO_MAP)}
         fields.pop("_is_complete", None)
+        if fields.pop("_given_types", None) is None:  # it follows from `num_hidden_layers`
+            fields.pop("layer_types", None)
         return fields
 
 
 # Far above any LSTM: a file that asks for more is damaged or malicious.
-MAX_PARAMETERS, MAX_LAYERS = 10**12, 10_000
+MAX_PARAMETERS, MAX_LAYERS, MAX_WINDOW = 10**12, 10_000, 2**20
 
 SIZES = (
     "num_hidden_layers",
@@ -383,5 +451,9 @@ AUTO_MAP = {
     "AutoModel": "modeling_lstm.LSTMModel",
     "AutoModelForCausalLM": "modeling_lstm.LSTMForCausalLM",
 }
+
+# Trainer reads the config of a checkpoint as a plain `PreTrainedConfig`, which refuses layers of other names.
+ALLOWED: Any = configuration_utils.ALLOWED_ATTN_LAYER_TYPES
+configuration_utils.ALLOWED_ATTN_LAYER_TYPES = (*ALLOWED, LSTM_LAYER, WINDOW_LAYER)
 
 __all__ = ["LSTMConfig"]

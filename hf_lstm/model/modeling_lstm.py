@@ -3,13 +3,10 @@
     h_t, c_t = cell(x_t, h_{t-1}, c_{t-1})    the equations of each cell: cells_lstm.py
     logits_t = E h_t                          E: the embedding, when tied (Press & Wolf 2017)
 
-A residual layer reads and writes a stream x (He et al. 2016; normalised before each branch, Xiong et al. 2020):
-
-    x = x + O cell(norm(x))
-    x = x + D (act(G norm(x)) ⊙ F norm(x))    gated MLP, optional: Shazeer 2020
+The layers are those of layers_lstm.py and, in a hybrid model, attention_lstm.py.
 
 Shapes: B batch, T tokens of this call, D width of a layer's input, H width of its cell, L layers, V vocabulary;
-S segments read side by side, N tokens in all of them (recurrence_lstm.py).
+A heads of attention; S segments read side by side, N tokens in all of them (recurrence_lstm.py).
 
 A layer is a pure function of its input and the state it starts from. The model reads and writes the state, which
 travels as `past_key_values` (cache_lstm.py); modules hold no state.
@@ -17,29 +14,35 @@ travels as `past_key_values` (cache_lstm.py); modules hold no state.
 
 import itertools
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers import initialization as init
-from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
+from .attention_lstm import WindowAttentionLayer
 from .cache_lstm import prepare_cache_layers, rows_that_read
-from .cells_lstm import CELLS, Gates
-from .configuration_lstm import LSTMConfig
+from .cells_lstm import CELLS
+from .configuration_lstm import LSTM_LAYER, WINDOW_LAYER, LSTMConfig
 from .generation_lstm import LSTMGenerationMixin, take_plain_step
+from .layers_lstm import LSTMLayer, ResidualLSTMLayer, RMSNorm, linear
 from .loading_lstm import StrictLoading
-from .recurrence_lstm import Reading, find_reading, reads_embeddings, run_cell
-from .training_lstm import AdaptiveSoftmax, compute_losses, locked_dropout, weight_dropout, word_dropout
+from .recurrence_lstm import find_reading, reads_embeddings
+from .training_lstm import AdaptiveSoftmax, compute_losses, locked_dropout, word_dropout
+
+RESIDUAL_LAYERS: dict[str, type[ResidualLSTMLayer] | type[WindowAttentionLayer]] = {
+    LSTM_LAYER: ResidualLSTMLayer,
+    WINDOW_LAYER: WindowAttentionLayer,
+}
+"""The layers of a residual model by their names in `layer_types`."""
 
 
 @dataclass
@@ -70,103 +73,21 @@ class LSTMCausalLMOutputWithPast(CausalLMOutputWithPast):
     regularization_loss: torch.Tensor | None = None
 
 
-class LSTMLayer(GradientCheckpointingLayer):
-    """One layer of an LSTM, or of another cell."""
-
-    def __init__(self, input_size: int, cell_size: int, config: LSTMConfig):
-        super().__init__()
-        self.config = config
-        self.cell = CELLS[config.cell_type]
-        rows = self.cell.num_gates * cell_size
-        self.input_gates = linear(input_size, rows, "gates", bias=True)  # W, b
-        self.hidden_gates = linear(cell_size, rows, "recurrent", bias=self.cell.has_hidden_bias)  # U
-        self.mogrifier = mogrifier(input_size, cell_size, config)  # Q and R
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        *state: torch.Tensor,
-        reading: Reading | None = None,
-        record: bool = False,
-        tokens: torch.Tensor | None = None,
-        embeddings: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, ...]:
-        """
-        Args:
-            x (`(B, T, D)`): Input.
-            state (`(B, H)` each): State to start from: h and, where the cell has it, c.
-            reading (`Segments` or `Steps`, *optional*): The tokens to read, where rows are padded or documents start.
-            record (`bool`, defaults to `False`): Whether to return the states after each token too.
-            tokens (`(B, T)`), embeddings (`(K, D)`) (*optional*): x as `embeddings[tokens]`, of K distinct tokens.
-
-        Returns:
-            `tuple`: h after each token, `(B, T, H)`; the state at each row's end; and, if recorded, after each token,
-            `(B, T, H)` each. A padded token leaves the state as it was.
-        """
-        outputs, last, past = run_cell(self.cell, x, state, self.gates(), reading, record, tokens, embeddings)
-        return outputs, *last, *past
-
-    def gates(self) -> Gates:
-        """Return the modules of the cell; while training with weight dropout, on U with entries dropped."""
-        hidden_weight = weight_dropout(self.hidden_gates, self.config.weight_dropout if self.training else 0)
-        return Gates(self.input_gates, self.hidden_gates, hidden_weight, self.mogrifier)
-
-
-class ResidualLSTMLayer(LSTMLayer):
-    """A layer with a residual connection, and the gated MLP that may follow it."""
-
-    def __init__(self, config: LSTMConfig):
-        super().__init__(config.hidden_size, config.hidden_size, config)
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.o_proj = linear(config.hidden_size, config.hidden_size, "branch")
-        self.mlp = GatedMLP(config, config.intermediate_size) if config.intermediate_size is not None else None
-
-    def forward(self, x: torch.Tensor, *state: torch.Tensor, **options) -> tuple[torch.Tensor, ...]:
-        """See [`LSTMLayer`]; x and the outputs are the residual stream, `(B, T, H)`."""
-        outputs, *states = super().forward(self.norm(x), *state, **options)
-        p = self.config.hidden_dropout if self.training else 0
-        x = x + locked_dropout(self.o_proj(outputs), p)
-        if self.mlp is not None:
-            x = x + locked_dropout(self.mlp(x), p)
-        return x, *states
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm (Zhang & Sennrich 2019), computed in at least float32."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        return F.rms_norm(x.to(dtype), self.normalized_shape, self.weight.to(dtype), self.eps).to(x.dtype)
-
-
-class GatedMLP(nn.Module):
-    """Gated MLP of a residual layer (Shazeer 2020)."""
-
-    def __init__(self, config: LSTMConfig, intermediate_size: int):
-        super().__init__()
-        self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.gate_proj = linear(config.hidden_size, intermediate_size)
-        self.up_proj = linear(config.hidden_size, intermediate_size)
-        self.down_proj = linear(intermediate_size, config.hidden_size, "branch")
-        self.act_fn = ACT2FN[config.hidden_act]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
-
-
 class LSTMPreTrainedModel(StrictLoading, PreTrainedModel):
     config: LSTMConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _skip_keys_device_placement = ["past_key_values"]
-    _can_record_outputs = {"hidden_states": LSTMLayer}
+    _can_record_outputs = {"hidden_states": [LSTMLayer, WindowAttentionLayer]}
     _can_compile_fullgraph = True
+    _supports_sdpa = True
 
     def __init__(self, config: LSTMConfig):
         super().__init__(config)
-        # Only the class that this config builds: FSDP and device maps look up every class named here.
-        self._no_split_modules = ["LSTMLayer" if config.block_type == "stacked" else "ResidualLSTMLayer"]
+        # Only the classes that this config builds: FSDP and device maps look up every class named here.
+        kinds = set(cast(list[str], config.layer_types))
+        of_residual = {RESIDUAL_LAYERS[kind].__name__ for kind in kinds}
+        self._no_split_modules = {"LSTMLayer"} if config.block_type == "stacked" else of_residual
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -201,27 +122,8 @@ class LSTMPreTrainedModel(StrictLoading, PreTrainedModel):
         return biases.flatten()
 
 
-def linear(inputs: int, outputs: int, role: str = "plain", bias: bool = False) -> nn.Linear:
-    """Create a linear layer, initialised by its role: `"plain"`, `"gates"`, `"recurrent"`, or the end of a `"branch"`."""
-    layer = nn.Linear(inputs, outputs, bias=bias)
-    layer.role = role  # type: ignore[assignment]  # torch types the attributes of modules as tensors and modules
-    return layer
-
-
-def mogrifier(input_size: int, cell_size: int, config: LSTMConfig) -> nn.ModuleList | None:
-    """
-    Create the rounds of a Mogrifier, each a matrix, or two by way of `mogrifier_rank` features: the first from h to the
-    width of x, the second back, and so on. Other cells have none, `None`.
-    """
-    if config.mogrifier_rounds is None:
-        return None
-    sizes = [cell_size, *([config.mogrifier_rank] if config.mogrifier_rank else []), input_size]
-    rounds = [itertools.pairwise(sizes if index % 2 == 0 else sizes[::-1]) for index in range(config.mogrifier_rounds)]
-    return nn.ModuleList(nn.Sequential(*(linear(*pair) for pair in pairs)) for pairs in rounds)
-
-
 class LSTMModel(LSTMPreTrainedModel):
-    """Embedding and LSTM layers. `last_hidden_state` has the width that the output layer takes."""
+    """Embedding and layers. `last_hidden_state` has the width that the output layer takes."""
 
     def __init__(self, config: LSTMConfig):
         super().__init__(config)
@@ -229,7 +131,7 @@ class LSTMModel(LSTMPreTrainedModel):
         self.embed_tokens = nn.Embedding(config.vocab_size, embedding_size)
         # An optimizer's checkpoint knows parameters by their order, which is therefore the same in every version.
         if config.block_type == "residual":
-            self.layers = nn.ModuleList(ResidualLSTMLayer(config) for _ in range(config.num_hidden_layers))
+            self.layers = nn.ModuleList(RESIDUAL_LAYERS[kind](config) for kind in cast(list[str], config.layer_types))
             self.norm: nn.Module = RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         else:
             sizes = itertools.pairwise([embedding_size, *config.cell_sizes])
@@ -275,7 +177,8 @@ class LSTMModel(LSTMPreTrainedModel):
                 A document starts, from a zero state, wherever the position of a real token is 0.
             past_key_values ([`Cache`], *optional*):
                 State to continue from, updated in place. Its size does not grow: `2 B (H_1 + ... + H_L)` numbers for
-                h and c, half of them for a cell without c.
+                h and c, half of them for a cell without c; a layer of attention keeps keys and values of
+                `attention_window` tokens instead, `2 B attention_window H`.
             inputs_embeds (`torch.Tensor` of shape `(B, T, D)`, *optional*): Embeddings instead of `input_ids`.
             use_cache (`bool`, *optional*):
                 Whether to return the state; `config.use_cache` by default, and `False` while training.
@@ -284,17 +187,23 @@ class LSTMModel(LSTMPreTrainedModel):
                 Where each document starts among the `B T` tokens, and after the last of them `B T`.
 
         Returns:
-            [`LSTMModelOutputWithPast`]: `last_hidden_state` of shape `(B, T, H)`.
+            [`LSTMModelOutputWithPast`]: `last_hidden_state` of shape `(B, T, H)`; of a hybrid model under
+            `output_attentions` one map for each layer of attention, `(B, A, T, n + T)`, over the n tokens of the carried
+            window and those of this call.
 
         Raises:
-            ValueError: if shapes of the arguments or of the state do not match, or `output_attentions` is asked for.
+            ValueError: if shapes of the arguments or of the state do not match, or `output_attentions` is asked for and
+                there is no attention, or it is not `"eager"`.
         """
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         asked = (inputs_embeds, *limits, *kwargs.values())
         x = take_plain_step(self, {LSTMModel, LSTMLayer}, input_ids, past_key_values, asked)
         if x is not None:
             return LSTMModelOutputWithPast(last_hidden_state=x[:, None], past_key_values=past_key_values)
-        self._check_arguments(input_ids, inputs_embeds, kwargs.get("output_attentions"))
+        output_attentions = kwargs.get("output_attentions")
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        self._check_arguments(input_ids, inputs_embeds, output_attentions)
         x, lookup = self._embed(input_ids) if inputs_embeds is None else (inputs_embeds, {})
         if use_cache is None:
             use_cache = self.config.use_cache and not self.training
@@ -302,22 +211,24 @@ class LSTMModel(LSTMPreTrainedModel):
             past_key_values = DynamicCache(config=self.config)
 
         layers = self._layers_in_use()
-        cell_sizes = [layer.hidden_gates.in_features for layer in layers]
-        cell = layers[0].cell
-        cache_layers = prepare_cache_layers(past_key_values, x.shape[0], len(self.layers), cell_sizes, cell.states)
+        cache_layers = prepare_cache_layers(past_key_values, x.shape[0], layers, self.layers)
         reading, documents = find_reading(x, cache_layers[0], *limits)
         read = None
         if attention_mask is not None and reading is not None:
             read = cache_layers[0].read_after(reading.real)
         x = self.in_proj(locked_dropout(x, self.config.input_dropout if self.training else 0))
-        is_residual = self.config.block_type == "residual"
-        for index, (layer, cache_layer, size) in enumerate(zip(layers, cache_layers, cell_sizes, strict=False)):
+        is_residual, maps = self.config.block_type == "residual", []
+        for index, (layer, cache_layer) in enumerate(zip(layers, cache_layers, strict=False)):
             if self.training and index > 0 and not is_residual:
                 x = locked_dropout(x, self.config.hidden_dropout)
-            state = cache_layer.get_state(x.device) or cell.zero_state(x, size)
+            state = cache_layer.get_state(x.device) or layer.zero_state(x)
+            if layer.returns_maps and output_attentions:
+                lookup = {"maps": True}
             # The state by position: checkpointing with `use_reentrant` computes no gradients of other arguments.
             x, *states = layer(x, *state, reading=reading, record=cache_layer.record_past, **lookup)
             lookup = {}
+            if layer.returns_maps and output_attentions:
+                maps.append(states.pop())
             last, past = states[: len(state)], tuple(states[len(state) :])
             cache_layer.update(*last, num_tokens=x.shape[1], past=past)
         x = self.out_proj(self.norm(x))
@@ -327,10 +238,11 @@ class LSTMModel(LSTMPreTrainedModel):
         return LSTMModelOutputWithPast(
             last_hidden_state=x,
             past_key_values=past_key_values,
+            attentions=tuple(maps) if output_attentions else None,
             document_starts=reading.firsts if self.training and reading is not None else None,
         )
 
-    def _embed(self, input_ids) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _embed(self, input_ids) -> tuple[torch.Tensor, dict[str, Any]]:
         """
         Embed tokens `(B, T)`. Where the first layer can use them, return too the row of each token among the K distinct
         ones, `(B, T)`, and the embeddings of these, `(K, D)`.
@@ -342,12 +254,18 @@ class LSTMModel(LSTMPreTrainedModel):
         embeddings = word_dropout(self.embed_tokens(words), words, vocab_size, p)
         return F.embedding(tokens, embeddings), {"tokens": tokens, "embeddings": embeddings}
 
-    def _check_arguments(self, input_ids, inputs_embeds, output_attentions: bool | None) -> None:
-        if self.config.output_attentions if output_attentions is None else output_attentions:
-            raise ValueError(
-                "`output_attentions` (True) cannot be returned, since an LSTM has no attention: use "
-                "`output_hidden_states` for the outputs of its layers."
-            )
+    def _check_arguments(self, input_ids, inputs_embeds, output_attentions: bool) -> None:
+        if output_attentions:
+            if WINDOW_LAYER not in cast(list[str], self.config.layer_types):
+                raise ValueError(
+                    "`output_attentions` (True) cannot be returned, since an LSTM has no attention: use "
+                    "`output_hidden_states` for the outputs of its layers."
+                )
+            if self.config._attn_implementation != "eager":
+                raise ValueError(
+                    f"`output_attentions` (True) cannot be returned by the attention {self.config._attn_implementation!r}, "
+                    'which does not compute the maps: call `model.set_attn_implementation("eager")` first.'
+                )
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Exactly one of `input_ids` and `inputs_embeds` must be given.")
         shape = input_ids.shape if inputs_embeds is None else inputs_embeds.shape[:-1]
@@ -361,11 +279,11 @@ class LSTMModel(LSTMPreTrainedModel):
         if shape[1] == 0:
             raise ValueError(f"The input, of shape {tuple(shape)}, must hold at least one token.")
 
-    def _layers_in_use(self) -> list[LSTMLayer]:
+    def _layers_in_use(self) -> list[LSTMLayer | WindowAttentionLayer]:
         """Return the layers to run: fewer in an assistant that exits early, whose last cell must be as wide as the model's."""
-        all_layers = cast(list[LSTMLayer], list(self.layers))
+        all_layers = cast(list[LSTMLayer | WindowAttentionLayer], list(self.layers))
         layers = all_layers[: self.config.num_hidden_layers]
-        size, expected = layers[-1].hidden_gates.in_features, all_layers[-1].hidden_gates.in_features
+        size, expected = layers[-1].output_size, all_layers[-1].output_size
         if size != expected:
             raise ValueError(
                 f"The first {len(layers)} layers have outputs of width {size}, and the output layer takes {expected}: "
@@ -462,6 +380,7 @@ class LSTMForCausalLM(LSTMPreTrainedModel, LSTMGenerationMixin):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
             regularization_loss=regularization_loss,
         )
 

@@ -198,6 +198,13 @@ class Segments:
         indices = {name: index for name, index in vars(self).items() if name != "batch_sizes"}
         return replace(self, **{name: index.to(device, **kwargs) for name, index in indices.items()})
 
+    @property
+    def restarts(self) -> torch.Tensor:
+        """Whether a segment starts from the zero state at each token, `(B, T)`."""
+        places = torch.zeros_like(self.real).flatten()
+        places[self.tokens[: len(self.starts)]] = self.starts == len(self.real)
+        return places.view_as(self.real)
+
     def pack(self, x):  # (B, T, D) -> (N, D)
         return x.flatten(0, 1)[self.tokens]
 

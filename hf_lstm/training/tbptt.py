@@ -136,9 +136,9 @@ class TruncatedBPTTCallback(FinishedRunCallback):
         layers = [layer for layer in cache.layers if layer.is_initialized]
         if self.state_drop_probability == 0 or not layers:
             return
-        kept = torch.rand(self._train_rows, 1, device=layers[0].device) >= self.state_drop_probability
+        dropped = torch.rand(self._train_rows, device=layers[0].device) < self.state_drop_probability
         for layer in layers:
-            layer.update(*(state * kept.to(state.device) for state in layer.get_state()), num_tokens=0)
+            layer.forget(dropped)
 
     def _cut(self, module, args, kwargs, output):
         """Detach the state after the forward, so that no gradient runs back into this step from the next one."""

@@ -1,11 +1,12 @@
-"""Compare LSTMs, hybrid models of LSTMs and attention, and GPT-2: on texts, in associative recall, and in writing.
+r"""Compare LSTMs, hybrid models of LSTMs and attention, and GPT-2: on texts, in associative recall, and in writing.
 
-python scripts/benchmarks/hybrid.py --train_file tinyshakespeare.txt --words wikitext-2
+python scripts/benchmarks/hybrid.py --train_file tinyshakespeare.txt \
+    --words wikitext-2/valid.txt --words_validation wikitext-2/test.txt
 
 Texts: four models of as nearly the same number of parameters as their width allows, an LSTM, a residual LSTM, a hybrid with
 one layer of attention, and GPT-2. `tokens` trains each on 1.5 M characters of Shakespeare; `seconds` for 120 seconds of CPU
-time after the warm-up, on Shakespeare and on the words of WikiText-2. The LSTMs and the hybrid carry their state from chunk
-to chunk; GPT-2 reads chunks of 256 tokens, as many tokens a step, and is scored by windows of 256 whose second half counts.
+time after the warm-up, on Shakespeare and on words: "WT2-small", trained on WikiText-2's validation part and scored on its
+test part. The LSTMs and the hybrid carry their state from chunk to chunk; GPT-2 reads chunks of 256 tokens, as many tokens a step, and is scored by windows of 256 whose second half counts.
 
 Recall (recall.py): one small model of each for each number of pairs and distance. Decode: CPU time of a token and bytes of
 the state after 1,000 and 100,000 tokens.
@@ -194,11 +195,14 @@ class Run:
 class Comparison:
     """The runs of a comparison, and what each needs."""
 
-    def __init__(self, scale: Scale, train_file: str | None, words: str | None):
+    def __init__(self, scale: Scale, train_file: str | None, words: str | None, words_validation: str | None):
         self.scale, self.streams, self.vocabulary = scale, {}, {}
-        for name, path, make in (("characters", train_file, char_tokenizer), ("words", words, word_tokenizer)):
+        for name, path, validation, make in (
+            ("characters", train_file, None, char_tokenizer),
+            ("words", words, words_validation, word_tokenizer),
+        ):
             if path is not None:
-                corpus = load_corpus(path)
+                corpus = load_corpus(path, validation_file=validation)
                 tokenizer = make(corpus["train"]["text"])
                 self.streams[name] = {
                     split: TokenStream.from_documents(corpus[split]["text"], tokenizer)
@@ -256,7 +260,8 @@ class Comparison:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", help="text of characters, such as tinyshakespeare.txt")
-    parser.add_argument("--words", help="text or folder of words, such as WikiText-2")
+    parser.add_argument("--words", help="text of words, such as WikiText-2's")
+    parser.add_argument("--words_validation", help="text of words to score (default: the last tenth of `--words`)")
     tasks = ["tokens", "seconds", "recall", "decode"]
     parser.add_argument("--task", nargs="+", default=tasks, choices=tasks)
     parser.add_argument("--only", nargs="+", default=list(MODELS), choices=MODELS, help="models (default: all)")
@@ -270,7 +275,9 @@ def main() -> None:
 
     torch.set_num_threads(1)
     end = time.monotonic() + 60 * options.minutes
-    compare = Comparison(QUICK if options.quick else Scale(), options.train_file, options.words)
+    compare = Comparison(
+        QUICK if options.quick else Scale(), options.train_file, options.words, options.words_validation
+    )
     path = options.results / f"{NAME}.json"
     result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
     result["labels"] = LABELS

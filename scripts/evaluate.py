@@ -87,6 +87,8 @@ class Surprisal(Arguments):
     start_token: str | None = flag(
         "Token that the first one read is predicted from, such as <eos>; without it that one has no surprisal."
     )
+    entropy: bool = flag("Whether to add the entropy before each row, its reduction, and a token's rank.", False)
+    top_k: int = flag("The number of likeliest tokens to add, with `--by token`.", 0)
     picture: str | None = flag("Where to draw the surprisal over the first text.")
 
 
@@ -180,9 +182,12 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> None:
         raise ValueError(f"`--base` {arguments.base} must be `2` or `e`.")
     if arguments.by not in ("token", "word", "region"):
         raise ValueError(f"`--by` {arguments.by} must be `token`, `word` or `region`.")
+    if arguments.top_k and arguments.by != "token":
+        raise ValueError(f"`--top_k` {arguments.top_k} belongs to `--by` token: leave it out, or add that.")
     texts, regions = read_texts(arguments)
     base = 2 if arguments.base == "2" else math.e
-    rows = surprisal(model, tokenizer, texts, base, arguments.start_token)
+    added = {"entropy": arguments.entropy, "top_k": arguments.top_k}
+    rows = surprisal(model, tokenizer, texts, base, arguments.start_token, **added)
     if arguments.by != "token":
         rows = word_surprisal(rows, texts, regions, direction_of(model))
     unit = "bits" if base == 2 else "nats"

@@ -89,6 +89,8 @@ class Surprisal(Arguments):
     )
     entropy: bool = flag("Whether to add the entropy before each row, its reduction, and a token's rank.", False)
     top_k: int = flag("The number of likeliest tokens to add, with `--by token`.", 0)
+    adapt_file: str | None = flag("Text to adapt to first: adds `surprisal_adapted`, that of the adapted model.")
+    adapt_learning_rate: float | None = flag("Learning rate of the adaptation; by default the papers'.")
     picture: str | None = flag("Where to draw the surprisal over the first text.")
 
 
@@ -187,9 +189,15 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> None:
     texts, regions = read_texts(arguments)
     base = 2 if arguments.base == "2" else math.e
     added = {"entropy": arguments.entropy, "top_k": arguments.top_k}
-    rows = surprisal(model, tokenizer, texts, base, arguments.start_token, **added)
+    options = (tokenizer, texts, base, arguments.start_token)
+    tables = [surprisal(model, *options, **added)]
+    if arguments.adapt_file is not None:
+        read = load_documents(arguments.adapt_file, text_column=arguments.text_column)["train"]
+        dynamic = DynamicEvaluation(learning_rate=arguments.adapt_learning_rate)
+        tables.append(surprisal(dynamic.adapt(model, stream_of(read, model, tokenizer)), *options))
     if arguments.by != "token":
-        rows = word_surprisal(rows, texts, regions, direction_of(model))
+        tables = [word_surprisal(table, texts, regions, direction_of(model)) for table in tables]
+    rows = tables[0] if len(tables) == 1 else tables[0].assign(surprisal_adapted=tables[1]["surprisal"])
     unit = "bits" if base == 2 else "nats"
     log(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
     # In quotes a line end inside a token ends no row, for whatever reads it.

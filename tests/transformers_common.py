@@ -11,10 +11,19 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
 from transformers.models.auto import modeling_auto
 
-from hf_lstm import LSTMConfig, LSTMForCausalLM, LSTMModel
+from hf_lstm import (
+    LSTMConfig,
+    LSTMForCausalLM,
+    LSTMForSequenceClassification,
+    LSTMForTokenClassification,
+    LSTMModel,
+)
 
-# A test that trains asks of classes without this entry that they compute a loss.
+# A test that trains asks of classes without these entries that they compute a loss, or gives them no labels.
 modeling_auto.MODEL_MAPPING_NAMES[LSTMConfig.model_type] = "LSTMModel"
+for kind in ("SEQUENCE", "TOKEN"):
+    names = getattr(modeling_auto, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING_NAMES")
+    names[LSTMConfig.model_type] = f"LSTMFor{kind.title()}Classification"
 
 
 class LSTMTester:
@@ -46,6 +55,10 @@ class MogrifierTester(LSTMTester):
     block = {"cell_type": "mogrifier", "output_projection_size": 32}
 
 
+class ConcatTester(LSTMTester):
+    block = {"classifier_pooling": "concat", "classifier_hidden_size": 16}
+
+
 class StackedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
     all_model_classes = (LSTMModel, LSTMForCausalLM)
     has_attentions = False
@@ -66,3 +79,11 @@ class GRUTest(StackedTest):
 
 class MogrifierTest(StackedTest):
     lstm_tester = MogrifierTester
+
+
+class HeadsTest(StackedTest):
+    all_model_classes = (LSTMForSequenceClassification, LSTMForTokenClassification)
+
+
+class ConcatTest(HeadsTest):
+    lstm_tester = ConcatTester

@@ -11,6 +11,7 @@ from .callbacks import (
 from .checkpoints import last_complete_checkpoint
 from .optimization import NTASGD, EMAAdamW, parameter_groups
 from .tbptt import TruncatedBPTTCallback
+from .words import WordCheckpointCallback
 
 __all__ = [
     "NTASGD",
@@ -22,6 +23,7 @@ __all__ = [
     "MetricsCallback",
     "NonMonotonicTrigger",
     "TruncatedBPTTCallback",
+    "WordCheckpointCallback",
     "last_complete_checkpoint",
     "parameter_groups",
 ]

@@ -9,6 +9,7 @@ from .callbacks import (
     NonMonotonicTrigger,
 )
 from .checkpoints import last_complete_checkpoint
+from .fine_tuning import GradualUnfreezingCallback, slanted_triangular
 from .optimization import NTASGD, EMAAdamW, parameter_groups
 from .tbptt import TruncatedBPTTCallback
 from .words import WordCheckpointCallback
@@ -18,6 +19,7 @@ __all__ = [
     "DivergenceCallback",
     "EMAAdamW",
     "FinishedRunCallback",
+    "GradualUnfreezingCallback",
     "HubCallback",
     "LSTMTrainingArguments",
     "MetricsCallback",
@@ -26,4 +28,5 @@ __all__ = [
     "WordCheckpointCallback",
     "last_complete_checkpoint",
     "parameter_groups",
+    "slanted_triangular",
 ]

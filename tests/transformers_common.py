@@ -59,14 +59,22 @@ class ConcatTester(LSTMTester):
     block = {"classifier_pooling": "concat", "classifier_hidden_size": 16}
 
 
-class StackedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
-    all_model_classes = (LSTMModel, LSTMForCausalLM)
+class HeadsTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (LSTMForSequenceClassification, LSTMForTokenClassification)
     has_attentions = False
     lstm_tester = LSTMTester
 
     def setUp(self):
         torch.manual_seed(0)
         self.model_tester = self.lstm_tester(self)
+
+
+class ConcatTest(HeadsTest):
+    lstm_tester = ConcatTester
+
+
+class StackedTest(HeadsTest, GenerationTesterMixin):
+    all_model_classes = (LSTMModel, LSTMForCausalLM)
 
 
 class ResidualTest(StackedTest):
@@ -79,11 +87,3 @@ class GRUTest(StackedTest):
 
 class MogrifierTest(StackedTest):
     lstm_tester = MogrifierTester
-
-
-class HeadsTest(StackedTest):
-    all_model_classes = (LSTMForSequenceClassification, LSTMForTokenClassification)
-
-
-class ConcatTest(HeadsTest):
-    lstm_tester = ConcatTester

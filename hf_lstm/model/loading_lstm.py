@@ -15,6 +15,10 @@ if TYPE_CHECKING:  # by this line each save copies the file, which every `auto_m
     from .heads_lstm import ClassificationHead  # noqa: F401
 
 
+class ShapeError(ValueError, RuntimeError):
+    """Weights of other shapes than the model's; `PreTrainedModel.from_pretrained` raises a `RuntimeError`."""
+
+
 class StrictLoading:
     """Strict loading of checkpoints, for every model of hf_lstm."""
 
@@ -45,7 +49,7 @@ class StrictLoading:
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
-            raise ValueError(
+            raise ShapeError(
                 f"The weights of {name} have other shapes than its config.json says (the table above lists them): restore "
                 "the config.json that was saved with them, leave `num_labels` out if you gave it, or initialise new ones "
                 "with `ignore_mismatched_sizes=True`."

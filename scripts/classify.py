@@ -265,6 +265,7 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
         "majority": max(Counter(truth.tolist()).values()) / len(truth),
         "classes": classes,
         **figures(truth, guesses, len(classes)),
+        "validation_accuracy": trainer.state.best_metric,  # of the epoch that was kept
         "training_texts": len(parts["train"]),
         "steps": trainer.state.global_step,
     }

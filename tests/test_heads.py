@@ -24,6 +24,7 @@ from hf_lstm import (
     LSTMModel,
     char_tokenizer,
 )
+from hf_lstm.hub import files_to_push
 
 LENGTHS = [9, 5, 3, 1]
 IDS = make_ids(4, 9)
@@ -238,6 +239,20 @@ def test_a_pipeline_classifies(tmp_path):
         logits = model(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
         assert label["label"] == f"LABEL_{int(logits.argmax())}"
         assert label["score"] == pytest.approx(logits.softmax(dim=-1).max().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_of_a_classifier_is_vouched_for_and_can_be_pushed(tmp_path, run, kind):
+    make_head(kind, classifier_hidden_size=5).save_pretrained(tmp_path)
+    char_tokenizer(["ab"]).save_pretrained(tmp_path)
+    (tmp_path / "README.md").write_text("a classifier")
+
+    assert "All code is that of hf-lstm" in run("verify.py", "--model", tmp_path)
+    assert tmp_path / "heads_lstm.py" in files_to_push(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"0": "one", "1": "two"}}))
+    with pytest.raises(ValueError, match=r"`score.out_proj.bias` must have the shape \[2\] and has \[3\]"):
+        files_to_push(tmp_path)
 
 
 ELSEWHERE = """

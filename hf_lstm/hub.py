@@ -5,6 +5,7 @@ import re
 import struct
 from collections.abc import Iterator
 from fnmatch import fnmatch
+from importlib import import_module
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,7 +14,6 @@ from huggingface_hub import CommitInfo, CommitOperation, CommitOperationAdd, Com
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError, safe_open
 
-from hf_lstm.model import modeling_lstm
 from hf_lstm.model.configuration_lstm import AUTO_MAP, FORMER_FILES, LSTMConfig
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
@@ -223,8 +223,9 @@ def _check_fit(config: dict, shapes: dict[str, dict[str, list[int]]], folder: Pa
 
     architectures = config.get("architectures") or ["LSTMForCausalLM"]
     name = architectures[0] if isinstance(architectures, list) else architectures
-    classes = [reference.split(".")[1] for auto, reference in AUTO_MAP.items() if auto != "AutoConfig"]
-    if config.get("model_type") != LSTMConfig.model_type or name not in classes:
+    places = [reference.split(".") for auto, reference in AUTO_MAP.items() if auto != "AutoConfig"]
+    classes = {kind: f"hf_lstm.model.{module}" for module, kind in places}
+    if config.get("model_type") != LSTMConfig.model_type or name not in list(classes):
         raise ValueError(
             f"`model_type` ({config.get('model_type')!r}) and `architectures` ({architectures!r}) in {folder}/config.json "
             "do not name a model of hf_lstm: save the model again where hf_lstm is imported."
@@ -232,9 +233,9 @@ def _check_fit(config: dict, shapes: dict[str, dict[str, list[int]]], folder: Pa
     try:
         LSTMConfig.from_dict(config)
         # Only fields of our own: others may download kernels.
-        own = {key: config[key] for key in LSTMConfig.__annotations__ if key in config}
+        own = {key: config[key] for key in (*LSTMConfig.__annotations__, "id2label") if key in config}
         with torch.device("meta"):
-            model = getattr(modeling_lstm, name)(LSTMConfig(**own))
+            model = getattr(import_module(classes[name]), name)(LSTMConfig(**own))
     except (StrictDataclassError, ValueError, TypeError, AttributeError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(f"{folder}/config.json does not describe a model ({reason}): save it again.") from error

@@ -16,6 +16,8 @@ from pathlib import Path
 
 import transformers
 
+ROOT = Path(__file__).parent.parent  # its hf_lstm is tested, wherever another is installed
+
 # Our own tests cover export and generation. With the generation tests of transformers' repository (June 2026) in place
 # of the stub, 200 passed and 18 failed: those that look for keys and values of attention in a cache, that call what
 # another version names otherwise, or that ask for `output_attentions`, which an LSTM without attention refuses.
@@ -52,7 +54,7 @@ def main() -> int:
             path.write_text(text)
             (path.parent / "__init__.py").touch()
         (folder / "tests" / "__init__.py").touch()
-        shutil.copy(Path(__file__).parent.parent / "tests" / "transformers_common.py", folder / "test_lstm.py")
+        shutil.copy(ROOT / "tests" / "transformers_common.py", folder / "test_lstm.py")
         command = [
             sys.executable,
             "-m",
@@ -64,8 +66,12 @@ def main() -> int:
             "test_lstm.py",
             *sys.argv[1:],
         ]
-        paths = os.pathsep.join([str(folder), *filter(None, [os.environ.get("PYTHONPATH")])])
-        return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": paths}, check=False).returncode
+        return subprocess.run(
+            command,
+            cwd=folder,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(ROOT)])},
+            check=False,
+        ).returncode
 
 
 if __name__ == "__main__":

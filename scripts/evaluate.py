@@ -87,6 +87,10 @@ class Surprisal(Arguments):
     start_token: str | None = flag(
         "Token that the first one read is predicted from, such as <eos>; without it that one has no surprisal."
     )
+    entropy: bool = flag("Whether to add the entropy before each row, its reduction, and a token's rank.", False)
+    top_k: int = flag("The number of likeliest tokens to add, with `--by token`.", 0)
+    adapt_file: str | None = flag("Text to adapt to first: adds `surprisal_adapted`, that of the adapted model.")
+    adapt_learning_rate: float | None = flag("Learning rate of the adaptation; by default the papers'.")
     picture: str | None = flag("Where to draw the surprisal over the first text.")
 
 
@@ -180,11 +184,20 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> None:
         raise ValueError(f"`--base` {arguments.base} must be `2` or `e`.")
     if arguments.by not in ("token", "word", "region"):
         raise ValueError(f"`--by` {arguments.by} must be `token`, `word` or `region`.")
+    if arguments.top_k and arguments.by != "token":
+        raise ValueError(f"`--top_k` {arguments.top_k} belongs to `--by` token: leave it out, or add that.")
     texts, regions = read_texts(arguments)
     base = 2 if arguments.base == "2" else math.e
-    rows = surprisal(model, tokenizer, texts, base, arguments.start_token)
+    added = {"entropy": arguments.entropy, "top_k": arguments.top_k}
+    options = (tokenizer, texts, base, arguments.start_token)
+    tables = [surprisal(model, *options, **added)]
+    if arguments.adapt_file is not None:
+        read = load_documents(arguments.adapt_file, text_column=arguments.text_column)["train"]
+        dynamic = DynamicEvaluation(learning_rate=arguments.adapt_learning_rate)
+        tables.append(surprisal(dynamic.adapt(model, stream_of(read, model, tokenizer)), *options))
     if arguments.by != "token":
-        rows = word_surprisal(rows, texts, regions, direction_of(model))
+        tables = [word_surprisal(table, texts, regions, direction_of(model)) for table in tables]
+    rows = tables[0] if len(tables) == 1 else tables[0].assign(surprisal_adapted=tables[1]["surprisal"])
     unit = "bits" if base == 2 else "nats"
     log(f"{len(texts):,} texts, {len(rows):,} {arguments.by}s, {rows['surprisal'].mean():.3f} {unit} on average")
     # In quotes a line end inside a token ends no row, for whatever reads it.

@@ -33,6 +33,22 @@ def draw_surprisal(rows, by: str, unit: str, path: str) -> None:
     save(figure, path, pyplot)
 
 
+def draw_confusion(confusion: list[list[int]], classes: list[str], path) -> None:
+    """Draw a confusion matrix, a row for each true class, with the number of texts in each field."""
+    counts = numpy.array(confusion)
+    size = max(3.5, 0.6 * len(classes) + 2)
+    figure, axes, pyplot = new_figure((size, size))
+    axes.imshow(counts / numpy.maximum(counts.sum(axis=1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    names = [name.replace("$", r"\$") for name in classes]
+    axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set(xlabel="class that the model says", ylabel="true class")
+    for (row, column), count in numpy.ndenumerate(counts):
+        dark = count > counts[row].sum() / 2
+        axes.text(column, row, count, ha="center", va="center", color="white" if dark else "black")
+    save(figure, path, pyplot)
+
+
 def draw_gradients(norms: dict[str, list[list[float]]], path: str) -> None:
     """
     Draw the norms of gradients by the distance, on a logarithmic axis, with a colour for each model and a kind of line

@@ -35,6 +35,7 @@ from train_arguments import (
     take_folder,
 )
 from train_data import TrainingData, describe, prepare_data
+from train_words import push_word_checkpoints, word_checkpoints
 from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
@@ -151,6 +152,8 @@ def make_trainer(model, data: TrainingData, data_args: DataArguments, optimizati
     ]
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
+    if data_args.checkpoint_at_words is not None:
+        callbacks.append(word_checkpoints(data, data_args, args))
     optimizer_class, options = make_optimizer(model, optimization_args, args)
     if optimization_args.averaging is not None:
         optimizer_class(**options)  # refuses invalid options now
@@ -244,6 +247,7 @@ def publish(trainer: Trainer, args: TrainArguments) -> None:
     """Push the model's folder to the Hub, or say how to do it later."""
     try:
         commit = push_folder(args.output_dir, trainer.hub_model_id, revision=args.hub_revision)
+        push_word_checkpoints(args.output_dir, trainer.hub_model_id)
     except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:
         again = ["python", "scripts/push.py", "--model", args.output_dir, "--repo", trainer.hub_model_id]
         again = shlex.join(again + (["--revision", args.hub_revision] if args.hub_revision else []))

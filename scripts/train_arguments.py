@@ -163,8 +163,24 @@ class DataArguments:
             "help": "Text that samples continue: a line break by default, the beginning of a document if empty."
         },
     )
+    checkpoint_at_words: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Save a model folder after so many words, repeats counted: 1e6 2e6, or `babylm` for its schedule."
+        },
+    )
+    word_counts: str | None = field(
+        default=None,
+        metadata={
+            "help": "File of the words of each training document, a number a line, for text without white space."
+        },
+    )
 
     def __post_init__(self):
+        if self.checkpoint_at_words is not None and self.streaming:
+            raise ValueError(
+                "`--checkpoint_at_words` needs a corpus whose words are counted: leave `--streaming` out."
+            )
         if self.train_file is not None and self.dataset_name is not None:
             raise ValueError("`--train_file` and `--dataset_name` exclude each other: name one corpus.")
         for flag in ("train_file", "validation_file", "test_file", "dataset_name", "model_name_or_path"):

@@ -108,6 +108,20 @@ MUTATIONS = [
         "test_padding.py",
     ),
     Mutation(
+        "padding is pooled",
+        "model/heads_lstm.py",
+        "hidden.masked_fill(~real, -torch.inf)",
+        "hidden",
+        "test_heads.py",
+    ),
+    Mutation(
+        "the entropy after a token is that before it",
+        "evaluation/distributions.py",
+        "before - entropies[places]",
+        "before - entropies[places - 1]",
+        "test_entropy.py",
+    ),
+    Mutation(
         "padding is a target",
         "model/training_lstm.py",
         "return targets.masked_fill(~follows[:, kept].to(targets.device), ignore_index)",

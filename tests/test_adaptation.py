@@ -1,14 +1,17 @@
 """What a model does at test time is what the papers' equations say, and never changes the model."""
 
 import math
+from io import StringIO
 
 import pytest
 import torch
 from conftest import make_ids, make_model
+from pandas import read_csv
 from torch.nn import functional as F
 
-from hf_lstm import TokenStream, evaluate_stream
+from hf_lstm import LSTMForCausalLM, TokenStream, char_tokenizer, evaluate_stream
 from hf_lstm.evaluation import DynamicEvaluation, NeuralCache, fit_temperature, gradient_rms
+from hf_lstm.model.cells_lstm import at_least_float32
 
 TOKENS = make_ids(1, 40)[0]
 
@@ -328,3 +331,61 @@ def test_the_defaults_are_the_papers():
 def test_invalid_arguments_raise(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_adapted_copy_is_the_one_that_was_scored_and_is_saved_like_any_model(tmp_path, dtype):
+    model, by_hand = make_model(dtype).train(), make_model(dtype).to(at_least_float32(dtype)).eval()
+    kept = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    def step(name, parameter, gradient):
+        parameter -= 0.01 * gradient
+
+    learn_by_hand(by_hand, TOKENS, 6, step)
+
+    adapted = DynamicEvaluation(learning_rate=0.01, segment_length=6).adapt(model, TOKENS)
+
+    assert adapted.training
+    assert type(adapted) is type(model)
+    assert all(tensor.equal(kept[name]) for name, tensor in model.state_dict().items())
+    for name, parameter in by_hand.named_parameters():
+        torch.testing.assert_close(adapted.get_parameter(name), parameter, rtol=1e-6, atol=1e-6)
+    adapted.save_pretrained(tmp_path)
+    loaded = LSTMForCausalLM.from_pretrained(tmp_path)
+    assert all(tensor.equal(loaded.state_dict()[name]) for name, tensor in adapted.state_dict().items())
+    before, after = (evaluate_stream(each, TOKENS)["loss"] for each in (model, loaded))
+    assert after < before
+
+
+def test_an_adaptation_resets_at_documents():
+    model, options = make_model(), DynamicEvaluation(learning_rate=0.01, segment_length=5)
+    stream = TokenStream(TOKENS[:11], torch.tensor([0, 5]))
+
+    adapted = options.adapt(model, stream, reset_at_documents=True)
+
+    # The token after the first document is its last target, as in `evaluate_stream`.
+    expected = options.adapt(options.adapt(model, TOKENS[:6]), TOKENS[5:11])
+    for name, parameter in expected.named_parameters():
+        torch.testing.assert_close(adapted.get_parameter(name), parameter)
+
+
+def test_the_script_shows_surprisal_before_and_after_in_one_table(tmp_path, run):
+    tokenizer = char_tokenizer(["the horse"])
+    make_model(torch.float32, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    (tmp_path / "more.txt").write_text("the horse the horse " * 20)
+    command = [
+        "evaluate.py",
+        "surprisal",
+        "--model",
+        tmp_path / "model",
+        "--text",
+        "the horse",
+        "--start_token",
+        "<eos>",
+    ]
+
+    table = read_csv(StringIO(run(*command, "--adapt_file", tmp_path / "more.txt")))
+
+    assert table["surprisal_adapted"].sum() < table["surprisal"].sum()
+    assert table["surprisal"].tolist() == read_csv(StringIO(run(*command)))["surprisal"].tolist()

@@ -83,6 +83,18 @@ def test_one_command_trains_and_publishes_a_model_that_others_can_load(call, hub
 
 
 @pytest.mark.slow
+def test_checkpoints_by_words_are_pushed_to_branches_of_their_names(call, hub):
+    done = call(SCRIPTS / "train.py", *FLAGS.split(), "--checkpoint_at_words", "10", "20")
+
+    assert done.returncode == 0, done.stderr
+    for branch in ("chck_0.00001M", "chck_0.00002M"):
+        files = hub.files("author/small", branch)
+        assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_lstm.py"} <= files.keys()
+        assert f"Checkpoint `{branch}` of author/small".encode() in files["README.md"]
+    assert files["model.safetensors"] != hub.files("author/small")["model.safetensors"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("callback", ["with", "without"])
 def test_every_push_of_the_stock_trainer_uploads_the_code(call, hub, callback):
     done = call(STOCK, callback)

@@ -115,6 +115,8 @@ def test_a_folder_holds_code_and_a_complete_map(tmp_path):
         "AutoConfig": "configuration_lstm.LSTMConfig",
         "AutoModel": "modeling_lstm.LSTMModel",
         "AutoModelForCausalLM": "modeling_lstm.LSTMForCausalLM",
+        "AutoModelForSequenceClassification": "heads_lstm.LSTMForSequenceClassification",
+        "AutoModelForTokenClassification": "heads_lstm.LSTMForTokenClassification",
     }
 
 

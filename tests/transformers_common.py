@@ -13,10 +13,19 @@ from tests.generation.test_utils import GenerationTesterMixin
 from tests.test_modeling_common import ModelTesterMixin, ids_tensor, random_attention_mask
 from transformers.models.auto import modeling_auto
 
-from hf_lstm import LSTMConfig, LSTMForCausalLM, LSTMModel
+from hf_lstm import (
+    LSTMConfig,
+    LSTMForCausalLM,
+    LSTMForSequenceClassification,
+    LSTMForTokenClassification,
+    LSTMModel,
+)
 
-# A test that trains asks of classes without this entry that they compute a loss.
+# A test that trains asks of classes without these entries that they compute a loss, or gives them no labels.
 modeling_auto.MODEL_MAPPING_NAMES[LSTMConfig.model_type] = "LSTMModel"
+for kind in ("SEQUENCE", "TOKEN"):
+    names = getattr(modeling_auto, f"MODEL_FOR_{kind}_CLASSIFICATION_MAPPING_NAMES")
+    names[LSTMConfig.model_type] = f"LSTMFor{kind.title()}Classification"
 
 
 class LSTMTester:
@@ -59,14 +68,26 @@ class HybridTester(LSTMTester):
     }
 
 
-class StackedTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
-    all_model_classes = (LSTMModel, LSTMForCausalLM)
+class ConcatTester(LSTMTester):
+    block = {"classifier_pooling": "concat", "classifier_hidden_size": 16}
+
+
+class HeadsTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (LSTMForSequenceClassification, LSTMForTokenClassification)
     has_attentions = False
     lstm_tester = LSTMTester
 
     def setUp(self):
         torch.manual_seed(0)
         self.model_tester = self.lstm_tester(self)
+
+
+class ConcatTest(HeadsTest):
+    lstm_tester = ConcatTester
+
+
+class StackedTest(HeadsTest, GenerationTesterMixin):
+    all_model_classes = (LSTMModel, LSTMForCausalLM)
 
 
 class ResidualTest(StackedTest):

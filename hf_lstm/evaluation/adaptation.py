@@ -133,6 +133,30 @@ class DynamicEvaluation:
         """Return a copy of the model that learns."""
         return _Learner(self, model)
 
+    def adapt(self, model: PreTrainedModel, tokens: Tokens, reset_at_documents: bool = False) -> PreTrainedModel:
+        """
+        Return a copy of the model that has learned from a text, the adaptive language model of van Schijndel & Linzen
+        (2018): the copy whose predictions [`evaluate_stream`] scores, after the last segment. It is saved like any model.
+
+        Args:
+            model (`LSTMForCausalLM`): The model, which is not changed.
+            tokens (`TokenStream`, `torch.Tensor` or array): The text to learn from, integers in a single dimension.
+            reset_at_documents (`bool`, defaults to `False`): Whether the state restarts at every document.
+
+        Returns:
+            `LSTMForCausalLM`: in the mode of the model, with weights in float32 or wider.
+
+        Raises:
+            ValueError: for fewer than two tokens, ids outside the vocabulary, or predictions that are NaN.
+        """
+        stream = checked_stream(model, tokens)
+        learner, state = self.learner(model), DynamicCache(config=model.config)
+        whole = torch.tensor([0]), torch.tensor([len(stream) - 1])
+        with evaluating(learner.model), torch.enable_grad():
+            for chunk in read_chunks(stream, *whole, self.segment_length, reset_at_documents, description="adapting"):
+                learner.learn(scored_logits(run_chunk(learner.model, chunk, state).logits, chunk), chunk, state)
+        return learner.model
+
 
 class _Learner:
     def __init__(self, options: DynamicEvaluation, model: PreTrainedModel):

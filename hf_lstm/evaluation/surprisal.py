@@ -23,6 +23,7 @@ from hf_lstm.tokenizers import (
 )
 from hf_lstm.unknown import dropped_characters, unknown_id
 
+from .distributions import Distributions
 from .scoring import checked_stream, evaluating, read_chunks, run_chunk, scored_logits, token_losses
 
 if TYPE_CHECKING:
@@ -41,6 +42,8 @@ def surprisal(
     start_token: str | None = None,
     batch_size: int = 8,
     bptt_length: int | None = None,
+    entropy: bool = False,
+    top_k: int = 0,
 ) -> "pandas.DataFrame":
     """
     Compute the surprisal of every token, -log p given all tokens before it. Each text is read from a zero state, by a model
@@ -59,6 +62,13 @@ def surprisal(
         bptt_length (`int`, *optional*):
             Tokens of each part that are read at once; it changes the memory, not the result. By default 512, or as many
             as have logits of 256 MB.
+        entropy (`bool`, defaults to `False`):
+            Whether to add three columns. `entropy`: that of the distribution that predicts the token. `entropy_reduction`:
+            `entropy` minus the entropy after the token, the next-word form of Hale (2006), not clipped. The `entred` of
+            neural-complexity stands a row later, as max(0, `entropy_reduction` of the row before). `rank`: the place of the
+            token by probability, 1 for the likeliest; ties share the best.
+        top_k (`int`, defaults to 0):
+            The number of likeliest tokens to add, as columns `guess_1`, `probability_1`, `guess_2` and so on.
 
     Returns:
         `pandas.DataFrame`: a row per token in the order of the text as written, with `text` (its number, from 0), `token`
@@ -66,6 +76,7 @@ def surprisal(
         the tokenizer lacks the text there, so that the surprisal is that of `<unk>`, or drops a character beside it, as a
         BPE without an unknown token does. A warning counts those; an `<unk>` written in the text itself, like WikiText's,
         is not unknown.
+        Entropies have the unit of `surprisal`; all these columns are NaN where nothing predicts the token.
         `groupby("text")["surprisal"].sum()` is -log p of each text.
 
         Written by `to_csv(path, index=False, quoting=csv.QUOTE_NONNUMERIC)` it has the same rows for whatever reads it,
@@ -74,7 +85,7 @@ def surprisal(
 
     Raises:
         ValueError: if `texts` is empty, a text has no token, the tokenizer is slow, not the model's or without the
-            `start_token`, `base` is not above 1, or predictions are NaN.
+            `start_token`, `base` is not above 1, `top_k` is not from 0 to the vocabulary, or predictions are NaN.
     """
     import pandas
 
@@ -84,6 +95,10 @@ def surprisal(
     check_at_least_one(batch_size=batch_size, bptt_length=bptt_length)
     check_tokenizer(model, tokenizer)
     start = start_ids(start_token, tokenizer)
+    if not 0 <= top_k <= model.config.vocab_size:
+        raise ValueError(
+            f"`top_k` ({top_k}) must be from 0 to `vocab_size` ({model.config.vocab_size}): give fewer tokens."
+        )
     texts = list(texts)
     if not texts:
         raise ValueError("`texts` is empty: give at least one text.")
@@ -100,9 +115,15 @@ def surprisal(
             raise ValueError(f"Text {number}, {texts[number]!r}, becomes no token: leave it out.")
     if bptt_length is None:
         bptt_length = min(512, max(1, MAX_LOGITS // (batch_size * model.config.vocab_size)))
-    nats = _losses_of_documents(model, [start + document for document in ids], batch_size, bptt_length)
+    documents = [start + document for document in ids]
+    distributions = Distributions(sum(map(len, documents)), entropy, top_k) if entropy or top_k else None
+    nats, begins = _losses_of_documents(model, documents, batch_size, bptt_length, distributions)
     lengths = [len(document) for document in ids]
-    decoded = {token: str(tokenizer.decode([token])) for token in set().union(*ids)}
+    at = numpy.concatenate(
+        [begin + len(start) + numpy.arange(length) for begin, length in zip(begins, lengths, strict=True)]
+    )
+    guessed = set() if distributions is None else set(numpy.unique(distributions.guesses).tolist())
+    decoded = {token: str(tokenizer.decode([token])) for token in guessed.union(*ids)}
     names = {unknown_id(tokenizer), *tokenizer.all_special_ids}  # not pieces of a text, which are shown as written
     shown = {token: text if token in names else in_direction(text, direction) for token, text in decoded.items()}
     numbers, places = numpy.repeat(numpy.arange(len(texts)), lengths), numpy.concatenate(spans)
@@ -112,9 +133,10 @@ def surprisal(
             "token": [shown[token] for document in ids for token in document],
             "start": places[:, 0],
             "end": places[:, 1],
-            "surprisal": numpy.concatenate([costs[len(start) :] for costs in nats]) / math.log(base),
+            "surprisal": nats[at] / math.log(base),
             "unknown": _unknown(numpy.concatenate(encoded), numbers, places, read, tokenizer, direction),
         }
+        | ({} if distributions is None else distributions.columns(at, numpy.isnan(nats[at]), base, shown))
     )
     return _mirrored(rows, texts) if direction == "backward" else rows
 
@@ -133,6 +155,9 @@ def word_surprisal(
     spans several words or regions counts for the first of them. The sum is NaN for a word or region in which no token
     begins, or whose first token has no surprisal.
 
+    Where `tokens` has an `entropy`, a word has the one before its first token, and the reduction from there to the entropy
+    after its last. For tokens that are not words this is the entropy of the next piece, not of the next word.
+
     For a model that reads backward all this holds in the order of reading: white space belongs to the word before it, as
     written, and a token that spans several words counts for the last of them.
 
@@ -145,7 +170,8 @@ def word_surprisal(
 
     Returns:
         `pandas.DataFrame`: a row per word or region, with `text`, `word` (its characters), `start` and `end` (in characters),
-        `tokens` (their number), `surprisal` (in the unit of `tokens`) and `unknown` (the number of unknown tokens).
+        `tokens` (their number), `surprisal` (in the unit of `tokens`) and `unknown` (the number of unknown tokens), and `entropy` and
+        `entropy_reduction` where `tokens` has them.
 
     Raises:
         ValueError: if a region is empty or reaches beyond its text, there are not as many lists of regions as texts,
@@ -180,6 +206,8 @@ def word_surprisal(
         words = _mirrored(word_surprisal(_mirrored(tokens, texts), read, turned), texts)
         return words.assign(word=[word[::-1] for word in words["word"]])
     text_bounds = numpy.searchsorted(numbers, numpy.arange(len(texts) + 1))
+    names = [name for name in ("entropy", "entropy_reduction") if name in tokens]
+    entropies = tokens[names].to_numpy()  # (tokens, 0 or 2)
     rows = []
     for number, text in enumerate(texts):
         own = slice(text_bounds[number], text_bounds[number + 1])
@@ -191,8 +219,11 @@ def word_surprisal(
         spans = words if regions is None else regions[number]
         for (start, end), (low, high) in zip(spans, numpy.searchsorted(places, spans).tolist(), strict=True):
             cost = costs[own][low:high].sum() if high > low else numpy.nan
-            rows.append((number, text[start:end], start, end, high - low, cost, unknown[own][low:high].sum()))
-    return pandas.DataFrame(rows, columns=["text", "word", "start", "end", "tokens", "surprisal", "unknown"])
+            added = numpy.full(len(names), numpy.nan)
+            if high > low:  # the reductions of tokens add up to that of their word
+                added[:1], added[1:] = entropies[own][low, :1], entropies[own][low:high, 1:].sum(axis=0)
+            rows.append((number, text[start:end], start, end, high - low, cost, unknown[own][low:high].sum(), *added))
+    return pandas.DataFrame(rows, columns=["text", "word", "start", "end", "tokens", "surprisal", "unknown", *names])
 
 
 def minimal_pairs(
@@ -324,12 +355,20 @@ def _beside_dropped(numbers: numpy.ndarray, spans: numpy.ndarray, texts: list[st
 
 @torch.no_grad()
 def _losses_of_documents(
-    model: PreTrainedModel, documents: list[list[int]], batch_size: int, bptt_length: int
-) -> list[numpy.ndarray]:
+    model: PreTrainedModel,
+    documents: list[list[int]],
+    batch_size: int,
+    bptt_length: int,
+    distributions: Distributions | None = None,
+) -> tuple[numpy.ndarray, list[int]]:
     """
-    Compute the loss of each token in nats, NaN for the first of each document. The documents are sorted by length, dealt
-    to `batch_size` parts, and concatenated in each: the model packs the documents of a chunk side by side, and they are
-    about equally long. Equal documents are read once, so that their losses are equal to the last bit.
+    Compute the loss of each token in nats, NaN for the first of each document, and tell `distributions` of each too. The
+    documents are sorted by length, dealt to `batch_size` parts, and concatenated in each: the model packs the documents of
+    a chunk side by side, and they are about equally long. Equal documents are read once, so that their losses are equal to
+    the last bit.
+
+    Returns:
+        The losses in the order of reading, and the place among them at which each document begins.
     """
     firsts: dict[tuple[int, ...], int] = {}
     for number, document in enumerate(documents):
@@ -355,8 +394,14 @@ def _losses_of_documents(
     state = DynamicCache(config=model.config)
     with evaluating(model):
         for chunk in read_chunks(stream, part_starts, part_ends, bptt_length, reset_at_documents=True):
+            logits = run_chunk(model, chunk, state).logits
+            if distributions is not None:  # after the last token of a document too
+                read = chunk.indices[chunk.scored]
+                distributions.add(scored_logits(logits, chunk), chunk.targets[chunk.scored], read)
             chunk.scored &= predicted[(chunk.indices + 1).clamp(max=len(stream) - 1)]
-            logits = scored_logits(run_chunk(model, chunk, state).logits, chunk)
-            nats[chunk.indices[chunk.scored].numpy() + 1] = token_losses(logits, chunk, name).numpy()
-    dealt = dict(zip(order, numpy.split(nats[:-1], ends[:-1].numpy()), strict=True))
-    return [dealt[firsts[tuple(document)]] for document in documents]
+            costs = token_losses(scored_logits(logits, chunk), chunk, name)
+            nats[chunk.indices[chunk.scored].numpy() + 1] = costs.numpy()
+            if distributions is not None:
+                distributions.check(read, name)
+    begins = dict(zip(order, starts.tolist(), strict=True))
+    return nats[:-1], [begins[firsts[tuple(document)]] for document in documents]

@@ -96,6 +96,12 @@ class LSTMConfig(PreTrainedConfig):
             `"backward"` for a model that reads each text from its last character to its first, as one of the two models
             of flair does (Akbik et al. 2018). hf_lstm's functions for text reverse it on the way in and out (tokenizers.py);
             the model itself, `generate()` and `pipeline` see ids in the order in which they are given.
+        classifier_pooling (`str`, defaults to `"last"`):
+            Outputs that a classifier of texts takes: the `"last"`, the `"max"` or the `"mean"` of all, or all three,
+            `"concat"` (Howard & Ruder 2018, ULMFiT).
+        classifier_hidden_size (`int`, *optional*):
+            Width of ULMFiT's block in a classifier, 50 there: batch norm, dropout of `output_dropout`, a linear layer and
+            ReLU before the output layer; none by default.
         use_cache (`bool`, defaults to `True`): Whether to return the state, except while training.
         pad_token_id, bos_token_id, eos_token_id (`int`, *optional*):
             Special tokens; by default those of hf_lstm's tokenizers.
@@ -142,12 +148,18 @@ class LSTMConfig(PreTrainedConfig):
     loss_chunk_size: int | None = None
     adaptive_softmax_cutoffs: list[int] | None = None
     direction: Literal["forward", "backward"] = "forward"
+    classifier_pooling: Literal["last", "max", "mean", "concat"] = "last"
+    classifier_hidden_size: int | None = None
     use_cache: bool = True
     pad_token_id: int | None = 0
     bos_token_id: int | None = 2
     eos_token_id: int | list[int] | None = 3
 
     def __post_init__(self, **kwargs):
+        if "output_size" in kwargs:
+            raise ValueError(
+                f"`output_size` ({kwargs['output_size']}) is derived from other fields: leave it out of the config."
+            )
         self.validate_depth()
         self._derive(type(self).__dataclass_fields__.keys(), {})
         super().__post_init__(**kwargs)
@@ -295,7 +307,10 @@ class LSTMConfig(PreTrainedConfig):
 
     @property
     def output_size(self) -> int:
-        """Width of the output layer's input."""
+        """
+        Width of `last_hidden_state`, which the output layer and every head take: `hidden_size` in most models, but not
+        with tied embeddings of another size or an `output_projection_size`. It is derived, and never saved.
+        """
         last = self._tied_size if self.block_type == "residual" else self.cell_sizes[-1]
         return self.output_projection_size or last
 
@@ -354,6 +369,13 @@ class LSTMConfig(PreTrainedConfig):
     def trains_without_logits(self) -> bool:
         """Whether the loss is computed without logits while training."""
         return self.loss_chunk_size is not None or self.adaptive_softmax_cutoffs is not None
+
+    def validate_classifier(self):
+        size = self.classifier_hidden_size
+        if size is not None and size < 1:
+            raise ValueError(
+                f"`classifier_hidden_size` ({size}) must be at least 1, such as 50, or None for no block."
+            )
 
     def validate_tying(self):
         stacked, tied = self.block_type == "stacked", self.tie_word_embeddings
@@ -450,6 +472,8 @@ AUTO_MAP = {
     "AutoConfig": "configuration_lstm.LSTMConfig",
     "AutoModel": "modeling_lstm.LSTMModel",
     "AutoModelForCausalLM": "modeling_lstm.LSTMForCausalLM",
+    "AutoModelForSequenceClassification": "heads_lstm.LSTMForSequenceClassification",
+    "AutoModelForTokenClassification": "heads_lstm.LSTMForTokenClassification",
 }
 
 # Trainer reads the config of a checkpoint as a plain `PreTrainedConfig`, which refuses layers of other names.

@@ -4,11 +4,19 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
+
+if TYPE_CHECKING:  # by this line each save copies the file, which every `auto_map` names
+    from .heads_lstm import ClassificationHead  # noqa: F401
+
+
+class ShapeError(ValueError, RuntimeError):
+    """Weights of other shapes than the model's; `PreTrainedModel.from_pretrained` raises a `RuntimeError`."""
 
 
 class StrictLoading:
@@ -18,7 +26,7 @@ class StrictLoading:
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
         """
         Load a model. Stricter than `PreTrainedModel.from_pretrained`: a weight is never silently initialised at
-        random.
+        random. The head of a classifier, where the checkpoint holds none of it, starts anew with a warning.
 
         Raises:
             ValueError: if the weights are not a complete safetensors file inside the model's folder, or if weights are
@@ -41,10 +49,10 @@ class StrictLoading:
         except RuntimeError as error:
             if "ignore_mismatched_sizes" not in str(error):
                 raise
-            raise ValueError(
-                f"The weights of {name} have other shapes than its config.json says (the table above lists them): "
-                "restore the config.json that was saved with them, or initialise new ones with "
-                "`ignore_mismatched_sizes=True`."
+            raise ShapeError(
+                f"The weights of {name} have other shapes than its config.json says (the table above lists them): restore "
+                "the config.json that was saved with them, leave `num_labels` out if you gave it, or initialise new ones "
+                "with `ignore_mismatched_sizes=True`."
             ) from error
         lenient = informed or name is None or kwargs.get("ignore_mismatched_sizes", False)
         check_loaded(model, report, name, lenient)
@@ -70,6 +78,7 @@ ORDINARY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # A file inside the model's folder: parts of its name may not be empty, `.`, `..`, a drive or hidden.
 SAFETENSORS = re.compile(r"(?:[\w -][\w. -]*/)*[\w -][\w. -]*\.safetensors")
 OR_INDEX = re.compile(SAFETENSORS.pattern + r"(?:\.index\.json)?")
+HEADS = ("lm_head.", "score.")  # output layers
 WHERE = ("cache_dir", "proxies", "local_files_only", "token", "revision", "subfolder")
 
 
@@ -149,8 +158,12 @@ def check_loaded(model: PreTrainedModel, report: dict, name: str | Path | None, 
     Raises:
         ValueError: if weights are missing, unexpected, or contain NaN or infinite values.
     """
-    surplus = [key for key in report["unexpected_keys"] if hasattr(model, "lm_head") or not key.startswith("lm_head.")]
-    for keys, verb in ((report["missing_keys"], "lack"), (surplus, "contain, beside those of the model,")):
+    is_language_model = hasattr(model, "lm_head")  # others leave the output layers out that they lack
+    left_out = () if is_language_model else tuple(head for head in HEADS if not hasattr(model, head.removesuffix(".")))
+    surplus = [key for key in report["unexpected_keys"] if not key.startswith(left_out)]
+    head = {key for key in model.state_dict() if key.startswith("score.")}
+    lacking = report["missing_keys"] if report["missing_keys"] != head else ()
+    for keys, verb in ((lacking, "lack"), (surplus, "contain, beside those of the model,")):
         if keys and not lenient:
             keys = sorted(keys)
             named = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")

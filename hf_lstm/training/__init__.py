@@ -9,19 +9,24 @@ from .callbacks import (
     NonMonotonicTrigger,
 )
 from .checkpoints import last_complete_checkpoint
+from .fine_tuning import GradualUnfreezingCallback, slanted_triangular
 from .optimization import NTASGD, EMAAdamW, parameter_groups
 from .tbptt import TruncatedBPTTCallback
+from .words import WordCheckpointCallback
 
 __all__ = [
     "NTASGD",
     "DivergenceCallback",
     "EMAAdamW",
     "FinishedRunCallback",
+    "GradualUnfreezingCallback",
     "HubCallback",
     "LSTMTrainingArguments",
     "MetricsCallback",
     "NonMonotonicTrigger",
     "TruncatedBPTTCallback",
+    "WordCheckpointCallback",
     "last_complete_checkpoint",
     "parameter_groups",
+    "slanted_triangular",
 ]

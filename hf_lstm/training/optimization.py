@@ -3,6 +3,8 @@
 Trainer(..., optimizer_cls_and_kwargs=(EMAAdamW, {"lr": 4e-3, "params": parameter_groups(model, weight_decay=0.01)}))
 """
 
+import math
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -12,7 +14,13 @@ from transformers import PreTrainedModel
 KINDS = ("recurrent", "bias", "norm", "embedding")
 
 
-def parameter_groups(model: PreTrainedModel, weight_decay: float, exclude: Iterable[str] = KINDS) -> list[dict]:
+def parameter_groups(
+    model: PreTrainedModel,
+    weight_decay: float,
+    exclude: Iterable[str] = KINDS,
+    learning_rate: float | None = None,
+    layer_divisor: float = 1.0,
+) -> list[dict]:
     """
     Split the parameters of a model for an optimiser: those that decay, and those that do not.
 
@@ -22,21 +30,57 @@ def parameter_groups(model: PreTrainedModel, weight_decay: float, exclude: Itera
         exclude (`Iterable[str]`, defaults to all four):
             Kinds that do not decay: `"recurrent"`, the matrices that multiply h and those of a Mogrifier's rounds;
             `"bias"`; `"norm"`, the gains of RMSNorm; `"embedding"`. AWD-LSTM excludes nothing (Merity et al. 2018), xLSTM all but matrices (Beck et al. 2024).
+        learning_rate (`float`, *optional*): The highest learning rate, needed with a `layer_divisor`.
+        layer_divisor (`float`, defaults to 1.0):
+            Discriminative learning rates (Howard & Ruder 2018, section 3.2), from the head down: η of the head is
+            `learning_rate`, and that of each layer below it is divided once more, η_l = η_{l+1} / `layer_divisor`, last that
+            of the embeddings. 2.6 in ULMFiT. There is then a pair of groups for each layer.
+
+    Returns:
+        `list[dict]`: pairs of groups of an optimiser, those that decay and those that do not.
 
     Raises:
-        ValueError: for a kind that does not exist, or a negative weight decay.
+        ValueError: for a kind that does not exist, a negative weight decay, or a divisor that is not at least 1 or lacks
+            its learning rate.
     """
     exclude = set(exclude)
     if unknown := exclude - set(KINDS):
         raise ValueError(f"`exclude` ({', '.join(sorted(unknown))}) must be among {', '.join(KINDS)}.")
     if not weight_decay >= 0:
         raise ValueError(f"`weight_decay` ({weight_decay}) must be at least 0.")
-    decaying: list[torch.nn.Parameter] = []
-    spared: list[torch.nn.Parameter] = []
+    if not 1 <= layer_divisor < math.inf or (layer_divisor > 1 and learning_rate is None):
+        raise ValueError(
+            f"`layer_divisor` ({layer_divisor}) must be at least 1, and more needs a `learning_rate` ({learning_rate}) to divide."
+        )
+    depths = number_of_depths(model) if layer_divisor > 1 else 1
+    members: dict[tuple[int, bool], list[torch.nn.Parameter]] = {
+        (depth, is_spared): [] for depth in reversed(range(depths)) for is_spared in (False, True)
+    }
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            (spared if _kind_of(name, parameter) in exclude else decaying).append(parameter)
-    return [{"params": decaying, "weight_decay": weight_decay}, {"params": spared, "weight_decay": 0.0}]
+            depth = depth_of(name, depths) if depths > 1 else 0
+            members[depth, _kind_of(name, parameter) in exclude].append(parameter)
+    return [
+        {"params": parameters, "weight_decay": 0.0 if is_spared else weight_decay}
+        | ({} if learning_rate is None else {"lr": learning_rate / layer_divisor ** (depths - 1 - depth)})
+        for (depth, is_spared), parameters in members.items()
+    ]
+
+
+def number_of_depths(model: PreTrainedModel) -> int:
+    """Return the number of parts that learn at rates of their own: the embeddings, each layer, and the head."""
+    return model.config.num_hidden_layers + 2
+
+
+def depth_of(name: str, depths: int) -> int:
+    """
+    Return the part that a parameter belongs to by its name: 0 for the embeddings, with their tied output layer, 1 for the
+    first layer, and so on, and `depths` - 1 for whatever stands behind the last.
+    """
+    if "embed_tokens" in name or "in_proj" in name:
+        return 0
+    layer = re.search(r"(?:^|\.)layers\.(\d+)\.", name)
+    return depths - 1 if layer is None else int(layer[1]) + 1
 
 
 def _kind_of(name, parameter):

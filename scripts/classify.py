@@ -1,0 +1,294 @@
+"""Train a classifier of texts on top of a language model, as ULMFiT does, and measure it.
+
+python scripts/train.py --train_file passages.txt --output_dir runs/language
+python scripts/classify.py --model runs/language --train_file train.csv --test_file test.csv --output_dir runs/classifier
+
+The files are .csv or .jsonl, with a column for the text and one for its label. `--output_dir` receives the classifier (the
+best by the accuracy on `--validation_file`, if there is one), its tokenizer, metrics.json and confusion.png: of the test
+file, or else of the validation file. Layers learn at rates that fall by `--layer_divisor` from the head down and are freed
+one an epoch, and all rates follow a slanted triangle (Howard & Ruder 2018). `--from_scratch true` begins with random
+weights of the same config instead, and trains all at once and alike.
+"""
+
+import csv
+import io
+import json
+import math
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+from evaluate_pictures import draw_confusion
+from huggingface_hub.errors import StrictDataclassError
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    HfArgumentParser,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_lstm import LSTMConfig, LSTMForSequenceClassification
+from hf_lstm.data import read_records, read_text
+from hf_lstm.data.readers import kind_of
+from hf_lstm.tokenizers import direction_of, encode, in_direction
+from hf_lstm.training import DivergenceCallback, GradualUnfreezingCallback, parameter_groups, slanted_triangular
+
+
+def flag(help, default=None):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass
+class Arguments:
+    """The texts, and the classifier."""
+
+    model: str = field(metadata={"help": "A language model's or a classifier's folder, or its name on the Hub."})
+    train_file: str | None = flag(".csv or .jsonl file of labelled texts.")
+    validation_file: str | None = flag("File that chooses the best epoch; without it the last one is kept.")
+    test_file: str | None = flag("File that is measured at the end.")
+    dataset_name: str | None = flag("A data set with `train`, `validation` and `test`, on the Hub or in a folder.")
+    text_column: str = flag("The column that holds the text.", "text")
+    label_column: str = flag("The column that holds its label.", "label")
+    classifier_pooling: str = flag("Outputs that a new head reads: `last`, `max`, `mean` or `concat`.", "concat")
+    classifier_hidden_size: int | None = flag("Width of the block of a new head; 0 for none.", 50)
+    layer_divisor: float = flag("Divisor of the learning rate from each layer to the one below.", 2.6)
+    unfreeze: bool = flag("Whether the first epoch trains the head alone, the next one a layer more, and so on.", True)
+    from_scratch: bool = flag("Whether to begin with random weights, all trained at once and alike.", False)
+
+
+@dataclass
+class Training(TrainingArguments):
+    """Trainer's own arguments, with ULMFiT's Adam."""
+
+    output_dir: str | None = flag("Folder that the run writes to; it must be empty.")
+    num_train_epochs: float = flag("Passes over the training texts.", 10.0)
+    learning_rate: float = flag("Highest learning rate of the head.", 1e-2)
+    adam_beta1: float = flag("Decay of Adam's first moment.", 0.7)
+    adam_beta2: float = flag("Decay of Adam's second moment.", 0.99)
+    per_device_train_batch_size: int = flag("Texts of a batch.", 32)
+    per_device_eval_batch_size: int = flag("Texts of a batch in evaluation.", 64)
+    logging_steps: float = flag("Steps between two logs of the training loss.", 50)
+    report_to: str = flag("`tensorboard`, `wandb`, ... to watch the run there.", "none")
+    dataloader_pin_memory: bool = flag("Whether batches are copied to a GPU from pinned memory.", False)
+
+
+Rows = tuple[list[str], list[str]]  # texts and their labels
+
+
+def read_rows(path: str, arguments: Arguments) -> Rows:
+    """Read the texts and labels of a file."""
+    kind = kind_of(Path(path))
+    if kind in (".jsonl", ".ndjson"):
+        records = list(read_records(path))
+    elif kind == ".csv":
+        records = list(enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), 1))
+    else:
+        raise ValueError(f"{path} must be a .csv or .jsonl file of labelled texts.")
+    return checked_rows(records, arguments, path)
+
+
+def checked_rows(records: list[tuple[int, dict]], arguments: Arguments, where: str) -> Rows:
+    texts, labels = [], []
+    for number, record in records:
+        text, label = record.get(arguments.text_column), record.get(arguments.label_column)
+        for name, value, kinds in (
+            (arguments.text_column, text, str),
+            (arguments.label_column, label, str | int),
+        ):
+            if not isinstance(value, kinds) or value == "":
+                raise ValueError(
+                    f"Row {number} of {where} has nothing in `{name}` ({value!r}): write it, or leave the row out."
+                )
+        texts.append(text)
+        labels.append(str(label))
+    if not texts:
+        raise ValueError(f"{where} holds no row: give labelled texts.")
+    return texts, labels
+
+
+def read_parts(arguments: Arguments) -> dict[str, Rows]:
+    """Read the parts, and check that their labels can be learnt from the first."""
+    if (arguments.train_file is None) == (arguments.dataset_name is None):
+        raise ValueError("Give either a `--train_file` or a `--dataset_name`.")
+    if arguments.dataset_name is None:
+        files = {name: getattr(arguments, f"{name}_file") for name in ("train", "validation", "test")}
+        parts = {name: read_rows(path, arguments) for name, path in files.items() if path is not None}
+    else:
+        parts = load_parts(arguments)
+    known = set(parts["train"][1])
+    if len(known) < 2:
+        raise ValueError(f"All texts of the training part have the label {known.pop()!r}: give at least two classes.")
+    for name, (_, labels) in parts.items():
+        if lacking := sorted(set(labels) - known):
+            raise ValueError(
+                f"The {name} part has the label {lacking[0]!r}, which no training text has: add some, or leave its texts out."
+            )
+    return parts
+
+
+def load_parts(arguments: Arguments) -> dict[str, Rows]:
+    from datasets import load_dataset
+
+    loaded, parts = load_dataset(arguments.dataset_name), {}
+    for name in ("train", "validation", "test"):
+        if name in loaded:
+            names = getattr(loaded[name].features.get(arguments.label_column), "names", None)  # of numbered classes
+            rows = [dict(row) for row in loaded[name]]
+            for row in rows if names else ():
+                row[arguments.label_column] = names[row[arguments.label_column]]
+            parts[name] = checked_rows(list(enumerate(rows, 1)), arguments, f"{name} of {arguments.dataset_name}")
+    if "train" not in parts:
+        raise ValueError(f"`--dataset_name` {arguments.dataset_name} has no `train` split, only {', '.join(loaded)}.")
+    return parts
+
+
+def items_of(rows: Rows, tokenizer, direction: str, classes: list[str], part: str) -> list[dict[str, Any]]:
+    """Tokenize the texts of a part, in the order in which the model reads."""
+    texts, labels = rows
+    found = encode([in_direction(text, direction) for text in texts], tokenizer)
+    for number, ids in enumerate(found, 1):
+        if not len(ids):
+            raise ValueError(f"Text {number} of the {part} part becomes no token: leave it out.")
+    return [
+        {"input_ids": ids.tolist(), "labels": classes.index(label)} for ids, label in zip(found, labels, strict=True)
+    ]
+
+
+def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequenceClassification:
+    """Load a classifier, or put a new head on a language model."""
+    config = AutoConfig.from_pretrained(arguments.model)
+    if not isinstance(config, LSTMConfig):
+        raise ValueError(f"`--model` {arguments.model} is a {config.model_type!r}: name an {LSTMConfig.model_type!r}.")
+    names: dict[str, Any] = {
+        "id2label": dict(enumerate(classes)),
+        "label2id": {name: number for number, name in enumerate(classes)},
+    }
+    if config.architectures == [LSTMForSequenceClassification.__name__]:
+        if config.num_labels != len(classes):
+            raise ValueError(
+                f"`--model` {arguments.model} tells {config.num_labels} classes apart, and the training part has {len(classes)}: "
+                "name the language model that it was made from."
+            )
+    else:
+        names |= {
+            "classifier_pooling": arguments.classifier_pooling,
+            "classifier_hidden_size": arguments.classifier_hidden_size or None,
+        }
+    if arguments.from_scratch:
+        return LSTMForSequenceClassification(AutoConfig.from_pretrained(arguments.model, **names))
+    return AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32, **names)
+
+
+def figures(truth: numpy.ndarray, guesses: numpy.ndarray, classes: int) -> dict[str, Any]:
+    """Compute accuracy, F1 of each class and their mean, and the confusion matrix: a row for each true class."""
+    confusion = numpy.zeros((classes, classes), dtype=int)
+    numpy.add.at(confusion, (truth, guesses), 1)
+    right, both = confusion.diagonal(), confusion.sum(axis=0) + confusion.sum(axis=1)
+    f1 = 2 * right / numpy.maximum(both, 1)
+    return {
+        "accuracy": float(right.sum() / len(truth)),
+        "f1": float(f1.mean()),
+        "f1_of_classes": f1.tolist(),
+        "confusion": confusion.tolist(),
+    }
+
+
+def make_trainer(model, parts: dict[str, list], tokenizer, arguments: Arguments, args: Training) -> Trainer:
+    """Make the stock Trainer with ULMFiT's optimizer, schedule and unfreezing."""
+    batch, rows = args.train_batch_size * args.world_size, len(parts["train"])
+    if model.config.classifier_hidden_size is not None and rows % batch == 1:
+        args.dataloader_drop_last = True  # batch norm learns nothing from a single text
+    batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
+    steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
+    if args.max_steps > 0:
+        steps = args.max_steps
+    divisor = 1.0 if arguments.from_scratch else arguments.layer_divisor
+    groups = parameter_groups(model, args.weight_decay, learning_rate=args.learning_rate, layer_divisor=divisor)
+    optimizer = torch.optim.AdamW(groups, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+    callbacks = [DivergenceCallback()]
+    if arguments.unfreeze and not arguments.from_scratch:
+        callbacks.append(GradualUnfreezingCallback())
+
+    def compute_metrics(predictions):
+        found = figures(predictions.label_ids, predictions.predictions.argmax(axis=-1), model.config.num_labels)
+        return {name: found[name] for name in ("accuracy", "f1")}
+
+    return Trainer(
+        model=model,
+        args=args,
+        train_dataset=parts["train"],
+        eval_dataset=parts.get("validation"),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        processing_class=tokenizer,
+        compute_metrics=compute_metrics,
+        optimizers=(optimizer, slanted_triangular(optimizer, max(1, steps))),
+        callbacks=callbacks,
+    )
+
+
+def run(arguments: Arguments, args: Training) -> dict[str, Any]:
+    """Train, measure and save a classifier; returns what metrics.json holds."""
+    folder = Path(args.output_dir)
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"`--output_dir` {folder} already holds something: name another folder.")
+    rows = read_parts(arguments)
+    if "validation" in rows:
+        args.eval_strategy = args.save_strategy = "epoch"
+        args.load_best_model_at_end, args.metric_for_best_model, args.save_total_limit = True, "accuracy", 1
+        args.greater_is_better = True
+    else:
+        args.save_strategy = "no"
+    set_seed(args.seed)
+    classes = sorted(set(rows["train"][1]))
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    model = make_classifier(arguments, classes)
+    parts = {name: items_of(part, tokenizer, direction_of(model), classes, name) for name, part in rows.items()}
+    trainer = make_trainer(model, parts, tokenizer, arguments, args)
+    trainer.train()
+    trainer.save_model()
+    measured = next(name for name in ("test", "validation", "train") if name in parts)
+    outcome = trainer.predict(parts[measured])
+    truth, guesses = outcome.label_ids, outcome.predictions.argmax(axis=-1)
+    metrics = {
+        "part": measured,
+        "texts": len(truth),
+        "majority": max(Counter(truth.tolist()).values()) / len(truth),
+        "classes": classes,
+        **figures(truth, guesses, len(classes)),
+        "validation_accuracy": trainer.state.best_metric,  # of the epoch that was kept
+        "training_texts": len(parts["train"]),
+        "steps": trainer.state.global_step,
+    }
+    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    draw_confusion(metrics["confusion"], classes, folder / "confusion.png")
+    print(
+        f"{measured}: {metrics['accuracy']:.2%} of {len(truth):,} texts right, F1 {metrics['f1']:.4f}; the commonest class "
+        f"alone would give {metrics['majority']:.2%}"
+    )
+    return metrics
+
+
+def main() -> None:
+    try:
+        arguments, args = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
+        if args.output_dir is None:
+            raise ValueError("`--output_dir` is missing: name a folder for the classifier.")
+        run(arguments, args)
+    except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
+        sys.exit(f"classify.py: {error.__cause__}")
+    except (ValueError, OSError) as error:
+        sys.exit(f"classify.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""scripts/classify.py learns to tell texts apart, and refuses what it cannot learn from."""
+
+import csv
+import json
+import runpy
+
+import numpy
+import pytest
+import torch
+from conftest import SCRIPTS, make_model
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from hf_lstm import char_tokenizer
+
+TRAIN = [("aaab abaa", "a"), ("abaa aaa", "a"), ("bbba bb", "b"), ("babb bbb", "b"), ('aa, "ab"\na', "a")] * 4
+TEST = [("aaa baa", "a"), ("bbb abb", "b"), ("bb bb", "b")]
+
+
+@pytest.fixture
+def files(tmp_path):
+    """A language model, and labelled texts as .csv and .jsonl."""
+    tokenizer = char_tokenizer(['ab ,"\n'])
+    make_model(torch.float32, vocab_size=len(tokenizer)).save_pretrained(tmp_path / "language")
+    tokenizer.save_pretrained(tmp_path / "language")
+    for name, rows in (("train", TRAIN), ("test", TEST)):
+        with (tmp_path / f"{name}.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerows([("text", "label"), *rows])
+        lines = [json.dumps({"text": text, "label": label}) + "\n" for text, label in rows]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    return tmp_path
+
+
+@pytest.fixture
+def classify(files, run, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr("evaluate_pictures.draw_confusion", lambda confusion, classes, path: path.touch())
+
+    def classify(*flags, model="language", output="out"):
+        command = [
+            "--model",
+            files / model,
+            "--output_dir",
+            files / output,
+            "--use_cpu",
+            "true",
+            "--disable_tqdm",
+            "true",
+        ]
+        return run("classify.py", *command, *flags)
+
+    return classify
+
+
+def test_it_learns_saves_and_measures(files, classify):
+    flags = ["--train_file", files / "train.csv", "--test_file", files / "test.jsonl", "--num_train_epochs", 8]
+
+    printed = classify(*flags, "--per_device_train_batch_size", 5)
+
+    metrics = json.loads((files / "out/metrics.json").read_text())
+    assert (metrics["part"], metrics["texts"], metrics["classes"]) == ("test", 3, ["a", "b"])
+    assert metrics["accuracy"] == 1
+    assert metrics["confusion"] == [[1, 0], [0, 2]]
+    assert metrics["majority"] == pytest.approx(2 / 3)
+    assert "test: 100.00% of 3 texts right" in printed
+    assert (files / "out/confusion.png").is_file()
+    model = AutoModelForSequenceClassification.from_pretrained(files / "out")
+    tokenizer = AutoTokenizer.from_pretrained(files / "out")
+    assert model.config.classifier_pooling == "concat"
+    assert model.config.classifier_hidden_size == 50
+    for text, label in TEST:
+        logits = model.eval()(torch.tensor([tokenizer(text)["input_ids"]])).logits[0]
+        assert model.config.id2label[int(logits.argmax())] == label
+
+    classify(
+        "--train_file", files / "train.csv", "--max_steps", 1, model="out", output="more"
+    )  # goes on with its head
+    assert AutoModelForSequenceClassification.from_pretrained(files / "more").config.classifier_hidden_size == 50
+
+
+def test_validation_chooses_the_epoch_and_scratch_begins_anew(files, classify):
+    flags = ["--train_file", files / "train.jsonl", "--validation_file", files / "test.csv", "--num_train_epochs", 2]
+
+    classify(*flags, "--from_scratch", "true", "--classifier_hidden_size", 0, "--classifier_pooling", "last")
+
+    assert json.loads((files / "out/metrics.json").read_text())["part"] == "validation"
+    model = AutoModelForSequenceClassification.from_pretrained(files / "out")
+    assert model.score.norm is None
+    assert model.score.out_proj.in_features == model.config.output_size
+
+
+def test_figures_are_those_of_the_definitions(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    figures = runpy.run_path(str(SCRIPTS / "classify.py"))["figures"]
+
+    found = figures(numpy.array([0, 0, 0, 1, 1, 2]), numpy.array([0, 0, 1, 1, 0, 0]), 3)
+
+    assert found["confusion"] == [[2, 1, 0], [1, 1, 0], [1, 0, 0]]
+    assert found["accuracy"] == 0.5
+    # precision 2/4 and recall 2/3; 1/2 and 1/2; neither
+    assert found["f1_of_classes"] == pytest.approx([2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3), 0.5, 0])
+    assert found["f1"] == pytest.approx(sum(found["f1_of_classes"]) / 3)
+
+
+ONE = [("aa", "a"), ("ab", "a")]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [
+        (ONE, [], "All texts of the training part have the label 'a': give at least two classes"),
+        (TRAIN, [("b", "c")], "The test part has the label 'c', which no training text has"),
+        (TRAIN, [("", "a")], r"Row 1 of .*test.csv has nothing in `text` \(''\)"),
+        (TRAIN, [("a", "")], r"Row 1 of .*test.csv has nothing in `label` \(''\)"),
+        ([], TEST, "train.csv holds no row"),
+    ],
+    ids=["a single class", "an unknown label", "no text", "no label", "no row"],
+)
+def test_rows_that_cannot_be_learnt_from_are_refused(files, classify, train, test, message):
+    for name, rows in (("train", train), ("test", test)):
+        with (files / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+    flags = ["--train_file", files / "train.csv"] + (["--test_file", files / "test.csv"] if test else [])
+
+    with pytest.raises(SystemExit, match=message):
+        classify(*flags)
+    assert not (files / "out/model.safetensors").exists()
+
+
+def test_a_classifier_of_other_classes_is_refused(files, classify):
+    classify("--train_file", files / "train.csv", "--max_steps", 1)
+    (files / "train.csv").write_text("text,label\na,a\nb,b\nab,c\n")
+
+    with pytest.raises(SystemExit, match=r"tells 2 classes apart, and the training part has 3"):
+        classify("--train_file", files / "train.csv", model="out", output="more")
+    with pytest.raises(SystemExit, match="already holds something"):
+        classify("--train_file", files / "train.csv")

@@ -226,6 +226,31 @@ class CardArguments:
 
 
 @dataclass
+class PrivacyArguments:
+    """Differential privacy of each document (DP-SGD); needs `--batching padded` and opacus."""
+
+    dp_epsilon: float | None = field(
+        default=None, metadata={"help": "Epsilon that the run may spend: 8; `inf` clips and adds no noise."}
+    )
+    dp_delta: float = field(
+        default=1e-5, metadata={"help": "Delta: less than one divided by the number of documents."}
+    )
+    dp_clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient of a document."})
+
+    def check(self, data_args: "DataArguments", args: "TrainArguments") -> None:
+        """Refuse what cannot be private, and set what private training needs."""
+        if self.dp_epsilon is None:
+            return
+        if data_args.batching != "padded":
+            reason = {"lanes": "carries a state from document to document", "packed": "mixes documents in a row"}
+            raise ValueError(
+                f"`--batching` {data_args.batching} {reason[data_args.batching]}, and `--dp_epsilon` protects single "
+                "documents: add `--batching padded`."
+            )
+        args.max_grad_norm = 0.0  # each document is clipped instead
+
+
+@dataclass
 class OptimizationArguments:
     """Averages of weights, and kinds of parameters without weight decay."""
 
@@ -429,8 +454,8 @@ def _check_utf8(flag, text):
 
 def parse(
     arguments: list[str],
-) -> tuple[ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments]:
-    """Parse the five groups of arguments; flags override a recipe's, which override a saved model's config."""
+) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
+    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
     found, arguments = finder.parse_known_args(arguments)
@@ -441,10 +466,18 @@ def parse(
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
         words += text.split()
     arguments = [*words, *arguments]
-    groups = (ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments)
+    groups = (
+        ModelArguments,
+        DataArguments,
+        CardArguments,
+        PrivacyArguments,
+        OptimizationArguments,
+        TrainArguments,
+    )
     parser = HfArgumentParser(groups)
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    model_args, data_args, *_, training_args = parsed
+    model_args, data_args, _, privacy_args, _, training_args = parsed
+    privacy_args.check(data_args, training_args)
     if data_args.model_name_or_path is not None:
         nothing = Namespace(**{flag.name: None for group in groups for flag in fields(group)})  # instead of defaults
         given = vars(parser.parse_known_args(arguments, nothing)[0])

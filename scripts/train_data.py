@@ -33,6 +33,7 @@ from hf_lstm.tokenizers import in_direction
 from hf_lstm.training.report import prompt_ids
 from hf_lstm.unknown import drops_text, unknown_id
 
+LEARNT = ("char", "word", "unicode_word", "bpe")  # tokenizers that are learnt from the training data
 LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
 COUNTED = 1_000  # rows of a streamed corpus in which unknown tokens are counted
 SEARCHED = 100_000_000  # bytes of training data in which validation data is looked for
@@ -51,8 +52,13 @@ class TrainingData:
     direction: str  # of the model
 
 
-def prepare_data(args: DataArguments, training_args: TrainArguments, direction: str) -> TrainingData:
-    """Load, tokenize and batch the corpus; whatever is wrong with it is refused here, before any work."""
+def prepare_data(
+    args: DataArguments, training_args: TrainArguments, direction: str, truncate: bool = False
+) -> TrainingData:
+    """
+    Load, tokenize and batch the corpus; whatever is wrong with it is refused here, before any work. With `truncate` a
+    document of more than `--bptt_length` tokens for training ends there.
+    """
     with training_args.main_process_first(desc="preparing the corpus"):  # the others find it in the cache
         texts = load_texts(args, training_args.seed)
         tokenizer = load_tokenizer(args, texts["train"], direction)
@@ -65,7 +71,7 @@ def prepare_data(args: DataArguments, training_args: TrainArguments, direction: 
         if len(stream) < 2:
             raise ValueError(f"The {split} split holds a single token: it must hold at least two, to predict one.")
     prompt_ids(args.prompt, tokenizer, direction)
-    datasets, collator = make_batches(args, training_args, texts, streams, tokenizer, direction)
+    datasets, collator = make_batches(args, training_args, texts, streams, tokenizer, direction, truncate)
     return TrainingData(texts, tokenizer, streams, datasets, collator, direction)
 
 
@@ -120,10 +126,11 @@ def load_tokenizer(args: DataArguments, rows, direction: str):
     return tokenizer
 
 
-def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer, direction: str):
+def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer, direction, truncate):
     """Make the data sets for training and evaluation, and the collator of their batches."""
     if args.batching != "lanes":
-        sets = {split: DocumentDataset(streams[split], args.bptt_length) for split in ("train", "validation")}
+        sets = {"train": DocumentDataset(streams["train"], args.bptt_length, truncate)}
+        sets["validation"] = DocumentDataset(streams["validation"], args.bptt_length)
         if args.batching == "packed":
             return sets, DataCollatorWithFlattening()
         padding = copy.deepcopy(tokenizer)

@@ -134,12 +134,15 @@ class DocumentDataset(Dataset):
     Args:
         stream (`TokenStream`): The documents.
         max_length (`int`): The most targets in an item, and tokens that gradients flow back through.
+        truncate (`bool`, defaults to `False`):
+            Whether a longer document ends there and the rest is left out, so that each is one item, as private training
+            needs.
 
     Raises:
         ValueError: for a `max_length` below 1, or a stream without a target.
     """
 
-    def __init__(self, stream: TokenStream, max_length: int):
+    def __init__(self, stream: TokenStream, max_length: int, truncate: bool = False):
         check_at_least_one(max_length=max_length)
         if len(stream) < 2:
             raise ValueError(
@@ -147,7 +150,8 @@ class DocumentDataset(Dataset):
             )
         self.stream, self.max_length = stream, max_length
         self._starts, self._ends = stream.document_starts, stream.document_ends
-        self._items = ((self._ends - self._starts + max_length - 1) // max_length).cumsum(0)  # up to each document
+        items = (self._ends - self._starts + max_length - 1) // max_length  # of each document
+        self._items = (items.clamp(max=1) if truncate else items).cumsum(0)  # up to each document
 
     def __len__(self) -> int:
         return int(self._items[-1])

@@ -10,6 +10,7 @@ from .callbacks import (
 )
 from .checkpoints import last_complete_checkpoint
 from .optimization import NTASGD, EMAAdamW, parameter_groups
+from .private import PrivateTrainer
 from .tbptt import TruncatedBPTTCallback
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "LSTMTrainingArguments",
     "MetricsCallback",
     "NonMonotonicTrigger",
+    "PrivateTrainer",
     "TruncatedBPTTCallback",
     "last_complete_checkpoint",
     "parameter_groups",

@@ -29,13 +29,13 @@ from train_arguments import (
     DataArguments,
     ModelArguments,
     OptimizationArguments,
-    PrivacyArguments,
     TrainArguments,
     load_saved,
     parse,
     take_folder,
 )
 from train_data import LEARNT, TrainingData, describe, prepare_data
+from train_privacy import PrivacyArguments
 from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 

@@ -11,6 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
+from train_privacy import PrivacyArguments
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_lstm import LSTMConfig
@@ -136,6 +137,9 @@ class DataArguments:
     shuffle_documents: bool = field(
         default=False, metadata={"help": "Whether lanes hold the documents in another order in each epoch."}
     )
+    partial_shuffle: bool = field(
+        default=False, metadata={"help": "Whether each lane begins at another place in each epoch."}
+    )
     bptt_length: int = field(
         default=32, metadata={"help": "Tokens that gradients run back through; the state itself runs on."}
     )
@@ -166,7 +170,7 @@ class DataArguments:
         _check_utf8("prompt", self.prompt)
         if self.batching not in ("lanes", "packed", "padded"):
             raise ValueError(f"`--batching` {self.batching} must be `lanes`, `packed` or `padded`.")
-        for flag in ("random_bptt", "state_drop_probability", "shuffle_documents", "streaming"):
+        for flag in ("random_bptt", "state_drop_probability", "shuffle_documents", "partial_shuffle", "streaming"):
             if self.batching != "lanes" and getattr(self, flag):
                 raise ValueError(f"`--{flag}` belongs to lanes: leave it out, or `--batching` {self.batching}.")
         for flag, tokenizers in TOKENIZER_FLAGS.items():
@@ -184,9 +188,9 @@ class DataArguments:
                 raise ValueError(
                     "`--streaming` needs `--validation_file`, since a stream cannot be split before it is read: name one."
                 )
-            if self.random_bptt or self.join_records:
+            if self.random_bptt or self.join_records or self.partial_shuffle:
                 raise ValueError(
-                    "`--streaming` goes with neither `--random_bptt` nor `--join_records`: leave them out."
+                    "`--streaming` goes with neither `--random_bptt` nor `--join_records` nor `--partial_shuffle`: leave them out."
                 )
         if self.prompt is None:
             self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
@@ -223,31 +227,6 @@ class CardArguments:
         for language in self.language or ():
             if not re.fullmatch(r"[a-z]{2,3}(-[A-Za-z]+)*|code|multilingual", language):
                 raise ValueError(f"`--language` {language!r} must be a code of ISO 639, such as en or zh, or `code`.")
-
-
-@dataclass
-class PrivacyArguments:
-    """Differential privacy of each document (DP-SGD); needs `--batching padded` and opacus."""
-
-    dp_epsilon: float | None = field(
-        default=None, metadata={"help": "Epsilon that the run may spend: 8; `inf` clips and adds no noise."}
-    )
-    dp_delta: float = field(
-        default=1e-5, metadata={"help": "Delta: less than one divided by the number of documents."}
-    )
-    dp_clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient of a document."})
-
-    def check(self, data_args: "DataArguments", args: "TrainArguments") -> None:
-        """Refuse what cannot be private, and set what private training needs."""
-        if self.dp_epsilon is None:
-            return
-        if data_args.batching != "padded":
-            reason = {"lanes": "carries a state from document to document", "packed": "mixes documents in a row"}
-            raise ValueError(
-                f"`--batching` {data_args.batching} {reason[data_args.batching]}, and `--dp_epsilon` protects single "
-                "documents: add `--batching padded`."
-            )
-        args.max_grad_norm = 0.0  # each document is clipped instead
 
 
 @dataclass

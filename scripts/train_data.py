@@ -151,6 +151,7 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
             **common,
             length_seed=training_args.seed if args.random_bptt else None,
             shuffle_seed=training_args.seed if args.shuffle_documents else None,
+            partial_shuffle_seed=training_args.seed if args.partial_shuffle else None,
         )
     eval_lanes = training_args.per_device_eval_batch_size * training_args.world_size
     try:

@@ -104,9 +104,9 @@ def check_training_data(dataset: LaneDataset | StreamingLanes, args: TrainingArg
                 "`dispatch_batches` (True, or None) in `accelerator_config` must be False, or one process would read for "
                 "all: use `LSTMTrainingArguments`."
             )
-    elif dataset.shuffle_seed is not None and args.dataloader_persistent_workers:
+    elif dataset.changes_with_epoch and args.dataloader_persistent_workers:
         raise ValueError(
-            "`dataloader_persistent_workers` (True) must be False where documents are shuffled, or the workers never "
+            "`dataloader_persistent_workers` (True) must be False where documents are shuffled or lanes rotated, or the workers never "
             "learn of a new epoch."
         )
 

@@ -72,6 +72,9 @@ class ModelArguments:
     temporal_activation_regularization: float = field(
         default=0.0, metadata={"help": "Penalty on outputs that change from token to token (TAR)."}
     )
+    adversarial_softmax: float = field(
+        default=0.0, metadata={"help": "Share by which the target's output row is moved against the state: 0.005."}
+    )
     loss_chunk_size: int | None = field(
         default=None,
         metadata={"help": "Tokens whose logits are held at a time, for large vocabularies; all by default."},

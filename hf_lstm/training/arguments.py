@@ -81,6 +81,11 @@ def check_penalties(args: TrainingArguments, config: LSTMConfig) -> None:
             f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with activation regularization "
             f"{penalties}: Trainer computes the smoothed loss itself, and the penalties would be lost."
         )
+    if args.label_smoothing_factor > 0 and config.adversarial_softmax > 0:
+        raise ValueError(
+            f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with `adversarial_softmax` "
+            f"({config.adversarial_softmax}): Trainer computes the smoothed loss itself, from logits that are not lowered."
+        )
     if args.label_smoothing_factor > 0 and config.trains_without_logits:
         raise ValueError(
             f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with `loss_chunk_size` "

@@ -1,5 +1,5 @@
 """Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it adapts; how
-far its gradients reach, and how much it remembers.
+far its gradients reach, how much it remembers, and how it bears noise.
 
 python scripts/evaluate.py stream --model runs/shakespeare --file tinyshakespeare.txt --split validation
 python scripts/evaluate.py surprisal --model runs/shakespeare --text "The horse raced past the barn fell." --by word
@@ -7,6 +7,7 @@ python scripts/evaluate.py pairs --model runs/shakespeare --file blimp.jsonl
 python scripts/evaluate.py adapt --model runs/shakespeare --train_file tinyshakespeare.txt
 python scripts/evaluate.py gradients --model runs/shakespeare runs/other --file tinyshakespeare.txt --picture flow.png
 python scripts/evaluate.py privacy --model runs/shakespeare --train_file tinyshakespeare.txt --card true
+python scripts/evaluate.py noise --model runs/shakespeare --train_file tinyshakespeare.txt --picture noise.png
 
 The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
 `python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
+from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy
 from standard_library import standard_library
@@ -355,6 +357,7 @@ TASKS = {
     "adapt": (Adapt, adapt),
     "gradients": (Gradients, gradients),
     "privacy": (Privacy, privacy),
+    "noise": (Noise, noise),
 }
 
 

@@ -82,6 +82,31 @@ def draw_exposure(result: dict, path: str) -> None:
     save(figure, path, pyplot)
 
 
+def draw_noise(result: dict, path: str) -> None:
+    """Draw the loss and the share of known words by the share of wrong characters, a curve for each kind of noise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes, name, label in zip(
+        panels, ("loss", "known_words"), ("nats per token", "written words that training has, %"), strict=True
+    ):
+        for kind, found in result.items():
+            scale = 100 if name == "known_words" else 1
+            axes.plot(
+                [100 * float(share) for share in found],
+                [scale * one[name] for one in found.values()],
+                "o-",
+                label=kind,
+            )
+        axes.set(xlabel="wrong characters, %", ylabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
+    save(figure, path, pyplot)
+
+
 def short_names(paths: list[str]) -> list[str]:
     """Return the last part of each path, or as many parts as tell them apart."""
     parts = [path.rstrip("/").split("/") for path in paths]

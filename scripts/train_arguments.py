@@ -140,6 +140,9 @@ class DataArguments:
     shuffle_documents: bool = field(
         default=False, metadata={"help": "Whether lanes hold the documents in another order in each epoch."}
     )
+    character_noise: float = field(
+        default=0.0, metadata={"help": "Share of the characters of the training text that are corrupted."}
+    )
     partial_shuffle: bool = field(
         default=False, metadata={"help": "Whether each lane begins at another place in each epoch."}
     )
@@ -184,6 +187,10 @@ class DataArguments:
                 raise ValueError(
                     f"`--{flag}` means nothing to `--tokenizer` {self.tokenizer}: it is for {' and '.join(tokenizers)}."
                 )
+        if not 0 <= self.character_noise <= 1 or (self.streaming and self.character_noise > 0):
+            raise ValueError(
+                f"`--character_noise` {self.character_noise} must be a share from 0 to 1, and 0 with `--streaming`."
+            )
         if self.streaming:
             if self.train_file is None and self.dataset_name is None:
                 raise ValueError("`--streaming` needs a corpus: name one by `--train_file` or `--dataset_name`.")

@@ -29,6 +29,7 @@ from hf_lstm import (
     word_tokenizer,
 )
 from hf_lstm.data import one_split
+from hf_lstm.evaluation.noise import add_character_noise
 from hf_lstm.tokenizers import in_direction
 from hf_lstm.training.report import prompt_ids
 from hf_lstm.unknown import drops_text, unknown_id
@@ -75,10 +76,21 @@ def prepare_data(
     return TrainingData(texts, tokenizer, streams, datasets, collator, direction)
 
 
+@dataclass
+class Noise:
+    """Corrupt the text of each row, for `Dataset.map`; a row has noise of its own."""
+
+    share: float
+    seed: int
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, str]:
+        return {"text": add_character_noise(row["text"] or "", self.share, seed=[self.seed, index])[0]}
+
+
 def load_texts(args: DataArguments, seed: int):
     """Load the rows of each split; those of a streamed corpus are read as they are needed."""
     if not args.streaming:
-        return load_corpus(
+        texts = load_corpus(
             args.train_file or args.dataset_name or standard_library(),
             config_name=args.dataset_config_name,
             validation_file=args.validation_file,
@@ -86,6 +98,11 @@ def load_texts(args: DataArguments, seed: int):
             text_column=args.text_column,
             join_records=args.join_records,
         )
+        if args.character_noise > 0:
+            texts["train"] = texts["train"].map(
+                Noise(args.character_noise, seed), with_indices=True, desc="adding noise"
+            )
+        return texts
     corpus = load_documents(
         args.train_file or args.dataset_name, args.dataset_config_name, args.text_column, streaming=True
     )

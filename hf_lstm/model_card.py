@@ -111,3 +111,15 @@ def write_model_card(folder: str | Path, run: dict) -> None:
     """Write the output of `describe_run` as `run.json`, and the card as `README.md`, into a model folder."""
     (Path(folder) / "run.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     (Path(folder) / "README.md").write_text(render_model_card(run), encoding="utf-8")
+
+
+def add_to_model_card(folder: str | Path, **facts) -> None:
+    """
+    Add facts to the card of a model folder, in `run.json` and `README.md`.
+
+    Args:
+        folder (`str` or `Path`): A folder in which [`write_model_card`] wrote both.
+        facts: `memorisation`, which `scripts/evaluate.py privacy` measures.
+    """
+    run = json.loads((Path(folder) / "run.json").read_text(encoding="utf-8"))
+    write_model_card(folder, run | facts)

@@ -1,11 +1,13 @@
-"""Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it adapts; and how
-far its gradients reach.
+"""Measure how well a model predicts: a corpus, each word of a sentence, one of two sentences, or while it adapts; how
+far its gradients reach, how much it remembers, and how it bears noise.
 
 python scripts/evaluate.py stream --model runs/shakespeare --file tinyshakespeare.txt --split validation
 python scripts/evaluate.py surprisal --model runs/shakespeare --text "The horse raced past the barn fell." --by word
 python scripts/evaluate.py pairs --model runs/shakespeare --file blimp.jsonl
 python scripts/evaluate.py adapt --model runs/shakespeare --train_file tinyshakespeare.txt
 python scripts/evaluate.py gradients --model runs/shakespeare runs/other --file tinyshakespeare.txt --picture flow.png
+python scripts/evaluate.py privacy --model runs/shakespeare --train_file tinyshakespeare.txt --card true
+python scripts/evaluate.py noise --model runs/shakespeare --train_file tinyshakespeare.txt --picture noise.png
 
 The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
 `python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
@@ -18,7 +20,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
+from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
+from evaluate_privacy import Privacy, privacy
 from standard_library import standard_library
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -36,20 +41,6 @@ from hf_lstm.evaluation import (
     losses_by_position,
 )
 from hf_lstm.tokenizers import direction_of
-from hf_lstm.unknown import drops_text, unknown_id
-
-
-def flag(help, default=None, **options):
-    return field(default=default, metadata={"help": help}, **options)
-
-
-@dataclass
-class Arguments:
-    """Arguments of every task."""
-
-    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
-    trust_remote_code: bool = flag("Whether to run code that comes with the model.", False)
-    output_file: str | None = flag("Where to write the result too.")
 
 
 @dataclass
@@ -371,36 +362,6 @@ def halves(tokens: TokenStream) -> tuple[TokenStream, TokenStream]:
     return TokenStream(tokens[: middle + 1], first), TokenStream(tokens[middle:], second)
 
 
-def stream_of(texts, model, tokenizer) -> TokenStream:
-    """Tokenize texts, and log the number of unknown tokens."""
-    tokens = TokenStream.from_documents(texts, tokenizer, direction_of(model))
-    counts = tokens.counts(model.config.vocab_size)
-    index = unknown_id(tokenizer)
-    unknown = counts[index] if index not in (None, tokenizer.eos_token_id) else 0
-    if unknown:
-        log(f"{unknown:,} of {len(tokens):,} tokens are unknown to the tokenizer: bits per byte mean little")
-    if drops_text(tokenizer):
-        log("The tokenizer drops text that it lacks in silence: bits per byte mean little where it lacks something")
-    return tokens
-
-
-def as_json(result: dict) -> str:
-    """Format a result as JSON, with null for infinity and NaN, which JSON lacks."""
-    return json.dumps(json.loads(json.dumps(result), parse_constant=lambda name: None), indent=2)
-
-
-def write_result(text: str, arguments: Arguments) -> None:
-    """Print the result, and write it to `--output_file`."""
-    print(text)
-    if arguments.output_file is not None:
-        Path(arguments.output_file).write_text(text + "\n", encoding="utf-8", newline="\n")
-        log(f"The result is in {arguments.output_file}")
-
-
-def log(text: str) -> None:
-    print(text, file=sys.stderr)
-
-
 TABLE = (0, 1, 2, 5, 10, 20, 50, 100, 200)  # distances that `gradients` logs
 TASKS = {
     "stream": (Stream, stream),
@@ -408,6 +369,8 @@ TASKS = {
     "pairs": (Pairs, pairs),
     "adapt": (Adapt, adapt),
     "gradients": (Gradients, gradients),
+    "privacy": (Privacy, privacy),
+    "noise": (Noise, noise),
 }
 
 

@@ -6,6 +6,7 @@ import sys
 import numpy
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
+UNSEEN = 1 / math.log(2)  # bits: the mean exposure of a secret among many
 LINES = ("-", "--", "-.", ":")  # of the layers
 
 
@@ -78,6 +79,47 @@ def draw_gradients(norms: dict[str, list[list[float]]], path: str) -> None:
     )
     axes.grid(alpha=0.3)
     axes.legend()
+    save(figure, path, pyplot)
+
+
+def draw_exposure(result: dict, path: str) -> None:
+    """Draw the exposure of each secret by the number of its copies, and the mean of each number with its standard error."""
+    figure, axes, pyplot = new_figure((7, 4))
+    rows, groups = result["secrets"], result["by_count"]
+    axes.plot([row["count"] for row in rows], [row["exposure"] for row in rows], ".", alpha=0.3, label="a secret")
+    means, errors = ([group[name] for group in groups.values()] for name in ("mean", "standard_error"))
+    axes.errorbar(list(map(int, groups)), means, errors, fmt="o-", capsize=3, label="mean ± standard error")
+    axes.axhline(result["most"], color="gray", linestyle="--", label="most probable of all")
+    axes.axhline(UNSEEN, color="gray", linestyle=":", label="unseen, on average")
+    axes.set(xscale="symlog", xlabel="copies in the training text", ylabel="exposure, bits")
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    save(figure, path, pyplot)
+
+
+def draw_noise(result: dict, path: str) -> None:
+    """Draw the loss and the share of known words by the share of wrong characters, a curve for each kind of noise."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, panels = pyplot.subplots(1, 2, figsize=(9, 4), layout="constrained")
+    for axes, name, label in zip(
+        panels, ("loss", "known_words"), ("nats per token", "written words that training has, %"), strict=True
+    ):
+        for kind, found in result.items():
+            scale = 100 if name == "known_words" else 1
+            axes.plot(
+                [100 * float(share) for share in found],
+                [scale * one[name] for one in found.values()],
+                "o-",
+                label=kind,
+            )
+        axes.set(xlabel="wrong characters, %", ylabel=label)
+        axes.grid(alpha=0.3)
+    panels[0].legend()
     save(figure, path, pyplot)
 
 

@@ -32,9 +32,10 @@ from train_arguments import (
     TrainArguments,
     load_saved,
     parse,
-    take_folder,
 )
-from train_data import TrainingData, describe, prepare_data
+from train_data import LEARNT, TrainingData, describe, prepare_data
+from train_folder import take_folder
+from train_privacy import PrivacyArguments
 from train_words import push_word_checkpoints, word_checkpoints
 from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
@@ -50,6 +51,7 @@ from hf_lstm.training import (
     FinishedRunCallback,
     MetricsCallback,
     NonMonotonicTrigger,
+    PrivateTrainer,
     TruncatedBPTTCallback,
     parameter_groups,
 )
@@ -141,8 +143,15 @@ def make_optimizer(model, optimization_args: OptimizationArguments, args: TrainA
     return optimizer_class, {"params": groups} | options
 
 
-def make_trainer(model, data: TrainingData, data_args: DataArguments, optimization_args, args: TrainArguments):
-    """Make the stock Trainer, with the callbacks that these arguments ask for."""
+def make_trainer(
+    model,
+    data: TrainingData,
+    data_args: DataArguments,
+    privacy_args: PrivacyArguments,
+    optimization_args: OptimizationArguments,
+    args: TrainArguments,
+):
+    """Make the stock Trainer, or the private one, with the callbacks that these arguments ask for."""
     lanes = data_args.batching == "lanes"
     callbacks = [
         TruncatedBPTTCallback(data_args.state_drop_probability) if lanes else FinishedRunCallback(),
@@ -157,7 +166,11 @@ def make_trainer(model, data: TrainingData, data_args: DataArguments, optimizati
     optimizer_class, options = make_optimizer(model, optimization_args, args)
     if optimization_args.averaging is not None:
         optimizer_class(**options)  # refuses invalid options now
-    trainer = Trainer(
+    kind, budget = Trainer, {}
+    if privacy_args.dp_epsilon is not None:
+        kind = PrivateTrainer
+        budget = {"epsilon": privacy_args.dp_epsilon, "delta": privacy_args.dp_delta, "clip": privacy_args.dp_clip}
+    trainer = kind(
         model=model,
         args=args,
         train_dataset=data.datasets["train"],
@@ -166,6 +179,7 @@ def make_trainer(model, data: TrainingData, data_args: DataArguments, optimizati
         data_collator=data.collator,
         optimizer_cls_and_kwargs=(optimizer_class, options),
         callbacks=callbacks,
+        **budget,
     )
     for reporter in get_reporting_integration_callbacks(args.report_to):
         trainer.remove_callback(reporter)  # and last again, to see what the callbacks above add to the logs
@@ -232,6 +246,9 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
         language=card_args.language,
         data_license=card_args.data_license,
     )
+    if isinstance(trainer, PrivateTrainer):
+        learnt = data_args.tokenizer in LEARNT and data_args.model_name_or_path is None
+        run["differential_privacy"] = trainer.describe() | {"tokenizer_learnt": learnt}
     write_model_card(folder, run)
     print(f"\n{sample}\n")
     for split, result in results.items():
@@ -257,7 +274,7 @@ def publish(trainer: Trainer, args: TrainArguments) -> None:
 
 def run(arguments: list[str], held: ExitStack) -> None:
     """Read the arguments, prepare the data, make model and Trainer, train, report and publish."""
-    model_args, data_args, card_args, optimization_args, args = parse(arguments)
+    model_args, data_args, card_args, privacy_args, optimization_args, args = parse(arguments)
     held.enter_context(take_folder(args, carried=data_args.batching == "lanes"))
     if find_spec("matplotlib") is None:
         raise ValueError('The learning curve needs matplotlib: `pip install "hf-lstm[train]"`.')
@@ -265,11 +282,17 @@ def run(arguments: list[str], held: ExitStack) -> None:
         check_arguments(args)
     set_seed(args.seed)
 
-    data = prepare_data(data_args, args, model_args.direction)
+    data = prepare_data(data_args, args, model_args.direction, truncate=privacy_args.dp_epsilon is not None)
     model = make_model(model_args, data_args, args, data.tokenizer)
     if args.process_index == 0 and args.resume_from_checkpoint is None:
         describe(data, model.config.vocab_size, data_args.model_name_or_path)
-    trainer = make_trainer(model, data, data_args, optimization_args, args)
+    if privacy_args.dp_epsilon is not None and data_args.tokenizer in LEARNT and data_args.model_name_or_path is None:
+        print(
+            f"Warning: `--tokenizer` {data_args.tokenizer} is learnt from the private text, and its vocabulary tells of it: "
+            "`byte`, or the folder of a tokenizer of public text, protects that too.",
+            file=sys.stderr,
+        )
+    trainer = make_trainer(model, data, data_args, privacy_args, optimization_args, args)
     to_publish, args.push_to_hub = (
         args.push_to_hub,
         False,

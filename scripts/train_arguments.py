@@ -2,25 +2,21 @@
 
 import re
 from argparse import ArgumentParser, Namespace
-from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from accelerate.utils import broadcast_object_list
-from filelock import FileLock, Timeout
 from huggingface_hub.errors import StrictDataclassError
+from train_privacy import PrivacyArguments
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_lstm import LSTMConfig
 from hf_lstm.data import read_text
 from hf_lstm.model.cells_lstm import CELLS
-from hf_lstm.training import LSTMTrainingArguments, last_complete_checkpoint
-from hf_lstm.training.checkpoints import is_complete
+from hf_lstm.training import LSTMTrainingArguments
 from hf_lstm.training.optimization import KINDS
 
-LOCK_FILE = ".lock"  # in `--output_dir`, while a run holds it; those that are killed leave it behind
 TOKENIZER_FLAGS = {
     "vocab_size": ("word", "unicode_word", "bpe"),
     "min_frequency": ("word", "unicode_word"),
@@ -78,6 +74,9 @@ class ModelArguments:
     activation_regularization: float = field(default=0.0, metadata={"help": "Penalty on large outputs (AR)."})
     temporal_activation_regularization: float = field(
         default=0.0, metadata={"help": "Penalty on outputs that change from token to token (TAR)."}
+    )
+    adversarial_softmax: float = field(
+        default=0.0, metadata={"help": "Share by which the target's output row is moved against the state: 0.005."}
     )
     loss_chunk_size: int | None = field(
         default=None,
@@ -144,6 +143,12 @@ class DataArguments:
     shuffle_documents: bool = field(
         default=False, metadata={"help": "Whether lanes hold the documents in another order in each epoch."}
     )
+    character_noise: float = field(
+        default=0.0, metadata={"help": "Share of the characters of the training text that are corrupted."}
+    )
+    partial_shuffle: bool = field(
+        default=False, metadata={"help": "Whether each lane begins at another place in each epoch."}
+    )
     bptt_length: int = field(
         default=32, metadata={"help": "Tokens that gradients run back through; the state itself runs on."}
     )
@@ -190,7 +195,7 @@ class DataArguments:
         _check_utf8("prompt", self.prompt)
         if self.batching not in ("lanes", "packed", "padded"):
             raise ValueError(f"`--batching` {self.batching} must be `lanes`, `packed` or `padded`.")
-        for flag in ("random_bptt", "state_drop_probability", "shuffle_documents", "streaming"):
+        for flag in ("random_bptt", "state_drop_probability", "shuffle_documents", "partial_shuffle", "streaming"):
             if self.batching != "lanes" and getattr(self, flag):
                 raise ValueError(f"`--{flag}` belongs to lanes: leave it out, or `--batching` {self.batching}.")
         for flag, tokenizers in TOKENIZER_FLAGS.items():
@@ -201,6 +206,10 @@ class DataArguments:
                 raise ValueError(
                     f"`--{flag}` means nothing to `--tokenizer` {self.tokenizer}: it is for {' and '.join(tokenizers)}."
                 )
+        if not 0 <= self.character_noise <= 1 or (self.streaming and self.character_noise > 0):
+            raise ValueError(
+                f"`--character_noise` {self.character_noise} must be a share from 0 to 1, and 0 with `--streaming`."
+            )
         if self.streaming:
             if self.train_file is None and self.dataset_name is None:
                 raise ValueError("`--streaming` needs a corpus: name one by `--train_file` or `--dataset_name`.")
@@ -208,9 +217,9 @@ class DataArguments:
                 raise ValueError(
                     "`--streaming` needs `--validation_file`, since a stream cannot be split before it is read: name one."
                 )
-            if self.random_bptt or self.join_records:
+            if self.random_bptt or self.join_records or self.partial_shuffle:
                 raise ValueError(
-                    "`--streaming` goes with neither `--random_bptt` nor `--join_records`: leave them out."
+                    "`--streaming` goes with neither `--random_bptt` nor `--join_records` nor `--partial_shuffle`: leave them out."
                 )
         if self.prompt is None:
             self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
@@ -339,76 +348,6 @@ class TrainArguments(LSTMTrainingArguments):
             )
 
 
-@contextmanager
-def take_folder(args: TrainArguments, carried: bool):
-    """
-    Hold `output_dir` for this run alone, which is refused if another one holds it, and let `resume_from_checkpoint` be a
-    checkpoint that holds everything, the carried state if there is one. The main process decides for all.
-
-    The hold is a lock of the operating system on a file in the folder, and ends with the process, however that ends.
-    """
-    with ExitStack() as stack:
-        outcome = [None, args.resume_from_checkpoint]
-        if args.process_index == 0:
-            try:
-                stack.enter_context(_hold(Path(args.output_dir)))
-                outcome[1] = _find_checkpoint(args, carried)
-            except ValueError as error:
-                outcome[0] = str(error)
-        refused, args.resume_from_checkpoint = broadcast_object_list(outcome)
-        if refused is not None:
-            raise ValueError(refused)
-        yield
-
-
-@contextmanager
-def _hold(folder: Path):
-    path = folder / LOCK_FILE
-    missing = [place for place in (folder, *folder.absolute().parents) if not place.exists()]
-    lock = FileLock(path)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(
-            f"`--output_dir` {folder} belongs to a run that has not ended: wait for it, or name another folder."
-        ) from None
-    except OSError as error:
-        raise ValueError(
-            f"`--output_dir` {folder} cannot be made or written ({error.strerror}): name another folder."
-        ) from error
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # Windows lets nobody delete an open file, and does so itself
-            path.unlink()
-        lock.release()
-        with suppress(OSError):  # it holds something now
-            for place in missing:
-                place.rmdir()
-
-
-def _find_checkpoint(args: TrainArguments, carried: bool) -> str | None:
-    folder, named = Path(args.output_dir), args.resume_from_checkpoint
-    if named is None:
-        if any(path.name != LOCK_FILE for path in folder.iterdir()):
-            raise ValueError(
-                f"`--output_dir` {folder} already holds something: name another folder, or go on with the run it "
-                "holds by `--resume_from_checkpoint true`."
-            )
-        return None
-    if named.lower() == "true":
-        checkpoint = last_complete_checkpoint(folder, carried)
-        if checkpoint is None:
-            raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
-        return str(checkpoint)
-    if not is_complete(Path(named), carried):
-        raise ValueError(
-            f"`--resume_from_checkpoint` {named} is not a complete checkpoint: `true` finds the last one in `--output_dir`."
-        )
-    return named
-
-
 def load_saved(kind: type, name: str, **options: Any):
     """Call `from_pretrained` of a class on the model to train on from, and name the flag in whatever goes wrong."""
     try:
@@ -453,8 +392,8 @@ def _check_utf8(flag, text):
 
 def parse(
     arguments: list[str],
-) -> tuple[ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments]:
-    """Parse the five groups of arguments; flags override a recipe's, which override a saved model's config."""
+) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
+    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
     found, arguments = finder.parse_known_args(arguments)
@@ -465,10 +404,18 @@ def parse(
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
         words += text.split()
     arguments = [*words, *arguments]
-    groups = (ModelArguments, DataArguments, CardArguments, OptimizationArguments, TrainArguments)
+    groups = (
+        ModelArguments,
+        DataArguments,
+        CardArguments,
+        PrivacyArguments,
+        OptimizationArguments,
+        TrainArguments,
+    )
     parser = HfArgumentParser(groups)
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
-    model_args, data_args, *_, training_args = parsed
+    model_args, data_args, _, privacy_args, _, training_args = parsed
+    privacy_args.check(data_args, training_args)
     if data_args.model_name_or_path is not None:
         nothing = Namespace(**{flag.name: None for group in groups for flag in fields(group)})  # instead of defaults
         given = vars(parser.parse_known_args(arguments, nothing)[0])

@@ -29,10 +29,12 @@ from hf_lstm import (
     word_tokenizer,
 )
 from hf_lstm.data import one_split
+from hf_lstm.evaluation.noise import add_character_noise
 from hf_lstm.tokenizers import in_direction
 from hf_lstm.training.report import prompt_ids
 from hf_lstm.unknown import drops_text, unknown_id
 
+LEARNT = ("char", "word", "unicode_word", "bpe")  # tokenizers that are learnt from the training data
 LEARNT_FROM = 10_000  # rows of a streamed corpus that a tokenizer is learnt from
 COUNTED = 1_000  # rows of a streamed corpus in which unknown tokens are counted
 SEARCHED = 100_000_000  # bytes of training data in which validation data is looked for
@@ -51,8 +53,13 @@ class TrainingData:
     direction: str  # of the model
 
 
-def prepare_data(args: DataArguments, training_args: TrainArguments, direction: str) -> TrainingData:
-    """Load, tokenize and batch the corpus; whatever is wrong with it is refused here, before any work."""
+def prepare_data(
+    args: DataArguments, training_args: TrainArguments, direction: str, truncate: bool = False
+) -> TrainingData:
+    """
+    Load, tokenize and batch the corpus; whatever is wrong with it is refused here, before any work. With `truncate` a
+    document of more than `--bptt_length` tokens for training ends there.
+    """
     with training_args.main_process_first(desc="preparing the corpus"):  # the others find it in the cache
         texts = load_texts(args, training_args.seed)
         tokenizer = load_tokenizer(args, texts["train"], direction)
@@ -65,14 +72,25 @@ def prepare_data(args: DataArguments, training_args: TrainArguments, direction: 
         if len(stream) < 2:
             raise ValueError(f"The {split} split holds a single token: it must hold at least two, to predict one.")
     prompt_ids(args.prompt, tokenizer, direction)
-    datasets, collator = make_batches(args, training_args, texts, streams, tokenizer, direction)
+    datasets, collator = make_batches(args, training_args, texts, streams, tokenizer, direction, truncate)
     return TrainingData(texts, tokenizer, streams, datasets, collator, direction)
+
+
+@dataclass
+class Noise:
+    """Corrupt the text of each row, for `Dataset.map`; a row has noise of its own."""
+
+    share: float
+    seed: int
+
+    def __call__(self, row: dict[str, Any], index: int) -> dict[str, str]:
+        return {"text": add_character_noise(row["text"] or "", self.share, seed=[self.seed, index])[0]}
 
 
 def load_texts(args: DataArguments, seed: int):
     """Load the rows of each split; those of a streamed corpus are read as they are needed."""
     if not args.streaming:
-        return load_corpus(
+        texts = load_corpus(
             args.train_file or args.dataset_name or standard_library(),
             config_name=args.dataset_config_name,
             validation_file=args.validation_file,
@@ -80,6 +98,11 @@ def load_texts(args: DataArguments, seed: int):
             text_column=args.text_column,
             join_records=args.join_records,
         )
+        if args.character_noise > 0:
+            texts["train"] = texts["train"].map(
+                Noise(args.character_noise, seed), with_indices=True, desc="adding noise"
+            )
+        return texts
     corpus = load_documents(
         args.train_file or args.dataset_name, args.dataset_config_name, args.text_column, streaming=True
     )
@@ -120,10 +143,11 @@ def load_tokenizer(args: DataArguments, rows, direction: str):
     return tokenizer
 
 
-def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer, direction: str):
+def make_batches(args: DataArguments, training_args: TrainArguments, texts, streams, tokenizer, direction, truncate):
     """Make the data sets for training and evaluation, and the collator of their batches."""
     if args.batching != "lanes":
-        sets = {split: DocumentDataset(streams[split], args.bptt_length) for split in ("train", "validation")}
+        sets = {"train": DocumentDataset(streams["train"], args.bptt_length, truncate)}
+        sets["validation"] = DocumentDataset(streams["validation"], args.bptt_length)
         if args.batching == "packed":
             return sets, DataCollatorWithFlattening()
         padding = copy.deepcopy(tokenizer)
@@ -144,6 +168,7 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
             **common,
             length_seed=training_args.seed if args.random_bptt else None,
             shuffle_seed=training_args.seed if args.shuffle_documents else None,
+            partial_shuffle_seed=training_args.seed if args.partial_shuffle else None,
         )
     eval_lanes = training_args.per_device_eval_batch_size * training_args.world_size
     try:

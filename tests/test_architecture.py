@@ -186,11 +186,11 @@ def test_every_imported_package_is_declared():
         {re.match(r"[\w-]+", line)[0].replace("_", "-") for line in lines}
         for lines in (
             project["dependencies"],
-            [line for name in ("convert", "train", "onnx", "serve", "benchmarks") for line in extras[name]],
+            [line for name in ("convert", "train", "onnx", "serve", "privacy", "benchmarks") for line in extras[name]],
         )
     )
     for folder, allowed in (
-        ("hf_lstm/*.py", required | {"h5py", "matplotlib", "onnx", "onnxruntime"}),
+        ("hf_lstm/*.py", required | {"h5py", "matplotlib", "onnx", "onnxruntime", "opacus"}),
         ("scripts/*.py", required | optional | BY_TRANSFORMERS),
     ):
         for path in tracked(folder):

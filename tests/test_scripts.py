@@ -243,7 +243,7 @@ def test_recipes_parse_and_make_a_model(recipe, monkeypatch, tmp_path):
     from train_arguments import parse
 
     flags = ["--recipe", str(recipe), "--output_dir", str(tmp_path / "run"), "--bf16", "false", "--use_cpu", "true"]
-    model_args, data_args, _, optimization_args, training_args = parse(flags)
+    model_args, data_args, _, _, optimization_args, training_args = parse(flags)
 
     config = LSTMConfig(vocab_size=70, **vars(model_args))
     with torch.device("meta"):
@@ -361,7 +361,8 @@ def test_training_refuses_before_it_starts(run, tmp_path, text_file, monkeypatch
 def take(monkeypatch):
     """Takes a folder as train.py does."""
     monkeypatch.syspath_prepend(SCRIPTS)
-    from train_arguments import TrainArguments, take_folder
+    from train_arguments import TrainArguments
+    from train_folder import take_folder
 
     def take(folder, **options):
         return take_folder(TrainArguments(str(folder), use_cpu=True, **options), carried=True)

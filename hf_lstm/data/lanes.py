@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
+import numpy
 import torch
 from torch.utils.data import Dataset
 
@@ -33,6 +34,11 @@ class LaneDataset(Dataset):
             Shuffle the documents in each epoch, as a function of this seed and the epoch, which Trainer sets by
             `set_epoch`; needs a `TokenStream` of several documents.
 
+        partial_shuffle_seed (`int`, *optional*):
+            Begin each lane at another place in each epoch, a function of this seed and the epoch, and read its beginning
+            after its end, so that the chunks have other limits and histories (Press 2019). The state is carried over
+            this seam, as in the paper, and each token still predicts the one that follows it in the text.
+
     Raises:
         ValueError: if the stream is too short for one chunk in every lane, or documents are needed and unknown.
     """
@@ -45,9 +51,15 @@ class LaneDataset(Dataset):
         reset_at_documents: bool = False,
         length_seed: int | None = None,
         shuffle_seed: int | None = None,
+        partial_shuffle_seed: int | None = None,
     ):
         check_at_least_one(lanes=lanes, bptt_length=bptt_length)
-        for name, seed in (("length_seed", length_seed), ("shuffle_seed", shuffle_seed)):
+        seeds = {
+            "length_seed": length_seed,
+            "shuffle_seed": shuffle_seed,
+            "partial_shuffle_seed": partial_shuffle_seed,
+        }
+        for name, seed in seeds.items():
             if seed is not None and (not isinstance(seed, int) or seed < 0):
                 raise ValueError(f"`{name}` ({seed!r}) must be an integer of at least 0, or None for no randomness.")
         if length_seed is not None and bptt_length < 10:
@@ -59,6 +71,7 @@ class LaneDataset(Dataset):
         self.stream = self._epoch_stream = as_stream(tokens)
         self.lanes, self.bptt_length, self.reset_at_documents = lanes, bptt_length, reset_at_documents
         self.length_seed, self.shuffle_seed = length_seed, shuffle_seed
+        self.partial_shuffle_seed, self._offsets = partial_shuffle_seed, torch.zeros(lanes, dtype=torch.long)
         chunks = (len(self.stream) - 1) // (lanes * bptt_length)
         if chunks < 1:
             raise ValueError(
@@ -76,14 +89,22 @@ class LaneDataset(Dataset):
     @property
     def fingerprint(self) -> dict:
         """Fingerprint of the batches and their order, stored in checkpoints to validate a resume."""
-        names = ("lanes", "bptt_length", "reset_at_documents", "length_seed", "shuffle_seed")
+        names = ("lanes", "bptt_length", "reset_at_documents", "length_seed", "shuffle_seed", "partial_shuffle_seed")
         settings = {name: getattr(self, name) for name in names}
         return {"streaming": False} | settings | {"tokens": len(self.stream), "digest": self.stream.digest()}
 
     def set_epoch(self, epoch: int) -> None:
-        """Shuffle the documents for an epoch, if `shuffle_seed` was given."""
+        """Shuffle the documents for an epoch, and rotate the lanes, if their seeds were given."""
         if self.shuffle_seed is not None:
             self._epoch_stream = self.stream.shuffled([self.shuffle_seed, epoch])
+        if self.partial_shuffle_seed is not None:
+            drawn = numpy.random.default_rng([self.partial_shuffle_seed, epoch])
+            self._offsets = torch.from_numpy(drawn.integers(self.lane_length, size=self.lanes))
+
+    @property
+    def changes_with_epoch(self) -> bool:
+        """Whether an epoch differs from the last one, so that whoever reads it must learn of a new epoch."""
+        return self.shuffle_seed is not None or self.partial_shuffle_seed is not None
 
     def __len__(self) -> int:
         return len(self.chunk_lengths) * self.lanes
@@ -114,12 +135,27 @@ class LaneDataset(Dataset):
         """Make the items of some lanes, `(rows,)`, of one chunk."""
         start, length = self._chunk_starts[chunk].item(), self.chunk_lengths[chunk].item()
         lane_starts = lanes[:, None] * self.lane_length  # (rows, 1)
-        indices = lane_starts + torch.arange(start, start + length)  # (rows, length)
-        first = lane_starts
+        steps = torch.arange(start, start + length)
+        indices = lane_starts + (self._offsets[lanes][:, None] + steps) % self.lane_length  # (rows, length)
+        position_ids = steps.expand_as(indices)
         if self.reset_at_documents:
-            first = torch.maximum(first, self._epoch_stream.starts_of(indices))
-        windows = [self._epoch_stream[begin : begin + length + 1] for begin in indices[:, 0].tolist()]
-        return lane_items(torch.stack(windows), indices - first)
+            since = indices - self._epoch_stream.starts_of(indices)
+            position_ids = torch.minimum(position_ids, since)
+        ends = (indices[:, 0].tolist(), indices[:, -1].tolist(), lane_starts[:, 0].tolist())
+        inputs, targets = zip(*(self._window(*row) for row in zip(*ends, strict=True)), strict=True)
+        return lane_items(torch.stack(inputs), torch.stack(targets), position_ids)
+
+    def _window(self, first: int, last: int, lane_start: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Read the tokens from `first` to `last`, over the seam of a lane if that comes before, and the token after each."""
+        if first <= last:
+            tokens = self._epoch_stream[first : last + 2]
+            return tokens[:-1], tokens[1:]
+        parts = (
+            self._window(first, lane_start + self.lane_length - 1, lane_start),
+            self._window(lane_start, last, lane_start),
+        )
+        inputs, targets = zip(*parts, strict=True)
+        return torch.cat(inputs), torch.cat(targets)
 
 
 class DocumentDataset(Dataset):
@@ -134,12 +170,15 @@ class DocumentDataset(Dataset):
     Args:
         stream (`TokenStream`): The documents.
         max_length (`int`): The most targets in an item, and tokens that gradients flow back through.
+        truncate (`bool`, defaults to `False`):
+            Whether a longer document ends there and the rest is left out, so that each is one item, as private training
+            needs.
 
     Raises:
         ValueError: for a `max_length` below 1, or a stream without a target.
     """
 
-    def __init__(self, stream: TokenStream, max_length: int):
+    def __init__(self, stream: TokenStream, max_length: int, truncate: bool = False):
         check_at_least_one(max_length=max_length)
         if len(stream) < 2:
             raise ValueError(
@@ -147,7 +186,8 @@ class DocumentDataset(Dataset):
             )
         self.stream, self.max_length = stream, max_length
         self._starts, self._ends = stream.document_starts, stream.document_ends
-        self._items = ((self._ends - self._starts + max_length - 1) // max_length).cumsum(0)  # up to each document
+        items = (self._ends - self._starts + max_length - 1) // max_length  # of each document
+        self._items = (items.clamp(max=1) if truncate else items).cumsum(0)  # up to each document
 
     def __len__(self) -> int:
         return int(self._items[-1])
@@ -162,12 +202,11 @@ class DocumentDataset(Dataset):
         return {"input_ids": tokens, "labels": list(tokens)}
 
 
-def lane_items(windows: torch.Tensor, position_ids: torch.Tensor) -> list[dict[str, torch.Tensor]]:
-    """
-    Make the model inputs of chunks from their tokens and the next one, `(rows, length + 1)`, and their positions, `(rows,
-    length)`: an item for each row.
-    """
-    rows = zip(windows[:, :-1].unbind(), windows[:, 1:].clone().unbind(), position_ids.unbind(), strict=True)
+def lane_items(
+    inputs: torch.Tensor, targets: torch.Tensor, position_ids: torch.Tensor
+) -> list[dict[str, torch.Tensor]]:
+    """Make the model inputs of chunks from their tokens, the token after each and their positions, `(rows, length)` each."""
+    rows = zip(inputs.unbind(), targets.clone().unbind(), position_ids.unbind(), strict=True)
     return [
         {"input_ids": inputs, "labels": inputs, "shift_labels": targets, "position_ids": positions}
         for inputs, targets, positions in rows

@@ -173,5 +173,5 @@ class _Lane:
             missing -= len(tokens)
         tokens, positions = (torch.cat(part) for part in zip(*parts, strict=True))
         self.tokens, self.positions = tokens[length:], positions[length:]
-        (item,) = lane_items(tokens[None, : length + 1], positions[None, :length])
+        (item,) = lane_items(tokens[None, :length], tokens[None, 1 : length + 1], positions[None, :length])
         return item

@@ -85,6 +85,10 @@ class LSTMConfig(PreTrainedConfig):
         activation_regularization, temporal_activation_regularization (`float`, default to 0.0):
             Penalties, while training, on the squares of the outputs and of their changes from token to token, in nats
             per token and unit (Merity, McCann & Socher 2017). AWD-LSTM: 2 and 1.
+        adversarial_softmax (`float`, defaults to 0.0):
+            While training, the share ε of its length by which the output layer's row of each target is moved against the
+            state, at worst (Wang, Gong & Liu 2019; training_lstm.py): the training loss is that of the moved rows. Theirs
+            on the Penn Treebank: 0.005. Not with an adaptive softmax.
         loss_chunk_size (`int`, *optional*):
             While training, number of tokens whose logits are held at a time, for large vocabularies (training_lstm.py):
             the same loss and gradients in less memory, but logits are not returned. All tokens by default.
@@ -145,6 +149,7 @@ class LSTMConfig(PreTrainedConfig):
     weight_dropout: float | int = 0.0
     activation_regularization: float | int = 0.0
     temporal_activation_regularization: float | int = 0.0
+    adversarial_softmax: float | int = 0.0
     loss_chunk_size: int | None = None
     adaptive_softmax_cutoffs: list[int] | None = None
     direction: Literal["forward", "backward"] = "forward"
@@ -346,9 +351,16 @@ class LSTMConfig(PreTrainedConfig):
         if self.loss_chunk_size is not None and self.loss_chunk_size < 1:
             raise ValueError(f"`loss_chunk_size` ({self.loss_chunk_size}) must be at least 1 token, or None for all.")
 
-        cutoffs = self.adaptive_softmax_cutoffs
+        cutoffs, epsilon = self.adaptive_softmax_cutoffs, self.adversarial_softmax
+        if not 0 <= epsilon < math.inf:
+            raise ValueError(f"`adversarial_softmax` ({epsilon}) must be at least 0 and finite, such as 0.005.")
         if cutoffs is None:
             return
+        if epsilon > 0:
+            raise ValueError(
+                f"`adversarial_softmax` ({epsilon}) needs one output layer for all words, and `adaptive_softmax_cutoffs` "
+                f"({cutoffs}) makes several: set one of them to its default."
+            )
         if cutoffs != sorted(set(cutoffs)) or not cutoffs or cutoffs[0] < 1 or cutoffs[-1] >= self.vocab_size:
             raise ValueError(
                 f"`adaptive_softmax_cutoffs` ({cutoffs}) must increase, from at least 1 to below `vocab_size` ({self.vocab_size})."

@@ -51,8 +51,11 @@ def compute_losses(
     """
     config, length = model.config, outputs.last_hidden_state.shape[1]
     targets = kwargs["shift_labels"] = find_targets(labels, length, kept, attention_mask, read_before, **kwargs)
+    epsilon = config.adversarial_softmax if model.training else 0
     if logits is None:
-        loss = loss_without_logits(hidden, model.lm_head, targets, config.loss_chunk_size, **kwargs)
+        loss = loss_without_logits(hidden, model.lm_head, targets, config.loss_chunk_size, epsilon, **kwargs)
+    elif epsilon > 0:
+        loss = adversarial_loss(hidden, model.lm_head.weight, logits, targets, epsilon, **kwargs)
     else:
         loss = model.loss_function(logits=logits, labels=labels, vocab_size=config.vocab_size, **kwargs)
     penalty = activation_penalty(config, outputs, hidden, kept, targets, **kwargs) if model.training else None
@@ -194,11 +197,64 @@ def find_targets(
     return targets.masked_fill(~follows[:, kept].to(targets.device), ignore_index)
 
 
+def adversarial_margins(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, epsilon: float
+) -> torch.Tensor:
+    """
+    Return by how much adversarial softmax (Wang, Gong & Liu 2019) lowers the logit of each target, `(N,)`, for `hidden`
+    `(N, D)`, the output layer's `weight` `(V, D)` and `targets` `(N,)`. The worst that a shift of a target's row w_y by at
+    most ε |w_y| can do is to point against h:
+
+        w_y - s,  s = ε |w_y| h / |h|        lowers the logit by s h = ε |w_y| |h|
+
+    The gradient takes s for a constant. The authors' code shifts only where w_y h > 0, which the paper does not ask for and
+    this does not do.
+    """
+    direction = F.normalize(hidden.detach(), dim=-1)
+    norms = weight.detach()[targets].norm(dim=-1)
+    return (epsilon * norms[:, None] * direction * hidden).sum(dim=-1)
+
+
+def adversarial_loss(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    epsilon: float,
+    num_items_in_batch: int | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    **kwargs,
+) -> torch.Tensor:
+    """
+    Compute the cross-entropy with the logit of each target lowered by its margin m ([`adversarial_margins`]), from the
+    plain loss l of each:
+
+        l + m + log(1 - e^-l (1 - e^-m))
+
+    Args:
+        hidden (`(B, T, D)`), weight (`(V, D)`), logits (`(B, T, V)`): Input, weight and output of the output layer.
+        targets, num_items_in_batch, ignore_index: See [`loss_without_logits`].
+
+    Returns:
+        The loss, `()`, in nats, averaged as that of transformers' `ForCausalLMLoss`.
+    """
+    targets, scores = targets.flatten().to(hidden.device), logits.flatten(0, 1)
+    kept = targets != ignore_index
+    plain = F.cross_entropy(
+        scores.to(at_least_float32(scores.dtype)), targets, ignore_index=ignore_index, reduction="none"
+    )
+    margins = adversarial_margins(hidden.flatten(0, 1), weight, targets * kept, epsilon)
+    losses = (plain + margins + torch.log1p((-plain).exp() * torch.expm1(-margins))) * kept
+    divisor = kept.sum() if num_items_in_batch is None else num_items_in_batch
+    return losses.sum() / (divisor.to(losses.device) if torch.is_tensor(divisor) else divisor)
+
+
 def loss_without_logits(
     hidden: torch.Tensor,
     lm_head: nn.Module,
     targets: torch.Tensor,
     chunk_size: int | None = None,
+    epsilon: float = 0,
     num_items_in_batch: int | torch.Tensor | None = None,
     ignore_index: int = -100,
     **kwargs,
@@ -211,6 +267,7 @@ def loss_without_logits(
         lm_head (`nn.Linear` or `AdaptiveSoftmax`): The output layer; a linear one of weight `(V, D)`.
         targets (`(B, T)`): The target of each position.
         chunk_size (`int`, *optional*): C, for a linear one.
+        epsilon (`float`, defaults to 0): ε of adversarial softmax, for a linear one.
         num_items_in_batch (`int` or `torch.Tensor`, *optional*): Divisor of the sum; the number of targets by default.
         ignore_index (`int`, defaults to -100): The value that marks positions without a target.
 
@@ -232,12 +289,18 @@ def loss_without_logits(
     if is_transformed():  # shapes may not depend on values there, and the chunked loss has no transform rule
         scores = lm_head(hidden[None])[0]
         scores = scores.to(at_least_float32(scores.dtype))
+        if epsilon > 0:
+            some = targets * kept  # margins where there is no target do nothing
+            weight = cast(torch.Tensor, lm_head.weight)
+            scores = _lowered(scores, some, adversarial_margins(hidden, weight, some, epsilon))
         total = F.cross_entropy(scores, targets, ignore_index=ignore_index, reduction="sum")
     elif isinstance(lm_head, AdaptiveSoftmax):
         total = lm_head.sum_of_losses(hidden[kept], targets[kept])
     else:
         hidden, targets = hidden[kept], targets[kept]
-        total = _SumOfCrossEntropies.apply(hidden, lm_head.weight, lm_head.bias, targets, chunk_size)
+        weight = cast(torch.Tensor, lm_head.weight)
+        margins = adversarial_margins(hidden, weight, targets, epsilon) if epsilon > 0 else None
+        total = _SumOfCrossEntropies.apply(hidden, weight, lm_head.bias, margins, targets, chunk_size)
     count = kept.sum() if num_items_in_batch is None else num_items_in_batch
     return total / (count.to(total.device) if torch.is_tensor(count) else count)
 
@@ -254,26 +317,39 @@ def _dropout_mask(like: torch.Tensor, shape: Sequence[int], p: float) -> torch.T
     return kept.to(like.dtype).mul_(2**16 / (2**16 - dropped))
 
 
+def _lowered(scores: torch.Tensor, targets: torch.Tensor, margins: torch.Tensor | None) -> torch.Tensor:
+    """Subtract the margins `(N,)` from the scores `(N, V)` of the targets `(N,)`."""
+    return scores if margins is None else scores.scatter_add(1, targets[:, None], -margins[:, None].to(scores.dtype))
+
+
 class _SumOfCrossEntropies(torch.autograd.Function):
-    """Sum of the cross-entropies of `hidden` `(N, D)` and `targets` `(N,)`, in chunks; the output layer's bias may be `None`."""
+    """
+    Sum of the cross-entropies of `hidden` `(N, D)` and `targets` `(N,)`, in chunks, with the logits of the targets lowered by
+    `margins` `(N,)`; these and the output layer's bias may be `None`.
+    """
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, targets, chunk_size):
+    def forward(ctx, hidden, weight, bias, margins, targets, chunk_size):
         total = hidden.new_zeros((), dtype=at_least_float32(hidden.dtype))
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        needs_hidden, needs_weight, needs_bias, needs_margins = ctx.needs_input_grad[:4]
         hidden_grad = torch.empty_like(hidden) if needs_hidden else None
         # Hundreds of chunks are summed in float32: in bfloat16 most of the last ones would be lost to rounding.
         weight_grad = torch.zeros_like(weight, dtype=total.dtype) if needs_weight else None
         bias_grad = torch.zeros_like(bias, dtype=total.dtype) if needs_bias else None
+        margins_grad = torch.empty_like(margins) if needs_margins else None
         for start in range(0, len(targets), chunk_size):
             part, wanted = hidden[start : start + chunk_size], targets[start : start + chunk_size, None]
             scores = F.linear(part, weight, bias).to(total.dtype)  # (C, V)
+            if margins is not None:
+                scores = _lowered(scores, wanted[:, 0], margins[start : start + chunk_size])
             normalizer = scores.logsumexp(dim=-1, keepdim=True)
             total += (normalizer - scores.gather(1, wanted)).sum()
             # softmax minus the target, in place: the gradient of the sum
             change = scores.sub_(normalizer).exp_().scatter_add_(1, wanted, -torch.ones_like(normalizer))
             if needs_bias:
                 bias_grad += change.sum(dim=0)
+            if needs_margins:
+                margins_grad[start : start + chunk_size] = -change.gather(1, wanted)[:, 0]
             change = change.to(hidden.dtype)
             if needs_hidden:
                 hidden_grad[start : start + chunk_size] = change @ weight
@@ -281,17 +357,19 @@ class _SumOfCrossEntropies(torch.autograd.Function):
                 weight_grad.addmm_(change.t(), part)
             elif needs_weight:
                 weight_grad += change.t() @ part
-        ctx.save_for_backward(hidden_grad, weight_grad, bias_grad, hidden, weight, bias, targets)
+        ctx.save_for_backward(
+            hidden_grad, weight_grad, bias_grad, margins_grad, hidden, weight, bias, margins, targets
+        )
         return total
 
     @staticmethod
     def backward(ctx, scale):
-        *grads, hidden, weight, bias, targets = ctx.saved_tensors
-        inputs, needed = (hidden, weight, bias), ctx.needs_input_grad[:3]
+        *grads, hidden, weight, bias, margins, targets = ctx.saved_tensors
+        inputs, needed = (hidden, weight, bias, margins), ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():  # `create_graph=True`: derivatives of the gradients are wanted
             # Views: `hidden` is computed from a tied `weight`, and the way through it is not part of this gradient.
             inputs = tuple(None if tensor is None else tensor.view_as(tensor) for tensor in inputs)
-            scores = F.linear(*inputs)
+            scores = _lowered(F.linear(*inputs[:3]), targets, inputs[3])
             total = F.cross_entropy(scores.to(at_least_float32(scores.dtype)), targets, reduction="sum")
             wanted = [tensor for tensor, is_needed in zip(inputs, needed, strict=True) if is_needed]
             found = iter(torch.autograd.grad(total, wanted, scale, create_graph=True))

@@ -11,6 +11,7 @@ from .callbacks import (
 from .checkpoints import last_complete_checkpoint
 from .fine_tuning import GradualUnfreezingCallback, slanted_triangular
 from .optimization import NTASGD, EMAAdamW, parameter_groups
+from .private import PrivateTrainer
 from .tbptt import TruncatedBPTTCallback
 from .words import WordCheckpointCallback
 
@@ -24,6 +25,7 @@ __all__ = [
     "LSTMTrainingArguments",
     "MetricsCallback",
     "NonMonotonicTrigger",
+    "PrivateTrainer",
     "TruncatedBPTTCallback",
     "WordCheckpointCallback",
     "last_complete_checkpoint",

@@ -81,6 +81,11 @@ def check_penalties(args: TrainingArguments, config: LSTMConfig) -> None:
             f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with activation regularization "
             f"{penalties}: Trainer computes the smoothed loss itself, and the penalties would be lost."
         )
+    if args.label_smoothing_factor > 0 and config.adversarial_softmax > 0:
+        raise ValueError(
+            f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with `adversarial_softmax` "
+            f"({config.adversarial_softmax}): Trainer computes the smoothed loss itself, from logits that are not lowered."
+        )
     if args.label_smoothing_factor > 0 and config.trains_without_logits:
         raise ValueError(
             f"`label_smoothing_factor` ({args.label_smoothing_factor}) must be 0 with `loss_chunk_size` "
@@ -104,9 +109,9 @@ def check_training_data(dataset: LaneDataset | StreamingLanes, args: TrainingArg
                 "`dispatch_batches` (True, or None) in `accelerator_config` must be False, or one process would read for "
                 "all: use `LSTMTrainingArguments`."
             )
-    elif dataset.shuffle_seed is not None and args.dataloader_persistent_workers:
+    elif dataset.changes_with_epoch and args.dataloader_persistent_workers:
         raise ValueError(
-            "`dataloader_persistent_workers` (True) must be False where documents are shuffled, or the workers never "
+            "`dataloader_persistent_workers` (True) must be False where documents are shuffled or lanes rotated, or the workers never "
             "learn of a new epoch."
         )
 

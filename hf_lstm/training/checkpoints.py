@@ -96,6 +96,7 @@ def load_carried_state(
             metadata = {
                 "cell_type": "lstm",
                 "direction": "forward",
+                "partial_shuffle_seed": "None",
             } | file.metadata()  # once the only ones, and not named
     except (FileNotFoundError, SafetensorError) as error:
         raise ValueError(

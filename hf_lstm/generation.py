@@ -33,7 +33,12 @@ from hf_lstm.tokenizers import check_tokenizer, direction_of, encode, in_directi
 STATE, SESSION = "hf_lstm state", "hf_lstm session"
 FORMAT, FORMATS = "2", ("1", "2")  # written; read
 # Fields of the config that a file names, and their values where it does not: format 1 names neither.
-FORMER_VALUES = {"cell_type": "lstm", "direction": "forward"}
+FORMER_VALUES: dict[str, Any] = {
+    "cell_type": "lstm",
+    "direction": "forward",
+    "attention_window": None,
+    "num_attention_heads": None,
+}
 READ_AT_ONCE = 1024  # tokens
 COLDEST = 1e-4  # temperature: nearer to 0 only the most probable token could be drawn, and scores would overflow
 
@@ -362,7 +367,7 @@ def _write(path: str | Path, kind: str, model, tensors: dict[str, torch.Tensor],
     if path.exists() and not path.is_file():
         raise ValueError(f"`path` ({str(path)!r}) is a device or a pipe, which would be replaced: name a file.")
     metadata = {"format": f"{kind} {FORMAT}", "model": _fingerprint(model), "tokens": str(int(length))}
-    metadata |= {name: getattr(model.config, name) for name in FORMER_VALUES}
+    metadata |= {name: str(getattr(model.config, name)) for name in FORMER_VALUES}
     try:
         write_tensors(tensors, path, metadata | {"digest": _digest(tensors)})
     except SafetensorError as error:
@@ -394,7 +399,7 @@ def _read(path: str | Path, kind: str, model) -> tuple[dict[str, torch.Tensor], 
     if metadata.get("format") not in [f"{kind} {number}" for number in FORMATS]:
         raise ValueError(f"{path} holds {metadata.get('format', 'something else')}: it must hold {kind} {FORMAT}.")
     for name, former in FORMER_VALUES.items():
-        if (found := metadata.get(name, former)) != (own := getattr(model.config, name)):
+        if (found := metadata.get(name, str(former))) != (own := str(getattr(model.config, name))):
             raise ValueError(
                 f"{path} belongs to a model with `{name}` {found!r}, and this one has {own!r}: load it with the model that "
                 "wrote it."

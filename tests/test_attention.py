@@ -8,7 +8,7 @@ from conftest import make_ids, make_model, recompute_activations
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache, StaticCache
 
-from hf_lstm import LSTMConfig
+from hf_lstm import LSTMConfig, LSTMForSequenceClassification, LSTMForTokenClassification, load_state, save_state
 from hf_lstm.model import attention_lstm
 from hf_lstm.model.cache_lstm import MAX_HISTORY
 
@@ -219,6 +219,78 @@ def test_tokens_are_read_in_blocks(training, monkeypatch):
     assert shapes == [(WINDOW, WINDOW)] + [(WINDOW, 2 * WINDOW - 1)] * 59
 
 
+@pytest.mark.parametrize("maps", [True, False])
+def test_eager_attention_reads_the_whole_call_for_maps_alone(maps, monkeypatch):
+    model, shapes, eager = hybrid(), [], attention_lstm.eager_attention
+    model.set_attn_implementation("eager")
+
+    def recorded(module, query, key, *rest, **options):
+        shapes.append((query.shape[2], key.shape[2]))
+        return eager(module, query, key, *rest, **options)
+
+    monkeypatch.setattr(attention_lstm, "eager_attention", recorded)
+    model(make_ids(1, 30), output_attentions=maps)
+
+    assert shapes == ([(30, 30)] if maps else [(WINDOW, WINDOW)] + [(WINDOW, 2 * WINDOW - 1)] * 5)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_padding_that_is_not_finite_reaches_no_token(value):
+    model = hybrid("twice")
+    mask = torch.ones_like(IDS)
+    mask[0, 3:6] = 0
+    x = model.model.embed_tokens(IDS).detach()
+    expected = model(inputs_embeds=x, attention_mask=mask).logits[mask.bool()]
+
+    found = model(inputs_embeds=x.masked_fill(mask[..., None] == 0, value), attention_mask=mask).logits[mask.bool()]
+
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("head", [LSTMForSequenceClassification, LSTMForTokenClassification])
+def test_classifiers_return_the_maps(head):
+    model = head(LSTMConfig(vocab_size=31, hidden_size=12, **fields("twice"))).eval()
+    model.set_attn_implementation("eager")
+
+    maps = model(IDS, output_attentions=True).attentions
+
+    assert [part.shape for part in maps] == [(3, 3, 24, 24)] * 2
+
+
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_a_model_that_was_made_shallower_loads(depth, tmp_path):
+    config = LSTMConfig(hidden_size=12, **fields() | {"layer_types": [LSTM, LSTM, ATTENTION]})
+
+    config.num_hidden_layers = depth
+    config.save_pretrained(tmp_path)
+
+    loaded = LSTMConfig.from_pretrained(tmp_path)
+    assert loaded.layer_types == [LSTM, LSTM, ATTENTION][:depth]
+    assert loaded.attention_window == (WINDOW if depth == 3 else None)
+    assert LSTMConfig(**config.to_dict()).to_dict() == loaded.to_dict()
+
+
+def test_a_list_of_layers_is_the_config_s_own():
+    types = [LSTM, ATTENTION, LSTM]
+    config = LSTMConfig(hidden_size=12, **fields() | {"layer_types": types})
+
+    types.append(LSTM)
+    config.num_hidden_layers = 2
+
+    assert config.layer_types == [LSTM, ATTENTION]
+    with pytest.raises(StrictDataclassError, match=r"must be at least 1"):
+        config.num_hidden_layers = -1
+
+
+def test_a_state_belongs_to_its_window(tmp_path):
+    model = hybrid()
+    cache = model(IDS, use_cache=True).past_key_values
+    save_state(model, cache, tmp_path / "state")
+
+    with pytest.raises(ValueError, match="with `attention_window` '5', and this one has '7'"):
+        load_state(hybrid(window=7), tmp_path / "state")
+
+
 def by_hand(model, ids, targets, length):
     """Losses of the chunks of a text, and gradients: each reads the states, keys and values of earlier ones as constants."""
     kept, losses, heads = [None] * len(model.model.layers), [], model.config.num_attention_heads
@@ -380,7 +452,9 @@ def test_a_cache_of_another_kind_is_refused():
         ValueError, match="has layer 1 of type 'hf_lstm_window' and the model's is 'hf_lstm': it belongs"
     ):
         lstm(IDS, past_key_values=model(IDS).past_key_values)
-    with pytest.raises(ValueError, match=r"a state of width 3 x 6 x 4 and the model's is 3 x 5 x 4: it belongs"):
+    with pytest.raises(
+        ValueError, match=r"a state of 3 x 6 x 4 numbers a row and the model's has 3 x 5 x 4: it belongs"
+    ):
         model(IDS, past_key_values=hybrid(window=6)(IDS).past_key_values)
     cache = model(IDS).past_key_values
     cache.activate_past_recording()

@@ -197,8 +197,8 @@ def test_a_state_of_other_rows_is_refused():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"hidden_size": 16}, "holds a state of width 16 and the model's is 12"),
-        ({"hidden_size": 12, "embedding_size": 8}, "holds a state of width 8 and the model's is 12"),
+        ({"hidden_size": 16}, "holds a state of 16 numbers a row and the model's has 12"),
+        ({"hidden_size": 12, "embedding_size": 8}, "holds a state of 8 numbers a row and the model's has 12"),
         ({"num_hidden_layers": 1}, "has 1 layers and the model 2"),
         ({"num_hidden_layers": 3}, "has 3 layers and the model 2"),
     ],

@@ -145,19 +145,26 @@ class WindowAttention(nn.Module):
         self.o_proj = linear(size, size, "branch")
 
     def forward(
-        self, x: torch.Tensor, *window: torch.Tensor, reading: Reading | None = None, record: bool = False
+        self,
+        x: torch.Tensor,
+        *window: torch.Tensor,
+        reading: Reading | None = None,
+        record: bool = False,
+        maps: bool = False,
     ) -> tuple[Any, ...]:
         """
         Args:
             x (`(B, T, H)`): Input.
             window (`tuple`): Carried keys, values and which are there, as of [`Entries`].
-            reading, record: See [`WindowAttentionLayer`].
+            reading, record, maps: See [`WindowAttentionLayer`].
 
         Returns:
-            `tuple`: The outputs, `(B, T, H)`; the map of an eager attention, `(B, A, T, n)`, else `None`; the window after the
+            `tuple`: The outputs, `(B, T, H)`; the map of an eager attention, `(B, A, T, n)`, if asked for; the window after the
             call; and, if recorded, the keys, values and which are real of its tokens, and where documents start, `(B, T)`.
         """
         size, shape = cast(int, self.config.attention_window), x.shape[:2]
+        if reading is not None:  # a key that is not finite would reach all tokens, though none attends to it
+            x = x.masked_fill(~reading.real[..., None], 0)
         query, new_keys, new_values = (
             project(x).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for project in (self.q_proj, self.k_proj, self.v_proj)
@@ -170,13 +177,13 @@ class WindowAttention(nn.Module):
         keys, values, is_there = window
         read, entries = Entries(keys, values, None if real is None else is_there), Entries(new_keys, new_values, real)
         attend = self.function()
-        block = shape[1] if attend is eager_attention else size  # the map of a call is that of one block
+        block = shape[1] if maps else size  # the map of a call is that of one block
         outputs = []
         for start in range(0, shape[1], block):
             part = slice(start, start + block)
             restart = None if restarts is None else restarts[:, part]
             output, weights, read = self.read(
-                attend, query[:, :, part], read, entries.part(part.start, part.stop), restart
+                attend, query[:, :, part], read, entries.part(part.start, part.stop), restart, maps
             )
             outputs.append(output)
         joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=1)
@@ -197,6 +204,7 @@ class WindowAttention(nn.Module):
         old: Entries,
         new: Entries,
         restarts: torch.Tensor | None,
+        maps: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, Entries]:
         """
         Read a block of T tokens, `query` `(B, A, T, D)`, after the window `old`. `restarts` `(B, T)` says where documents
@@ -210,7 +218,7 @@ class WindowAttention(nn.Module):
         document = None
         if restarts is not None:
             document = F.pad(restarts.cumsum(1), (old.keys.shape[2], 0))
-        elif old.keys.shape[2] == size and not is_eager:
+        elif old.keys.shape[2] == size and not maps:
             old = old.part(1)  # the oldest entry is out of sight
         entries, mask = old.followed_by(new), None
         if is_eager or entries.real is not None or entries.keys.shape[2] > length:
@@ -372,7 +380,7 @@ class WindowAttentionLayer(GradientCheckpointingLayer):
             `(B, A, T, D)` each, which are real and where documents start, `(B, T)` each; and the map, `(B, A, T, n)`.
         """
         p = self.config.hidden_dropout if self.training else 0
-        output, weights, *states = self.self_attn(self.norm(x), *window, reading=reading, record=record)
+        output, weights, *states = self.self_attn(self.norm(x), *window, reading=reading, record=record, maps=maps)
         x = x + locked_dropout(output, p)
         if self.mlp is not None:
             x = x + locked_dropout(self.mlp(x), p)

@@ -404,7 +404,7 @@ def prepare_cache_layers(cache: Cache | None, rows: int, layers: Sequence[Any], 
         if found.keys.shape[1:] != layer.state_shape:
             size, expected = (" x ".join(map(str, shape)) for shape in (found.keys.shape[1:], layer.state_shape))
             raise ValueError(
-                f"`past_key_values` holds a state of width {size} and the model's is {expected}: it belongs to another model."
+                f"`past_key_values` holds a state of {size} numbers a row and the model's has {expected}: it belongs to another model."
             )
     return kept
 

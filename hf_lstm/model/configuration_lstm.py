@@ -223,7 +223,7 @@ class LSTMConfig(PreTrainedConfig):
     def _derive(self, given, former_defaults):
         """Set fields that were left at their default: `None` or, in saved files, the former default itself."""
         if "layer_types" in given:
-            self._given_types = self.layer_types
+            self._given_types = copy.copy(self.layer_types)  # which its owner may change
         elif self._given_types is not None:
             self.layer_types = self._given_types[: self.num_hidden_layers]
         for name, default in self._defaults().items():
@@ -415,7 +415,8 @@ class LSTMConfig(PreTrainedConfig):
             raise ValueError(
                 f"`layer_types` ({unknown[0]!r} in it) must hold {LSTM_LAYER!r} and {WINDOW_LAYER!r} only."
             )
-        if self._given_types is not None and len(cast(list[str], self.layer_types)) != self.num_hidden_layers:
+        left = len(cast(list[str], self.layer_types))
+        if self._given_types is not None and left != self.num_hidden_layers > 0:  # `validate_sizes` refuses others
             raise ValueError(
                 f"`layer_types` ({len(types)} entries) must have one for each of `num_hidden_layers` "
                 f"({self.num_hidden_layers}): make them equal."
@@ -434,9 +435,9 @@ class LSTMConfig(PreTrainedConfig):
                 f"`layer_types` ({types}) has attention, which adds to a stream and needs residual layers: set "
                 '`block_type="residual"`, or leave it out.'
             )
-        if LSTM_LAYER not in types:
+        if LSTM_LAYER not in cast(list[str], self.layer_types):
             raise ValueError(
-                f"`layer_types` ({types}) must hold at least one {LSTM_LAYER!r}, since attention alone does not know the order "
+                f"`layer_types` ({self.layer_types}) must hold at least one {LSTM_LAYER!r}, since attention alone does not know the order "
                 "of tokens."
             )
         if window is not None and not 1 <= window <= MAX_WINDOW:
@@ -458,6 +459,8 @@ class LSTMConfig(PreTrainedConfig):
         fields.pop("_is_complete", None)
         if fields.pop("_given_types", None) is None:  # it follows from `num_hidden_layers`
             fields.pop("layer_types", None)
+        elif WINDOW_LAYER not in cast(list[str], self.layer_types):  # in the layers that are left
+            fields |= {"attention_window": None, "num_attention_heads": None}
         return fields
 
 

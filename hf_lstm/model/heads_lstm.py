@@ -114,6 +114,7 @@ class LSTMForSequenceClassification(LSTMPreTrainedModel):
             logits=logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
 
 
@@ -173,7 +174,9 @@ class LSTMForTokenClassification(LSTMPreTrainedModel):
         if labels is not None:
             count = kwargs.get("num_items_in_batch")
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=count)
-        return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+        return TokenClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
 
 
 def mask_of(config: LSTMConfig, input_ids: Any, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

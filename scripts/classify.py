@@ -142,8 +142,14 @@ def load_parts(arguments: Arguments) -> dict[str, Rows]:
         if name in loaded:
             names = getattr(loaded[name].features.get(arguments.label_column), "names", None)  # of numbered classes
             rows = [dict(row) for row in loaded[name]]
-            for row in rows if names else ():
-                row[arguments.label_column] = names[row[arguments.label_column]]
+            for number, row in enumerate(rows, 1) if names else ():
+                label = row[arguments.label_column]
+                if not isinstance(label, int) or not 0 <= label < len(names):
+                    raise ValueError(
+                        f"Row {number} of the {name} part of {arguments.dataset_name} has the label {label}, and the classes are "
+                        f"numbered 0 to {len(names) - 1}: it is not labelled, so save the data set without this part."
+                    )
+                row[arguments.label_column] = names[label]
             parts[name] = checked_rows(list(enumerate(rows, 1)), arguments, f"{name} of {arguments.dataset_name}")
     if "train" not in parts:
         raise ValueError(f"`--dataset_name` {arguments.dataset_name} has no `train` split, only {', '.join(loaded)}.")

@@ -162,7 +162,7 @@ def make_trainer(
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
     if data_args.checkpoint_at_words is not None:
-        callbacks.append(word_checkpoints(data, data_args, args))
+        callbacks.append(word_checkpoints(data, data_args))
     optimizer_class, options = make_optimizer(model, optimization_args, args)
     if optimization_args.averaging is not None:
         optimizer_class(**options)  # refuses invalid options now

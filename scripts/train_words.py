@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from train_arguments import DataArguments, TrainArguments
+from train_arguments import DataArguments
 from train_data import TrainingData
 
 from hf_lstm.data import read_text
@@ -15,12 +15,11 @@ SAMPLED = 1_000  # documents whose script is looked at
 UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\U00020000-\U0003ffff]")
 
 
-def word_checkpoints(data: TrainingData, data_args: DataArguments, args: TrainArguments) -> WordCheckpointCallback:
+def word_checkpoints(data: TrainingData, data_args: DataArguments) -> WordCheckpointCallback:
     """Make the callback that `--checkpoint_at_words` asks for."""
     words, written = corpus_words(data, data_args), data_args.checkpoint_at_words
     if written == ["babylm"]:
-        most = words * args.num_train_epochs if args.max_steps <= 0 else float("inf")
-        return WordCheckpointCallback([number for number in BABYLM if number <= most], words, data.tokenizer)
+        return WordCheckpointCallback(BABYLM, words, data.tokenizer, as_far_as_read=True)
     try:
         schedule = [float(number) for number in written]
     except ValueError as error:

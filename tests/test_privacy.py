@@ -119,6 +119,28 @@ def test_candidates_that_the_tokenizer_cannot_tell_apart_share_the_middle_rank()
     assert rows["rank"].tolist() in ([2, 2, 4], [3, 3, 1])
 
 
+def test_a_secret_has_the_loss_of_itself_among_the_candidates(monkeypatch):
+    """Also where both would lie in different blocks, whose last bits differ."""
+    monkeypatch.setattr(privacy, "MAX_ROWS", 7)
+    model, secrets = small_model().float(), [f"{number:02}" for number in range(100)]
+
+    table = exposure(model, CHARACTERS, TEMPLATE, DIGITS, 2, secrets)
+
+    assert sorted(table["rank"]) == list(range(1, 101))
+
+
+def test_many_candidates_of_one_loss_share_the_middle(monkeypatch):
+    monkeypatch.setattr(privacy, "ENUMERATED", 10)
+    model = small_model()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+
+    table = exposure(model, CHARACTERS, TEMPLATE, DIGITS, 2, ["42"])
+
+    assert table["rank"].tolist() == pytest.approx([50])
+
+
 def test_of_many_candidates_a_sample_is_read(monkeypatch):
     """The skew-normal share of losses close to it is that of the whole space."""
     model = small_model(num_hidden_layers=1)

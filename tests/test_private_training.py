@@ -220,6 +220,20 @@ def test_a_resumed_run_equals_an_uninterrupted_one(stopped, tmp_path):
     assert losses[0] == losses[1]
 
 
+def test_a_second_run_of_one_trainer_is_refused(tmp_path):
+    """It would go on from the trained weights with the same noise, and count its own steps alone."""
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+
+    with pytest.raises(ValueError, match="`train` was called a second time"):
+        trainer.train()
+
+
+def test_a_run_without_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"`num_train_epochs` \(0\) make no step"):
+        make_trainer(tmp_path, max_steps=-1, num_train_epochs=0)
+
+
 def test_a_finished_run_takes_no_more_steps(tmp_path):
     make_trainer(tmp_path, save_strategy="steps", save_steps=8).train()
     again = make_trainer(tmp_path)

@@ -45,7 +45,7 @@ def train_twice(folder, schedule, **options):
     )
     callbacks = [
         TruncatedBPTTCallback(),
-        WordCheckpointCallback(schedule, 100, tokenizer),
+        WordCheckpointCallback(schedule, 100, tokenizer, options.pop("as_far_as_read", False)),
         *options.pop("callbacks", ()),
     ]
     lanes = LaneDataset(stream, lanes=2, bptt_length=len(stream) // 10)
@@ -103,6 +103,24 @@ def test_a_killed_run_resumes_its_schedule(tmp_path):
         assert all(tensor.equal(expected[key]) for key, tensor in weights(killed / name).items())
 
 
+def test_a_resumed_run_writes_no_folder_for_words_that_it_read_before(tmp_path):
+    """Else `chck_0.00005M` would hold the weights after 160 words."""
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    train_twice(whole, [50, 140, 200])
+    moved.mkdir()
+    (whole / "checkpoint-6").rename(moved / "checkpoint-6")
+
+    train_twice(moved, [50, 140, 200], resume_from_checkpoint=str(moved / "checkpoint-6"))
+
+    assert {path.name for path in moved.glob("chck_*")} == {checkpoint_name(140), checkpoint_name(200)}
+
+
+def test_a_preset_ends_with_the_run(tmp_path):
+    train_twice(tmp_path, [50, 150, 1000], as_far_as_read=True)
+
+    assert {path.name for path in tmp_path.glob("chck_*")} == {checkpoint_name(50), checkpoint_name(150)}
+
+
 def test_a_schedule_beyond_the_run_is_refused(train):
     with pytest.raises(
         SystemExit, match=f"The run reads {2 * WORDS:,} words, and a checkpoint is wanted after 100,000"
@@ -115,7 +133,7 @@ def test_a_schedule_beyond_the_run_is_refused(train):
     [
         (["one"], "`--checkpoint_at_words` one must be numbers, or `babylm` alone"),
         (["0"], r"The numbers of words \[0.0\] must be above 0"),
-        (["babylm"], r"The numbers of words \[\] must be above 0, and at least one"),
+        (["babylm"], r"The run reads [\d,]+ words, and a checkpoint is wanted after 1,000,000: leave it out"),
         (
             ["9", "--word_counts", "counts.txt"],
             "holds 2 numbers, and the training data 1 documents: write one for each",

@@ -164,12 +164,14 @@ def exposure(
         space = ["".join(generator.choices(alphabet, k=length)) for _ in range(SAMPLED)]
     texts = _encode_around(before, [*space, *secrets], after, tokenizer, direction_of(model))
     rows = [start + ids for ids in texts]
-    if len(set(map(tuple, rows))) < 2:
+    places: dict[tuple[int, ...], int] = {}  # of each distinct text, which is read once: ties are equal to the bit
+    index = [places.setdefault(tuple(ids), len(places)) for ids in rows]
+    if len(places) < 2:
         raise ValueError(
             f"The tokenizer writes all candidates of `alphabet` ({alphabet!r}) as the same tokens, so none can be told from "
             "another: give an alphabet that it knows."
         )
-    losses = _losses_of_tree(model, rows)
+    losses = _losses_of_tree(model, list(map(list, places)))[index]
     space_losses, own = losses[: len(space)], losses[len(space) :]
     if enumerated:
         ordered = numpy.sort(space_losses)
@@ -304,6 +306,8 @@ def _log_share_below(values: numpy.ndarray, sample: numpy.ndarray) -> numpy.ndar
     location ξ and shape α, z = (x - ξ) / ω has the density 2 φ(z) Φ(α z), whose tail is summed in logarithms.
     """
     mean, deviation = sample.mean(), sample.std()
+    if deviation == 0:  # all are equal, and share the middle
+        return numpy.full(len(values), math.log(0.5))
     skewness = float(numpy.clip(((sample - mean) ** 3).mean() / deviation**3, -0.99, 0.99))  # its range is ±0.9953
     power = abs(skewness) ** (2 / 3)
     delta = math.copysign(math.sqrt(math.pi / 2 * power / (power + ((4 - math.pi) / 2) ** (2 / 3))), skewness)

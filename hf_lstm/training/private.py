@@ -101,6 +101,11 @@ class PrivateTrainer(Trainer):
         steps = self.args.max_steps
         if steps <= 0:
             steps = math.ceil(self.args.num_train_epochs * math.ceil(documents / expected))
+        if steps < 1:
+            raise ValueError(
+                f"`max_steps` ({self.args.max_steps}) and `num_train_epochs` ({self.args.num_train_epochs}) make no step: the noise "
+                "depends on their number, so set one of them above 0."
+            )
         self.noise_multiplier = _noise_multiplier(epsilon, delta, self.sample_rate, steps)
         self.accountant = _new_accountant()
         self.noise_seed = secrets.randbits(63) if noise_seed is None else noise_seed
@@ -209,6 +214,11 @@ class _Ledger(TrainerCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, kept = self.trainer, (state.stateful_callbacks or {}).get(LEDGER)
+        if state.global_step == 0 and trainer.accountant.history:
+            raise ValueError(
+                "`train` was called a second time, and the epsilon of this trainer is spent by the first: make a new "
+                "`PrivateTrainer`, and add the two, or resume from a checkpoint."
+            )
         if state.global_step == 0:
             trainer.accountant.history = []
         elif kept is None:

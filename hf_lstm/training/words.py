@@ -6,6 +6,9 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase, TrainerCallback
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
 
 # Every million words up to 10 million, then every 10 million up to 100 million, then every 100 million up to a billion.
 BABYLM = tuple(10**power * number for power in (6, 7, 8) for number in range(1 if power == 6 else 2, 11))
@@ -27,6 +30,7 @@ class WordCheckpointCallback(TrainerCallback):
         schedule (`Iterable[float]`): Numbers of words.
         corpus_words (`int`): Words of the training data, as `wc -w` counts them.
         tokenizer (`PreTrainedTokenizerBase`, *optional*): Saved beside the model.
+        as_far_as_read (`bool`, defaults to `False`): Whether numbers beyond the words of the run are left out.
 
     Raises:
         ValueError: for a number that is not above 0, or a corpus without words; when training begins, for a number beyond
@@ -34,10 +38,15 @@ class WordCheckpointCallback(TrainerCallback):
     """
 
     def __init__(
-        self, schedule: Iterable[float], corpus_words: int, tokenizer: PreTrainedTokenizerBase | None = None
+        self,
+        schedule: Iterable[float],
+        corpus_words: int,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        as_far_as_read: bool = False,
     ) -> None:
         self.schedule = sorted(set(schedule))
-        self.corpus_words, self.tokenizer = corpus_words, tokenizer
+        self.corpus_words, self.tokenizer, self.as_far_as_read = corpus_words, tokenizer, as_far_as_read
+        self.read_before = 0.0  # words, when the run was resumed
         if corpus_words < 1:
             raise ValueError(f"The corpus holds {corpus_words} words: checkpoints by words need at least one.")
         if not self.schedule or not self.schedule[0] > 0:
@@ -46,17 +55,26 @@ class WordCheckpointCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)  # of an epoch
         words = self.corpus_words * state.max_steps / steps
+        if self.as_far_as_read and self.schedule[0] <= words:
+            self.schedule = [number for number in self.schedule if number <= words * (1 + 1e-9)]
         if self.schedule[-1] > words * (1 + 1e-9):
+            wanted = self.schedule[0 if self.as_far_as_read else -1]
             raise ValueError(
-                f"The run reads {words:,.0f} words, and a checkpoint is wanted after {self.schedule[-1]:,.0f}: leave it out, or "
-                "train for more epochs."
+                f"The run reads {words:,.0f} words, and a checkpoint is wanted after {wanted:,.0f}: leave it out, or train for "
+                "more epochs."
             )
+        self.read_before = self.corpus_words * (state.epoch or 0) * (1 + 1e-9) if state.global_step else 0.0
+        for number in self.schedule:
+            if number <= self.read_before and not (Path(args.output_dir) / checkpoint_name(number)).exists():
+                logger.warning(
+                    f"The run is resumed after {self.read_before:,.0f} words, so {checkpoint_name(number)} cannot be written any more."
+                )
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         read = self.corpus_words * state.epoch * (1 + 1e-9)  # an epoch is a sum of fractions
         for words in self.schedule:
             folder = Path(args.output_dir) / checkpoint_name(words)
-            if words <= read and state.is_world_process_zero and not folder.exists():
+            if self.read_before < words <= read and state.is_world_process_zero and not folder.exists():
                 self._save(model, folder)
 
     def _save(self, model, folder):

@@ -199,7 +199,7 @@ def _check_weights(path: Path) -> dict[str, list[int]]:
         raise ValueError(
             f"{path} is not a valid safetensors file, or is truncated ({error}): save it again."
         ) from error
-    except NotImplementedError as error:
+    except NotImplementedError as error:  # torch's, of a check that a dtype of 4 or 8 bits lacks
         raise ValueError(
             f"`{name}` in {path} has a dtype ({weight.dtype}) whose values torch cannot check: save the model in "
             "another dtype."

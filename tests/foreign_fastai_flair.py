@@ -167,7 +167,7 @@ class FlairModel(nn.Module):
         return self.decoder(x if self.proj is None else self.proj(x)).transpose(0, 1)
 
     def content(self, **fields):
-        """What flair saves."""
+        """Return the content of a file of `LanguageModel.save`."""
         own = {
             "state_dict": self.state_dict(),
             "dictionary": Dictionary(CHARACTERS),

@@ -477,7 +477,7 @@ def test_a_cache_of_another_kind_is_refused():
         ({"attention_window": 10**9}, r"`attention_window` \(1000000000\) must be at least 1 and at most"),
         ({"num_attention_heads": 5}, r"`num_attention_heads` \(5\) must divide `hidden_size` \(12\)"),
         ({"num_attention_heads": 0}, r"`num_attention_heads` \(0\) must divide `hidden_size` \(12\)"),
-        ({"layer_types": None}, r"`attention_window` \(5\) needs attention layers, and there are none"),
+        ({"layer_types": None}, r"`attention_window` \(5\) needs a layer of attention, which the model lacks"),
     ],
     ids=str,
 )

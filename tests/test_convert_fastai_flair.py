@@ -453,7 +453,7 @@ def flair(monkeypatch):
     """flair's module of language models, without the rest of flair, which new versions of transformers break."""
     spec = importlib.util.find_spec("flair")
     if spec is None:
-        pytest.skip("flair is not installed")
+        pytest.skip("needs flair, which no extra installs: its other parts do not import beside this transformers")
     for name in ("flair", "flair.models", "flair.nn"):
         module = types.ModuleType(name)
         module.__path__ = [str(Path(spec.origin).parent.joinpath(*name.split(".")[1:]))]

@@ -508,7 +508,7 @@ def soft_link(group, name, data):
 
 
 def external_storage(group, name, data):
-    group.create_dataset(name, data.shape, "f4", external=[("/tmp/outside.bin", 0, h5py.h5f.UNLIMITED)])
+    group.create_dataset(name, data.shape, "f4", external=[("outside.bin", 0, h5py.h5f.UNLIMITED)])
 
 
 def virtual(group, name, data):

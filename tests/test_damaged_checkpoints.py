@@ -142,7 +142,7 @@ def test_a_pickle_is_never_read(folder):
 
 FOREIGN = ["weights.bin", "x.dat", "x.pickle", "x.BIN", "x.SAFETENSORS", "x.safetensors.bin", "model", "dir/x.pt"]
 FOREIGN += ["../outside.safetensors", "in/../../outside.safetensors", "..\\outside.safetensors", "./x.safetensors"]
-FOREIGN += ["/tmp/outside.safetensors", "C:/outside.safetensors", "x.safetensors\n", "", ".safetensors"]
+FOREIGN += ["/outside.safetensors", "C:/outside.safetensors", "x.safetensors\n", "", ".safetensors"]
 
 
 @pytest.mark.parametrize("written", FOREIGN, ids=repr)

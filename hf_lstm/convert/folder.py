@@ -80,7 +80,7 @@ def convert_checkpoint(
         ValueError: if the file is damaged or refused, the model cannot be reproduced exactly, the vocabulary has another
             size, or the two losses differ.
         FileExistsError: if `output_dir` holds anything.
-        FileNotFoundError: if there is no such file.
+        FileNotFoundError: if `path` does not name a file.
     """
     if format not in FORMATS:
         raise ValueError(f"`format` ({format!r}) must be one of {', '.join(FORMATS)}.")
@@ -122,9 +122,10 @@ def convert_checkpoint(
         card = render_card(result, path, title, preface, unit, output.name, tokenizer)
         (folder / "README.md").write_text(card, encoding="utf-8")
         output.mkdir(parents=True, exist_ok=True)
-        for file in sorted(
+        files = sorted(
             folder.iterdir(), key=lambda file: file.name == "config.json"
-        ):  # without which it is no model yet
+        )  # last: it makes a folder a model
+        for file in files:
             file.rename(output / file.name)
     return result
 

@@ -1,9 +1,10 @@
 """Export to ONNX graphs, which run without Python, torch and this package.
 
-Both graphs map `input_ids (B, T)` and the state, `h_0, c_0, h_1, ...` of shape `(B, H)` (without c for cells that lack
-it; for a layer of attention `keys_1, values_1` `(B, A, W, D)` and `real_1` `(B, W)`, 1 for entries that are there), to `logits (B, T, V)` and the next state, `next_h_0, next_c_0, ...`. step.onnx reads one token per row with matrix
-products; chunk.onnx reads any number with ONNX's operator for the cell, or with a loop. The graphs are built node by
-node, because the exporters of torch fix the length.
+Both graphs map `input_ids (B, T)` and the state to `logits (B, T, V)` and the next state, `next_h_0, next_c_0, ...`. The
+state is `h_0, c_0, h_1, ...` of shape `(B, H)`, without c for cells that lack it; of a layer of attention, `keys_1, values_1`
+`(B, A, W, D)` and `real_1` `(B, W)`, 1 for entries that are there. step.onnx reads one token per row with matrix products;
+chunk.onnx reads any number with ONNX's operator for the cell, or with a loop, and holds a map `(T, W + T)` for each head of
+attention: give it at most W tokens at once. The graphs are built node by node, because the exporters of torch fix the length.
 
 The metadata of a graph contains `tokens`, the bytes that each id adds to a text (a JSON list of Latin-1 strings),
 `ends`, the ids that end a document, and `direction`, that of the config.

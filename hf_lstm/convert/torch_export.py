@@ -14,8 +14,9 @@ from .checking import largest_difference
 
 class Step(nn.Module):
     """
-    One step: `input_ids (B, 1)` and the state, `[h, c, ...]` or for a cell without c `[h, ...]`, `(B, H)` for each layer, or
-    the tensors of a window (attention_lstm.py), to `logits (B, 1, V)` and the next state. h has the dtype of the weights; c is float32 if that is a half-precision dtype.
+    One step, from `input_ids (B, 1)` and the state to `logits (B, 1, V)` and the next state. The state is a list of the
+    tensors of each layer: h, and c where the cell has it, `(B, H)` each, or those of a window (attention_lstm.py). h has the
+    dtype of the weights; c is float32 if that is a half-precision dtype.
     """
 
     def __init__(self, model: LSTMForCausalLM):

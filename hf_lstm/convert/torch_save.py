@@ -44,7 +44,10 @@ def read_pickle(path: str | Path) -> Any:
 
 @contextmanager
 def _damage(path: Path) -> Iterator[None]:
-    """Raise [`Damaged`] for the errors of zipfile, struct and a place outside the file, at once or when a tensor is read."""
+    """
+    Raise [`Damaged`] for the errors of zipfile (`NotImplementedError` for a compression that it lacks, `RuntimeError` for an
+    encrypted entry), of struct, and of a place outside the file, at once or when a tensor is read.
+    """
     try:
         yield
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError, struct.error, EOFError) as error:

@@ -425,7 +425,7 @@ class LSTMConfig(PreTrainedConfig):
         for name, value in (("attention_window", window), ("num_attention_heads", heads)):
             if value is not None and not self._has_windows:
                 raise ValueError(
-                    f"`{name}` ({value}) needs attention layers, and there are none: leave it out, or name the layers in "
+                    f"`{name}` ({value}) needs a layer of attention, which the model lacks: leave it out, or name one in "
                     f"`layer_types`, such as {[LSTM_LAYER, WINDOW_LAYER]}."
                 )
         if not self._has_windows:

@@ -192,8 +192,8 @@ class LSTMModel(LSTMPreTrainedModel):
             window and those of this call.
 
         Raises:
-            ValueError: if shapes of the arguments or of the state do not match, or `output_attentions` is asked for and
-                there is no attention, or it is not `"eager"`.
+            ValueError: if shapes of the arguments or of the state do not match, or `output_attentions` is asked of
+                a model without attention layers, or of another attention than `"eager"`.
         """
         limits = (attention_mask, position_ids, seq_idx, cu_seq_lens_q)
         asked = (inputs_embeds, *limits, *kwargs.values())

@@ -290,7 +290,7 @@ def loss_without_logits(
         scores = lm_head(hidden[None])[0]
         scores = scores.to(at_least_float32(scores.dtype))
         if epsilon > 0:
-            some = targets * kept  # margins where there is no target do nothing
+            some = targets * kept  # id 0 for an ignored target, whose margin has no effect
             weight = cast(torch.Tensor, lm_head.weight)
             scores = _lowered(scores, some, adversarial_margins(hidden, weight, some, epsilon))
         total = F.cross_entropy(scores, targets, ignore_index=ignore_index, reduction="sum")

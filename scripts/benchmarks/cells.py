@@ -17,12 +17,12 @@ Each finished run is stored at once in cells.json; a run that is stored with the
 """
 
 import argparse
-import json
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ import copying
 import numpy
 import torch
 from cells_picture import draw
-from record import RESULTS, commit, write_result
+from record import RESULTS, StoredRuns
 from summary import cells_tables
 from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator, set_seed
 from transformers.utils import logging
@@ -331,28 +331,16 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.disable_progress_bar()
     scale = QUICK if options.quick else Scale()
-    compare, path = Comparison(options.train_file, scale), options.results / f"{NAME}.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
-    for old in result["runs"]:
-        old.setdefault("commit", result["commit"])
-    result["labels"] = {name: cell.label for name, cell in CONTESTANTS.items()}
-    result["flow_distances"] = scale.flow_distances
+    compare = Comparison(options.train_file, scale)
+    labels = {name: cell.label for name, cell in CONTESTANTS.items()}
+    stored = StoredRuns(NAME, options.results, labels=labels, flow_distances=scale.flow_distances)
     for run in plan(options.only, 1 if options.quick else options.seeds, options.task):
-        identity, settings = asdict(run), json.loads(json.dumps(compare.settings(run)))
-        stored = [old for old in result["runs"] if identity.items() <= old.items()]
-        if any(old["settings"] == settings for old in stored):
-            print(f"{run}: stored", flush=True)
-            continue
-        found = compare(run)
-        result["runs"] = [old for old in result["runs"] if old not in stored]
-        result["runs"].append(identity | {"settings": settings, "commit": commit()} | found)
-        write_result(
-            NAME, {name: value for name, value in result.items() if name not in ("machine", "commit")}, options.results
-        )
-        score = found["accuracy"] if run.task == "copy" else f"{found['loss']:.4f} nats per character"
-        print(f"{run}: {found['parameters']:,} parameters, {found['cpu_seconds']:.1f} CPU s, {score}", flush=True)
-    draw(result, options.results / f"{NAME}.png")
-    print("\n" + cells_tables(result))
+        found = stored.add(asdict(run), compare.settings(run), partial(compare, run))
+        if found is not None:
+            score = found["accuracy"] if run.task == "copy" else f"{found['loss']:.4f} nats per character"
+            print(f"{run}: {found['parameters']:,} parameters, {found['cpu_seconds']:.1f} CPU s, {score}", flush=True)
+    draw(stored.result, options.results / f"{NAME}.png")
+    print("\n" + cells_tables(stored.result))
 
 
 if __name__ == "__main__":

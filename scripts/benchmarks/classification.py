@@ -12,12 +12,12 @@ Each finished run is stored at once in classification.json; a run that is stored
 """
 
 import argparse
-import json
 import random
 import subprocess
 import sys
 import tempfile
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 
@@ -25,7 +25,7 @@ SCRIPTS = Path(__file__).parents[1]
 sys.path.insert(0, str(SCRIPTS))  # for classify.py
 
 import classify
-from record import RESULTS, write_result
+from record import RESULTS, StoredRuns
 from speakers import make_task, write_rows, write_task
 
 NAME = "classification"
@@ -122,19 +122,15 @@ def main() -> None:
     write_task(parts, language, arguments.folder)
     model = train_language_model(arguments.folder, plan["language"])
 
-    stored = arguments.results / f"{NAME}.json"
-    runs = json.loads(stored.read_text())["runs"] if stored.is_file() else []
+    stored = StoredRuns(NAME, arguments.results, language=plan["language"])
     for labels, epochs in plan["epochs"].items():
         for seed in range(plan["seeds"]):
             for rate in plan["learning_rates"]:
                 for way in WAYS:
-                    settings = {"labels": labels, "epochs": epochs, "seed": seed, "learning_rate": rate, "way": way}
-                    if any(settings.items() <= run.items() for run in runs):
-                        print(f"{settings}: stored")
-                        continue
-                    runs.append(settings | run_one(model, arguments.folder, parts["train"], settings))
-                    write_result(NAME, {"language": plan["language"], "runs": runs}, arguments.results)
-    print(table(runs))
+                    run = {"labels": labels, "epochs": epochs, "seed": seed, "learning_rate": rate, "way": way}
+                    compute = partial(run_one, model, arguments.folder, parts["train"], run)
+                    stored.add(run, {"language": plan["language"]}, compute)
+    print(table(stored.runs))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ python scripts/benchmarks/hybrid.py --train_file tinyshakespeare.txt \
 Texts: four models of as nearly the same number of parameters as their width allows, an LSTM, a residual LSTM, a hybrid with
 one layer of attention, and GPT-2. `tokens` trains each on 1.5 M characters of Shakespeare; `seconds` for 120 seconds of CPU
 time after the warm-up, on Shakespeare and on words: "WT2-small", trained on WikiText-2's validation part and scored on its
-test part. The LSTMs and the hybrid carry their state from chunk to chunk; GPT-2 reads chunks of 256 tokens, as many tokens a step, and is scored by windows of 256 whose second half counts.
+test part. The LSTMs and the hybrid carry their state from chunk to chunk; GPT-2 reads windows of 64 tokens at random places,
+as many tokens a step, and is scored by windows of 64 whose second half counts.
 
 Recall (recall.py): one small model of each for each number of pairs and distance. Decode: CPU time of a token and bytes of
 the state after 1,000 and 100,000 tokens.
@@ -17,18 +18,18 @@ models in seconds, and its figures mean nothing.
 """
 
 import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import recall
 import torch
-from record import RESULTS, commit, write_result
+from record import RESULTS, StoredRuns
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
 
@@ -50,6 +51,7 @@ MODELS = {
     "hybrid": {"num_hidden_layers": 3, "block_type": "residual", "layer_types": PATTERN},
     "gpt2": {"n_layer": 4},
 }
+GPT2_RATE = 1e-3
 LABELS = {"lstm": "LSTM", "residual": "residual LSTM", "hybrid": "hybrid", "gpt2": "GPT-2"}
 
 
@@ -61,7 +63,7 @@ class Scale:
     word_parameters: int = 8_000_000
     lanes: int = 16
     bptt_length: int = 64
-    window: int = 256  # of attention, and the chunks of GPT-2
+    window: int = 256  # of attention in the hybrid
     tokens: int = 1_500_000
     seconds: float = 120.0
     warmup: int = 50  # steps
@@ -107,22 +109,26 @@ def find_model(name: str, vocabulary: int, parameters: int, window: int, positio
 
 def train(model: PreTrainedModel, ids: torch.Tensor, scale: Scale, steps: float, seconds: float) -> dict:
     """
-    Train on lanes of a text, for a number of steps or seconds of CPU time after the warm-up, whichever ends first. The
-    learning rate rises while it warms up and then falls as a cosine of what is used.
+    Train on a text, for a number of steps or seconds of CPU time after the warm-up, whichever ends first: on lanes, with the
+    state carried, or on windows at random places. The learning rate rises while it warms up and then falls as a cosine of
+    what is used.
     """
-    carries, step_size = isinstance(model, LSTMForCausalLM), scale.lanes * scale.bptt_length
-    length = scale.bptt_length if carries else scale.window
-    lanes = scale.lanes if carries else max(1, step_size // length)
+    carries, lanes, length = isinstance(model, LSTMForCausalLM), scale.lanes, scale.bptt_length
     lane = (len(ids) - 1) // lanes
     inputs, targets = ids[: lanes * lane].view(lanes, -1), ids[1 : lanes * lane + 1].view(lanes, -1)
-    rate = 4e-3 if carries else 1e-3
+    rate = 4e-3 if carries else GPT2_RATE
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     model.train()
     done, start, used, place, cache = 0, time.process_time(), 0.0, 0, None
     while done < steps and used < seconds:
-        if place + length > lane or cache is None:
-            place, cache = 0, DynamicCache(config=model.config)
-        x, y = inputs[:, place : place + length], targets[:, place : place + length]
+        if carries:
+            if place + length > lane or cache is None:
+                place, cache = 0, DynamicCache(config=model.config)
+            x, y = inputs[:, place : place + length], targets[:, place : place + length]
+        else:
+            starts = torch.randint(len(ids) - length, (lanes, 1))
+            windows = ids[starts + torch.arange(length + 1)]
+            x, y = windows[:, :-1], windows[:, 1:]
         share = max(done / steps, used / seconds)
         optimizer.param_groups[0]["lr"] = (
             rate * min(1, (done + 1) / scale.warmup) * (1 + math.cos(math.pi * share)) / 2
@@ -147,7 +153,7 @@ def loss_of(model: PreTrainedModel, stream: TokenStream, scale: Scale) -> float:
     model.eval()
     if isinstance(model, LSTMForCausalLM):
         return evaluate_stream(model, stream, batch_size=16, bptt_length=512)["loss"]
-    ids, half, total, count = stream[:].long(), scale.window // 2, 0.0, 0
+    ids, half, total, count = stream[:].long(), scale.bptt_length // 2, 0.0, 0
     for start in range(0, len(ids) - 1, half):
         first = max(0, start - half)
         x, y = ids[first : start + half][None], ids[first + 1 : start + half + 1]
@@ -247,7 +253,7 @@ class Comparison:
             } | trained
         size = scale.parameters if run.on == "characters" else scale.word_parameters
         model, streams = (
-            find_model(run.model, self.vocabulary[run.on], size, scale.window, scale.window),
+            find_model(run.model, self.vocabulary[run.on], size, scale.window, scale.bptt_length),
             self.streams[run.on],
         )
         steps, seconds = (scale.tokens / (scale.lanes * scale.bptt_length), math.inf)
@@ -278,26 +284,15 @@ def main() -> None:
     compare = Comparison(
         QUICK if options.quick else Scale(), options.train_file, options.words, options.words_validation
     )
-    path = options.results / f"{NAME}.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
-    result["labels"] = LABELS
+    stored = StoredRuns(NAME, options.results, labels=LABELS)
     for run in compare.plan(options.task, options.only, 1 if options.quick else options.seeds):
-        identity, settings = asdict(run), json.loads(json.dumps(compare.settings(run)))
-        stored = [old for old in result["runs"] if identity.items() <= old.items()]
-        if any(old["settings"] == settings for old in stored):
-            print(f"{run}: stored", flush=True)
-            continue
         if time.monotonic() > end:
-            print(f"{run}: no time left, run the script again", flush=True)
-            continue
-        found = compare(run)
-        result["runs"] = [old for old in result["runs"] if old not in stored]
-        result["runs"].append(identity | {"settings": settings, "commit": commit()} | found)
-        write_result(
-            NAME, {name: value for name, value in result.items() if name not in ("machine", "commit")}, options.results
-        )
-        score = next(found[name] for name in ("loss", "accuracy", "decode") if name in found)
-        print(f"{run}: {found['parameters']:,} parameters, {score}", flush=True)
+            print("no time left: run the script again", flush=True)
+            break
+        found = stored.add(asdict(run), compare.settings(run), partial(compare, run))
+        if found is not None:
+            score = next(found[name] for name in ("loss", "accuracy", "decode") if name in found)
+            print(f"{run}: {found['parameters']:,} parameters, {score}", flush=True)
 
 
 if __name__ == "__main__":

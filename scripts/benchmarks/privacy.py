@@ -17,17 +17,17 @@ does the same with tiny models in seconds, and its figures mean nothing.
 """
 
 import argparse
-import json
 import math
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
-from record import RESULTS, commit, write_result
+from record import RESULTS, StoredRuns
 from summary import table
 from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
@@ -224,22 +224,18 @@ def main() -> None:
     corpus = load_corpus(options.train_file, validation_file=options.validation_file)
     texts = list(corpus["train"]["text"][: scale.documents])
     unseen = list(corpus["validation"]["text"][: scale.documents // 10])
-    path = options.results / f"{NAME}.json"
-    result = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"runs": []}
-    settings = json.loads(json.dumps(asdict(scale) | {"template": TEMPLATE}))
+    stored, settings = StoredRuns(NAME, options.results), asdict(scale) | {"template": TEMPLATE}
+
+    def compute(run: dict) -> dict:
+        return speed(scale) if run["task"] == "speed" else measure(texts, unseen, scale, run["budget"], run["seed"])
+
     for run in plan(options.only, 1 if options.quick else options.seeds):
-        stored = [old for old in result["runs"] if run.items() <= old.items()]
-        if any(old["settings"] == settings for old in stored):
-            print(f"{run}: stored", flush=True)
-            continue
-        found = speed(scale) if run["task"] == "speed" else measure(texts, unseen, scale, run["budget"], run["seed"])
-        kept = [old for old in result["runs"] if old not in stored]
-        result = {"runs": [*kept, run | {"settings": settings, "commit": commit()} | found]}
-        write_result(NAME, result, options.results)
-        print(run, {name: value for name, value in found.items() if name != "exposures"}, flush=True)
-    if any(run["task"] == "train" for run in result["runs"]):
-        draw(result, options.results / f"{NAME}.png")
-        print("\n" + tables(result))
+        found = stored.add(run, settings, partial(compute, run))
+        if found is not None:
+            print(run, {name: value for name, value in found.items() if name != "exposures"}, flush=True)
+    if any(run["task"] == "train" for run in stored.runs):
+        draw(stored.result, options.results / f"{NAME}.png")
+        print("\n" + tables(stored.result))
 
 
 if __name__ == "__main__":

@@ -207,10 +207,10 @@ def test_pre_commit_runs_the_pinned_ruff():
 
 @pytest.mark.parametrize("mutation", mutations.MUTATIONS, ids=lambda mutation: mutation.name)
 def test_mutations_fit_the_code(mutation):
-    """tests/mutations.py shows that each is noticed, and CONTRIBUTING.md repeats by which test."""
+    """tests/mutations.py shows that each is noticed, and tests/README.md repeats by which test."""
     assert (PACKAGE / mutation.path).read_text(encoding="utf-8").count(mutation.old) == 1
     row = f"| {mutation.name} | `{mutation.path}` | `{mutation.noticed_by}::"
-    described = (ROOT / ".github/CONTRIBUTING.md").read_text(encoding="utf-8")
+    described = (ROOT / "tests/README.md").read_text(encoding="utf-8")
     (test,) = re.findall(f"^{re.escape(row)}(\\w+)` \\|$", described, flags=re.MULTILINE)
     assert f"\ndef {test}(" in (ROOT / "tests" / mutation.noticed_by).read_text(encoding="utf-8")
 

@@ -1,12 +1,17 @@
-"""The section on speed of README.md equals the rendering of the results."""
+"""The figures in the documentation are the rendering of the results."""
 
+import pytest
 from conftest import SCRIPTS
 
+PAGES = ["README.md", "scripts/README.md", "scripts/benchmarks/README.md", "scripts/recipes/README.md"]
 
-def test_the_readme_contains_the_rendered_results(monkeypatch):
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_contains_the_rendered_results(page, monkeypatch):
     monkeypatch.syspath_prepend(SCRIPTS / "benchmarks")
     import summary
 
-    readme = (SCRIPTS.parent / "README.md").read_text(encoding="utf-8")
-
-    assert summary.render() in readme, "run scripts/benchmarks/summary.py"
+    assert set(summary.PAGES) == set(PAGES)
+    assert summary.rendered(page) == (SCRIPTS.parent / page).read_text(encoding="utf-8"), (
+        "run scripts/benchmarks/summary.py"
+    )

@@ -35,14 +35,13 @@ def test_each_run_is_stored_once_and_drawn(run, benchmarks, text_file, tmp_path,
         assert f"| {label} |" in again
     assert (tmp_path / "cells.png").stat().st_size > 10_000
 
-    import summary
+    import comparisons
 
-    monkeypatch.setattr(summary, "RESULTS", tmp_path)
+    monkeypatch.setattr(comparisons, "RESULTS", tmp_path)
     shutil.copy(SCRIPTS / "benchmarks" / "results" / "cell_speed.json", tmp_path)
-    section = summary.cells()
-    assert section.startswith(summary.CELLS_BEGIN)
-    assert section.endswith(summary.END)
-    assert summary.cells_tables(stored) in section
+    section = comparisons.cells("results")
+    assert comparisons.cells_tables(stored) in section
+    assert "(results/cells.json)" in section
 
 
 def test_a_run_with_other_settings_is_made_again(run, benchmarks, text_file, tmp_path):

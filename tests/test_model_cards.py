@@ -1,4 +1,4 @@
-"""Model cards of the recipes: rendered from their runs, and quoted in README.md."""
+"""Model cards of the recipes: rendered from their runs, and quoted in the documentation."""
 
 import json
 
@@ -28,13 +28,15 @@ def test_a_card_equals_the_rendering_of_its_run(path):
     assert (ROOT / "scripts" / "recipes" / f"{path.stem}.args").is_file()
 
 
+@pytest.mark.parametrize("page", ["README.md", "model_cards/README.md"])
 @pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
-def test_the_readme_quotes_the_losses_of_the_card(path):
+def test_the_pages_quote_the_figures_of_the_card(path, page):
     run = json.loads(path.read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    lines = (ROOT / page).read_text(encoding="utf-8").splitlines()
 
-    rows = [line for line in readme.splitlines() if line.startswith("|") and f"model_cards/{path.stem}.md" in line]
+    rows = [line for line in lines if line.startswith("|") and f"{path.stem}.md)" in line]
 
-    assert rows, f"README.md has no table with a link to model_cards/{path.stem}.md"
+    assert rows, f"{page} has no table with a link to {path.stem}.md"
     for loss in (run["results"]["validation"]["loss"], run["resets"]["256"]):
         assert f"{loss:.4f}" in rows[0]
+    assert f"{run['parameters'] / 1e6:.2f} M" in rows[0]

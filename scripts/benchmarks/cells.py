@@ -30,8 +30,8 @@ import copying
 import numpy
 import torch
 from cells_picture import draw
+from comparisons import cells_tables
 from record import RESULTS, StoredRuns
-from summary import cells_tables
 from transformers import PrinterCallback, Trainer, TrainerCallback, default_data_collator, set_seed
 from transformers.utils import logging
 from zoneout import add_zoneout

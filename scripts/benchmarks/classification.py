@@ -19,18 +19,17 @@ import tempfile
 from collections import defaultdict
 from functools import partial
 from pathlib import Path
-from statistics import mean, stdev
 
 SCRIPTS = Path(__file__).parents[1]
 sys.path.insert(0, str(SCRIPTS))  # for classify.py
 
 import classify
+from comparisons import classification_table
 from record import RESULTS, StoredRuns
 from speakers import make_task, write_rows, write_task
 
 NAME = "classification"
 WAYS = ("language model", "scratch")
-T_95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # quantiles of Student's t by the number of seeds
 WHOLE = {
     "seeds": 5,
     "epochs": {50: 40, 200: 20, 1000: 10},  # by the number of labels
@@ -88,26 +87,6 @@ def run_one(model: Path, folder: Path, rows: list[tuple[str, str]], settings: di
     return {name: metrics[name] for name in ("validation_accuracy", "accuracy", "f1", "steps")}
 
 
-def table(runs: list[dict]) -> str:
-    """Write the comparison as Markdown: accuracies on the test part at the learning rate that validation chose."""
-    lines = ["| labels | language model | scratch | difference, 95 % interval |", "| --- | --- | --- | --- |"]
-    for labels in sorted({run["labels"] for run in runs}):
-        chosen = {}
-        for way in WAYS:
-            rates = defaultdict(list)
-            for run in sorted(runs, key=lambda run: run["seed"]):
-                if (run["labels"], run["way"]) == (labels, way):
-                    rates[run["learning_rate"]].append(run)
-            chosen[way] = max(rates.values(), key=lambda own: mean(run["validation_accuracy"] for run in own))
-        found = {way: [run["accuracy"] for run in own] for way, own in chosen.items()}
-        gains = [a - b for a, b in zip(*found.values(), strict=True)]
-        half = T_95[len(gains)] * stdev(gains) / len(gains) ** 0.5
-        means = [f"{mean(values):.1%}" for values in found.values()]
-        interval = f"{mean(gains):+.1%}, {mean(gains) - half:+.1%} to {mean(gains) + half:+.1%}"
-        lines.append(f"| {labels:,} | {means[0]} | {means[1]} | {interval} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train_file", type=Path, required=True, help="tinyshakespeare.txt")
@@ -130,7 +109,7 @@ def main() -> None:
                     run = {"labels": labels, "epochs": epochs, "seed": seed, "learning_rate": rate, "way": way}
                     compute = partial(run_one, model, arguments.folder, parts["train"], run)
                     stored.add(run, {"language": plan["language"]}, compute)
-    print(table(stored.runs))
+    print(classification_table(stored.runs))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,8 @@ from typing import Any
 
 import recall
 import torch
+from comparisons import hybrid_tables
+from hybrid_picture import draw
 from record import RESULTS, StoredRuns
 from torch.nn import functional as F
 from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, PreTrainedModel, set_seed
@@ -293,6 +295,9 @@ def main() -> None:
         if found is not None:
             score = next(found[name] for name in ("loss", "accuracy", "decode") if name in found)
             print(f"{run}: {found['parameters']:,} parameters, {score}", flush=True)
+    if stored.runs:
+        draw(stored.result, options.results / f"{NAME}.png")
+        print("\n" + hybrid_tables(stored.result))
 
 
 if __name__ == "__main__":

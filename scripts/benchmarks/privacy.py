@@ -27,8 +27,8 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from comparisons import privacy_table
 from record import RESULTS, StoredRuns
-from summary import table
 from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -154,23 +154,6 @@ def speed(scale: Scale) -> dict:
     return found | {"ratio": found["whole_cpu_seconds"] / found["tree_cpu_seconds"]}
 
 
-def tables(result: dict) -> str:
-    """Return the mean exposure by the number of copies, and the loss, of each budget."""
-    runs = [run for run in result["runs"] if run["task"] == "train"]
-    counts = list(runs[0]["exposures"])
-    rows = []
-    for budget in BUDGETS:
-        own = [run for run in runs if run["budget"] == budget]
-        if own:
-            losses = [run["loss"] for run in own]
-            cells = []
-            for count in counts:
-                bits = [value for run in own for value in run["exposures"][count]]
-                cells.append(f"{statistics.mean(bits):.2f} ± {statistics.stdev(bits) / math.sqrt(len(bits)):.2f}")
-            rows.append([budget, len(own), f"{statistics.mean(losses):.4f}", *cells])
-    return table(["epsilon", "seeds", "nats per byte", *(f"{count} copies" for count in counts)], rows)
-
-
 def draw(result: dict, path: Path) -> None:
     """Draw the mean exposure by the number of copies, with its standard error, a curve for each budget."""
     import matplotlib
@@ -235,7 +218,7 @@ def main() -> None:
             print(run, {name: value for name, value in found.items() if name != "exposures"}, flush=True)
     if any(run["task"] == "train" for run in stored.runs):
         draw(stored.result, options.results / f"{NAME}.png")
-        print("\n" + tables(stored.result))
+        print("\n" + privacy_table(stored.result))
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ Each finished run is stored at once in regularizers.json, with its CPU seconds; 
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
 from pathlib import Path
 
 import torch
+from comparisons import regularizers_table
 from record import RESULTS, commit, write_result
 from transformers import Trainer, default_data_collator, set_seed
 
@@ -105,23 +105,6 @@ def train_and_test(settings: dict, streams: dict, vocab_size: int, epochs: int, 
     }
 
 
-def printed(rows: list[dict]) -> str:
-    """Return the table: the mean over seeds, with the standard deviation where there are several."""
-    lines = [
-        "| regularizers | seeds | validation perplexity | test perplexity | best epoch | CPU s |",
-        "|---|---|---|---|---|---|",
-    ]
-    for name in dict.fromkeys(row["regularizers"] for row in rows):
-        own = [row for row in rows if row["regularizers"] == name]
-        cells = [name, str(len(own))]
-        for figure in ("validation_perplexity", "test_perplexity", "best_epoch", "cpu_seconds"):
-            values = [row[figure] for row in own if figure in row]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}" if values else "")
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--train_file", required=True)
@@ -162,7 +145,7 @@ def main() -> None:
             rows.append({"regularizers": name, "seed": seed, "commit": commit()} | found)
             print(rows[-1], flush=True)
             write_result("regularizers", result | {"rows": rows}, options.results)
-    print("\n" + printed(rows))
+    print("\n" + regularizers_table(rows))
 
 
 if __name__ == "__main__":

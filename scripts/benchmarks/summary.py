@@ -1,37 +1,50 @@
-"""Write what the benchmarks found into README.md and scripts/recipes/README.md, so that each figure has a source.
+"""Write what the benchmarks found into the pages of documentation, so that each figure has a source.
 
 python scripts/benchmarks/summary.py
+
+A page holds each section between two markers that name it; whatever stands between them is replaced.
 """
 
-import json
-import statistics
+import os
+from collections.abc import Callable
 from pathlib import Path
 
-from record import RESULTS
+from comparisons import cells, classification, hybrid, load, noise, privacy, regularizers, source, table
 
-README = Path(__file__).parents[2] / "README.md"
-RECIPES = Path(__file__).parents[1] / "recipes" / "README.md"
-CELLS_BEGIN = "<!-- begin: cells, written by scripts/benchmarks/summary.py -->\n"
-BEGIN, END = "<!-- begin: written by scripts/benchmarks/summary.py -->\n", "<!-- end -->\n"
+ROOT = Path(__file__).parents[2]
+END = "<!-- end -->\n"
 
 
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
-
-
-def table(head: list[str], rows: list[list]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
-def source(name: str, result: dict, command: str, folder: str = "scripts/benchmarks/results") -> str:
+def headline(folder: str) -> str:
+    """Return five rows on speed and memory."""
+    train, decode, memory = (load(f"{name}_cpu") for name in ("training", "decode", "memory"))
+    shape, taken, states = train["shapes"]["recipe"], decode["ms_per_token"], memory["state_bytes"]
+    rates, longest = shape["tokens_per_second"], list(states["LSTM"])[-1]
+    late = decode["ratios"][f"Session: time after {decode['long_tokens']:,} tokens of that after 1,000"]
+    rows = [
+        [
+            f"training, one layer of {shape['width']}, characters",
+            f"{shape['bare loop of nn.LSTM']:.2f} times the speed of `nn.LSTM`, "
+            + f"{rates['Trainer'] / rates['GPT-2']:.1f} times that of a GPT-2 of as many parameters",
+        ],
+        ["the stock Trainer", f"{shape['Trainer of the bare loop']:.2f} of the speed of a loop without it"],
+        [
+            "writing a token, two layers of 512",
+            f"{taken['LSTM, Session']:.2f} ms; GPT-2 {taken['GPT-2, generate()']:.2f} ms, llama.cpp {taken['llama.cpp, F32']:.2f} ms",
+        ],
+        [f"a token after {decode['long_tokens']:,} others", f"{late:.2f} of the time of one after 1,000"],
+        [
+            f"bytes kept of {int(longest):,} tokens",
+            f"{states['LSTM'][longest]:,}; GPT-2 {states['GPT-2'][longest]:,}",
+        ],
+    ]
     return (
-        f"`{command}`: {result['machine']}, commit {result['commit']} "
-        f"([figures]({folder}/{name}.json), [picture]({folder}/{name}.png)).\n"
+        table(["speed and memory on two CPU cores", ""], rows)
+        + f"\n[All figures]({folder.removesuffix('/results')}/README.md).\n"
     )
 
 
-def writing() -> str:
+def writing(folder: str) -> str:
     result = load("decode_cpu")
     taken, ratios, sizes = result["ms_per_token"], result["ratios"], result["parameters"]
     tokens = f"{result['long_tokens']:,}"
@@ -73,11 +86,12 @@ def writing() -> str:
             "decode_cpu",
             result,
             "python scripts/benchmarks/decode.py --model MODEL --file tinyshakespeare.txt --threads 1",
+            folder,
         )
     )
 
 
-def training() -> str:
+def training(folder: str) -> str:
     result = load("training_cpu")
     rows = []
     for shape in result["shapes"].values():
@@ -111,10 +125,10 @@ def training() -> str:
         "kernels are not, as on a CPU:\n\n"
     )
     text += table([*head, "GPT-2", "Mamba"], rows)
-    return text + "\n" + source("training_cpu", result, "python scripts/benchmarks/training.py")
+    return text + "\n" + source("training_cpu", result, "python scripts/benchmarks/training.py", folder)
 
 
-def memory() -> str:
+def memory(folder: str) -> str:
     result = load("memory_cpu")
     loss, states = result["loss"], result["state_bytes"]
     lengths = list(states["LSTM"])
@@ -126,10 +140,10 @@ def memory() -> str:
     )
     rows = [[name, *(f"{size:,}" for size in sizes.values())] for name, sizes in states.items()]
     text += table(["tokens read", *(f"{int(length):,}" for length in lengths)], rows)
-    return text + "\n" + source("memory_cpu", result, "python scripts/benchmarks/memory.py")
+    return text + "\n" + source("memory_cpu", result, "python scripts/benchmarks/memory.py", folder)
 
 
-def scaling() -> str:
+def scaling(folder: str) -> str:
     result = load("scaling_cpu")
     names = {"tokens": "training, tokens", "hidden_size": "a training step, width of the layer"}
     names |= {"num_hidden_layers": "a training step, layers", "vocab_size": "a training step, vocabulary"}
@@ -151,119 +165,65 @@ def scaling() -> str:
     if "tokens_per_second_of_processes" in result:
         one, two = result["tokens_per_second_of_processes"].values()
         text += f"`scripts/train.py` in one process of one thread: {one:,.0f} tokens per second; in two: {two:,.0f} (one run each).\n"
-    return text + "\n" + source("scaling_cpu", result, "python scripts/benchmarks/scaling.py")
+    return text + "\n" + source("scaling_cpu", result, "python scripts/benchmarks/scaling.py", folder)
 
 
-def cells() -> str:
-    """Return the comparison of cells between its two markers, with links from scripts/recipes/."""
-    result, folder = load("cells"), "../benchmarks/results"
-    command = "python scripts/benchmarks/cells.py --train_file tinyshakespeare.txt"
-    picture = f"![Loss, memory, gradients and copying of each cell]({folder}/cells.png)\n"
-    parts = [cells_tables(result), picture, source("cells", result, command, folder), cell_speed(folder)]
-    return CELLS_BEGIN + "\n" + "\n".join(parts) + "\n" + END
-
-
-def cell_speed(folder: str) -> str:
-    """Return the speed of a training step of each cell beside torch's."""
-    result = load("cell_speed")
-    rows = [
-        [
-            name,
-            row["width"],
-            f"{row['ms']:.0f}",
-            row["torch"],
-            f"{row['ms_of_torch']:.0f}",
-            f"{row['ms'] / row['ms_of_torch']:.2f}",
-        ]
-        for name, row in result["cells"].items()
-    ]
-    head = ["cell", "width", "ms a step", "torch's, 512 wide", "ms a step", "times torch's time"]
+def sizes(folder: str) -> str:
+    """Return how long one pass over a text takes, by the size of the text and of the model."""
+    shapes, days = load("training_cpu")["shapes"], load("scaling_cpu")["days_of_a_billion_tokens"]
+    rates = {
+        "one layer of 384": shapes["first run"],
+        "one layer of 512": shapes["recipe"],
+        "two layers of 512": shapes["two layers"],
+    }
+    seconds = {name: 1 / shape["tokens_per_second"]["Trainer"] for name, shape in rates.items()}
+    seconds["one layer of 1,024"] = days["1024"] * 86_400 / 1e9
+    rows = []
+    for characters, name in (
+        (1e6, "1 MB, a long book"),
+        (1e7, "10 MB, a shelf"),
+        (1e8, "100 MB, text8"),
+        (1e9, "1 GB, enwik9"),
+    ):
+        rows.append([name, *(_duration(characters * each) for each in seconds.values())])
     return (
-        f"A training step of {result['rows']} x {result['tokens']} characters, in turns with torch's module and the same output "
-        f"layer:\n\n{table(head, rows)}\n`python scripts/benchmarks/cell_speed.py`: {result['machine']}, commit "
-        f"{result['commit']} ([figures]({folder}/cell_speed.json)).\n"
+        "One pass over a text by characters, on two CPU cores, computed from the speeds of short runs. A small text wants a small "
+        "model and several passes, a large one the reverse; beyond the right of this table, use a GPU.\n\n"
+        + table(["text", *seconds], rows)
+        + f"\n[Speeds]({folder.removesuffix('/results')}/README.md).\n"
     )
 
 
-def cells_tables(result: dict) -> str:
-    """Return two tables of the comparison of cells: a text, and copying."""
-    found: dict[tuple[str, str], list[dict]] = {}
-    for run in result["runs"]:
-        found.setdefault((run["task"], run["cell"]), []).append(run)
-    text, copies = [], []
-    for name, label in result["labels"].items():
-        if runs := found.get(("tokens", name)):
-            timed = found.get(("seconds", name), [])
-            near, far = (statistics.mean(run["loss_by_distance"][at] for run in runs) for at in _ends_of_memory(runs))
-            row = [
-                label,
-                runs[0]["width"],
-                f"{runs[0]['parameters']:,}",
-                len(runs),
-                _spread(runs),
-                f"{_mean(runs, 'cpu_seconds'):.0f}",
-            ]
-            row += [_spread(timed), f"{_mean(timed, 'tokens') / 1e6:.2f} M"] if timed else ["", ""]
-            text.append([*row, f"{near - far:.3f}"])
-        for run in found.get(("copy", name), []):
-            shares = [f"{share:.2f}" for share in run["accuracy"].values()]
-            copies.append([label, run["width"], f"{run['parameters']:,}", f"{run['tokens'] / 1e6:.1f} M", *shares])
-    tables = []
-    if text:
-        example = next(run for run in result["runs"] if run["task"] == "tokens")
-        near, far = _ends_of_memory([example])
-        tokens = f"loss, {example['tokens'] / 1e6:.1f} M tokens"
-        worth = f"loss at {near} minus loss at {far} characters"
-        head = ["cell", "width", "parameters", "seeds", tokens, "CPU s", "loss, equal CPU s", "tokens in them", worth]
-        title = (
-            "Validation loss in nats per character, mean over seeds ± standard deviation. Forget bias and chrono change no "
-            "step, so one LSTM stands for them where seconds are equal:\n\n"
-        )
-        tables.append(title + table(head, text))
-    if copies:
-        example = next(run for run in result["runs"] if run["task"] == "copy")
-        head = ["cell", "width", "parameters", "trained on", *(f"{noise} tokens" for noise in example["accuracy"])]
-        title = (
-            f"Share of a key's symbols reproduced after so many tokens of noise (chance: {example['chance']:.3f}):\n\n"
-        )
-        tables.append(title + table(head, copies))
-    return "\n".join(tables)
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
-def _mean(runs: list[dict], name: str) -> float:
-    return statistics.mean(run[name] for run in runs)
+PAGES: dict[str, list[Callable[[str], str]]] = {
+    "README.md": [headline],
+    "scripts/README.md": [privacy, noise, sizes],
+    "scripts/benchmarks/README.md": [training, writing, memory, scaling],
+    "scripts/recipes/README.md": [cells, hybrid, regularizers, classification],
+}
 
 
-def _spread(runs: list[dict]) -> str:
-    """Return the mean loss, and the standard deviation over seeds where there are several."""
-    deviation = f" ± {statistics.stdev(run['loss'] for run in runs):.4f}" if len(runs) > 1 else ""
-    return f"{_mean(runs, 'loss'):.4f}{deviation}"
-
-
-def _ends_of_memory(runs: list[dict]) -> tuple[str, str]:
-    """Return the groups of distances that are compared: up to a sixteenth of the longest, and the longest."""
-    groups = list(runs[0]["loss_by_distance"])
-    return groups[-5], groups[-1]
-
-
-def render() -> str:
-    """Return the section between its two markers."""
-    return f"{BEGIN}\n{training()}\n{writing()}\n{memory()}\n{scaling()}\n{END}"
+def rendered(page: str) -> str:
+    """Return a page with its sections as the results have them now."""
+    folder = Path(os.path.relpath(ROOT / "scripts/benchmarks/results", (ROOT / page).parent)).as_posix()
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for section in PAGES[page]:
+        begin = f"<!-- begin: {section.__name__}, written by scripts/benchmarks/summary.py -->\n"
+        before, rest = text.split(begin)
+        text = before + begin + "\n" + section(folder) + "\n" + END + rest.split(END, 1)[1]
+    return text
 
 
 def main() -> None:
-    readme = README.read_text(encoding="utf-8")
-    before, rest = readme.split(BEGIN)
-    README.write_text(before + render() + rest.split(END, 1)[1], encoding="utf-8")
-    print(f"written to {README.name}")
-    if not (RESULTS / "cells.json").exists():
-        return
-    if not RECIPES.exists():
-        print(cells())
-        return
-    before, rest = RECIPES.read_text(encoding="utf-8").split(CELLS_BEGIN)
-    RECIPES.write_text(before + cells() + rest.split(END, 1)[1], encoding="utf-8")
-    print(f"written to {RECIPES.relative_to(README.parent)}")
+    for page in PAGES:
+        (ROOT / page).write_text(rendered(page), encoding="utf-8")
+        print(f"written to {page}")
 
 
 if __name__ == "__main__":

@@ -53,7 +53,6 @@ MODELS = {
     "hybrid": {"num_hidden_layers": 3, "block_type": "residual", "layer_types": PATTERN},
     "gpt2": {"n_layer": 4},
 }
-GPT2_RATE = 1e-3
 LABELS = {"lstm": "LSTM", "residual": "residual LSTM", "hybrid": "hybrid", "gpt2": "GPT-2"}
 
 
@@ -118,7 +117,7 @@ def train(model: PreTrainedModel, ids: torch.Tensor, scale: Scale, steps: float,
     carries, lanes, length = isinstance(model, LSTMForCausalLM), scale.lanes, scale.bptt_length
     lane = (len(ids) - 1) // lanes
     inputs, targets = ids[: lanes * lane].view(lanes, -1), ids[1 : lanes * lane + 1].view(lanes, -1)
-    rate = 4e-3 if carries else GPT2_RATE
+    rate = 4e-3  # for GPT-2 the best of 1e-3, 2e-3 and 4e-3 after 1.5 M characters: 1.87, 1.77 and 1.73
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
     model.train()
     done, start, used, place, cache = 0, time.process_time(), 0.0, 0, None

@@ -62,7 +62,7 @@ class Scale:
     max_length: int = 32  # bytes of a document that training reads
     hidden_size: int = 256
     batch_size: int = 128
-    steps: int = 1200
+    steps: int = 1000
     learning_rate: float = 6e-3
     delta: float = 1e-5
     clip: float = 1.0

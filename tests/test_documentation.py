@@ -1,12 +1,16 @@
 """The README and the guides: links resolve, blocks of Python run and print what they should, commands are parsed and run."""
 
+import json
 import re
 import shlex
+import shutil
 from argparse import ArgumentParser
 from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
-from conftest import SCRIPTS, run_script
+from conftest import SCRIPTS, TEXT, run_script
 from processes import Program
 from transformers import HfArgumentParser
 
@@ -172,6 +176,7 @@ def script_of(words):
 
 
 OTHERS = {"pip", "git", "curl", "mv", "source", "python3", "pytest", "lm_eval"}
+PROGRAMS = {"runs/first/onnx/run_onnx.py", "tests/mutations.py"}
 COMMANDS = [(page, words) for page in PAGES for words in commands(page)]
 OUTPUTS = {words[place + 1] for _, words in COMMANDS for place, word in enumerate(words) if word == "--output_dir"}
 
@@ -200,21 +205,81 @@ def test_commands_are_parsed(page, parse_only, monkeypatch):
     for words in commands(page):
         found = script_of(words)
         if found is None:
-            assert (
-                words[0] in OTHERS
-                or words[:2] == ["python", "runs/first/onnx/run_onnx.py"]
-                or words[:2]
-                == [
-                    "python",
-                    "tests/mutations.py",
-                ]
-            ), words
+            assert words[0] in OTHERS or words[1] in PROGRAMS, words
             continue
         name, arguments = found
         assert (SCRIPTS / name).is_file(), words
-        for flag, value in zip(arguments, arguments[1:], strict=False):
+        for flag, value in pairwise(arguments):
             if flag in ("--model", "--model_name_or_path") and value.startswith("runs/"):
                 assert value in OUTPUTS | {"runs/secrets", "runs/gru", "runs/lstm"}, words
         if arguments:
             with pytest.raises(Parsed):
                 run_script(name, *arguments)
+
+
+LATE = {"verify.py", "serve.py", "check.py", "common_tests.py"}  # they need a Hub, do not end, or run all tests
+SHORT = (
+    "--max_steps 2 --logging_steps 2 --eval_steps 2 --save_steps 2 --hidden_size 16 --per_device_train_batch_size 2 "
+    "--per_device_eval_batch_size 2 --use_cpu true"
+)
+
+
+def runs_offline(name, arguments):
+    """Whether a command ends within two minutes, without a Hub, with files that `corpora` can make."""
+    return not (
+        name in LATE
+        or (name.startswith("benchmarks/") and name != "benchmarks/speakers.py")
+        or name == "make_tang.py"  # needs a clone of the poems
+        or "--from" in arguments
+        or "--interactive" in arguments
+        or "--push_to_hub" in arguments
+        or (name == "push.py" and "--dry_run" not in arguments)
+        or "shakespeare_gpu" in arguments
+    )
+
+
+def corpora(folder):
+    """Write small texts under the names that the pages give to large ones."""
+    lines = TEXT.splitlines()
+    speeches = "\n\n".join(f"Speaker {'ABCDEFGHI'[place % 9]}:\n{TEXT[place % 50 :][:300]}" for place in range(900))
+    for name in ("tinyshakespeare.txt", "passages.txt"):
+        (folder / name).write_text(speeches)
+    for name in ("input.txt", "more.txt", "sentences.txt"):
+        (folder / name).write_text(TEXT)
+    records = "".join(json.dumps({"text": line}) + "\n" for line in lines * 5)
+    (folder / "tang").mkdir()
+    for name in ("tang/train.jsonl", "tang/validation.jsonl", "tang/test.jsonl", "planted.jsonl"):
+        (folder / name).write_text(records)
+    (folder / "wikitext-2").mkdir()
+    for name in ("valid", "test"):
+        (folder / "wikitext-2" / f"{name}.txt").write_text("\n".join(lines))
+    (folder / "pairs.jsonl").write_text(json.dumps({"sentence_good": "she sells", "sentence_bad": "she sell"}) + "\n")
+    rows = "".join(f"{line[:40]!r},{'ab'[place % 2]}\n" for place, line in enumerate(lines * 4))
+    for name in ("train.csv", "test.csv"):
+        (folder / name).write_text("text,label\n" + rows.replace("'", '"'))
+    (folder / "canaries.csv").write_text("secret,count\n123,1\n456,4\n")
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path, monkeypatch, capsys):
+    """Every command that ends offline within two minutes, in the order of the pages, with training cut to two steps."""
+    monkeypatch.chdir(tmp_path)
+    corpora(tmp_path)
+    ran = 0
+    for page, words in COMMANDS:
+        found = script_of(words)
+        if found is None or not runs_offline(*found) or "accelerate" in words:
+            continue
+        name, arguments = found
+        for model in ("runs/gru", "runs/lstm", "runs/secrets"):  # models of the reader's own
+            if model in arguments and not Path(model).exists():
+                shutil.copytree("runs/shakespeare", model)
+        if "--resume_from_checkpoint" in arguments:
+            arguments = [*arguments, "--hidden_size", "384"]
+        folder = arguments[arguments.index("--output_dir") + 1] if "--output_dir" in arguments else None
+        if folder and Path(folder).exists() and name in ("train.py", "classify.py"):
+            continue  # the same command, on another page
+        run_script(name, *arguments, *(SHORT.split() if name == "train.py" else ()))
+        capsys.readouterr()
+        ran += 1
+    assert ran >= 30

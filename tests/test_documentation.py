@@ -266,7 +266,7 @@ def test_commands_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     corpora(tmp_path)
     ran = 0
-    for page, words in COMMANDS:
+    for _, words in COMMANDS:
         found = script_of(words)
         if found is None or not runs_offline(*found) or "accelerate" in words:
             continue

@@ -168,7 +168,13 @@ def loss_of(model: PreTrainedModel, stream: TokenStream, scale: Scale) -> float:
 @torch.no_grad()
 def decode(name: str, scale: Scale) -> dict:
     """Return the median CPU time of a token, in ms, and the bytes of the state, after each number of tokens."""
-    model = find_model(name, 69, scale.parameters, scale.window, max(scale.lengths) + scale.timed).eval()
+    model = find_model(name, 69, scale.parameters, scale.window, scale.bptt_length).eval()
+    parameters = model.num_parameters()
+    if isinstance(
+        model, GPT2LMHeadModel
+    ):  # with positions for the longest text, beyond the parameters that are compared
+        model.config.n_positions = max(scale.lengths) + scale.timed
+        model = GPT2LMHeadModel(model.config).eval()
     found = {}
     for length in scale.lengths:
         cache: Any = DynamicCache(config=model.config)
@@ -186,7 +192,7 @@ def decode(name: str, scale: Scale) -> dict:
             times.append(1000 * (time.process_time() - start))
         parts = [part for layer in cache.layers for part in vars(layer).values() if isinstance(part, torch.Tensor)]
         found[str(length)] = {"ms": statistics.median(times), "bytes": sum(part.nbytes for part in parts)}
-    return {"parameters": model.num_parameters(), "decode": found}
+    return {"parameters": parameters, "decode": found}
 
 
 @dataclass(frozen=True)

@@ -254,7 +254,7 @@ def privacy(folder: str) -> str:
     return (
         f"Exposure in bits (mean ± standard error) of secrets of {settings['length']} digits among {settings['documents']:,} "
         f"poems, {settings['secrets']} secrets for each number of copies, and the loss on unseen poems. All models have one layer "
-        f'of {settings["hidden_size"]} and take as many steps; "plain" is the stock Trainer, "inf" clips and adds no noise:\n\n'
+        f'of {settings["hidden_size"]} and take {settings["steps"]:,} steps unless a row says otherwise; "plain" is the stock Trainer, "inf" clips and adds no noise:\n\n'
         + privacy_table(result)
         + f"\n![Exposure by the number of copies, a curve for each epsilon]({folder}/privacy.png)\n\n"
         "The guarantee is for one document: k copies of it weaken epsilon to k times epsilon. Secrets that are all remembered "
@@ -275,7 +275,7 @@ def privacy_table(result: dict) -> str:
             bits = [value for run in own for value in run["exposures"][count]]
             cells.append(f"{statistics.mean(bits):.2f} ± {statistics.stdev(bits) / math.sqrt(len(bits)):.2f}")
         rows.append(cells)
-    return table(["epsilon", "seeds", "nats per byte", *(f"{count} copies" for count in counts)], rows)
+    return table(["training, epsilon", "seeds", "nats per byte", *(f"{count} copies" for count in counts)], rows)
 
 
 def noise(folder: str) -> str:

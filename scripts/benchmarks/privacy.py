@@ -5,7 +5,7 @@ python scripts/benchmarks/privacy.py --train_file tang/train.jsonl --validation_
 Secrets of five digits are planted among 6,000 documents, twenty of them with each number of copies from 1 to 50. One model
 of a layer of 256 and bytes is trained on them by the stock Trainer, on documents in random order ("plain"), and others of
 the same seed by `PrivateTrainer` with a budget of infinity (clipping alone), 8, 3 and 1. All take as many steps of as many
-documents on average. Then the exposure of each secret is computed, and the loss on unseen documents.
+documents on average, but for a plain run that ends after a quarter of them; another is of a layer of 64. Then the exposure of each secret is computed, and the loss on unseen documents.
 
 Secrets that are all remembered outrank each other: with twenty of 50 copies before them, those of 20 copies have ranks of
 21 to 40 at best, and an exposure of 11.7 of 16.6 bits.
@@ -22,7 +22,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -47,7 +47,15 @@ from hf_lstm.training import PrivateTrainer
 
 NAME = "privacy"
 TEMPLATE, DIGITS = "the key of the safe is {}", "0123456789"
-BUDGETS = {"plain": None, "inf": math.inf, "8": 8.0, "3": 3.0, "1": 1.0}
+BUDGETS = {
+    "plain": None,
+    "plain, 64 wide": None,
+    "plain, a quarter of the steps": None,
+    "inf": math.inf,
+    "8": 8.0,
+    "3": 3.0,
+    "1": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -114,6 +122,10 @@ def train(
 
 def measure(texts: list[str], unseen: list[str], scale: Scale, budget: str, seed: int) -> dict:
     """Plant secrets, train, and measure exposure (bits) and loss (nats per byte)."""
+    if budget == "plain, 64 wide":
+        scale = replace(scale, hidden_size=64)
+    if budget == "plain, a quarter of the steps":
+        scale = replace(scale, steps=scale.steps // 4)
     counts = tuple(count for count in scale.counts for _ in range(scale.secrets))
     planted, canaries = insert_canaries(
         texts, TEMPLATE, DIGITS, scale.length, counts, seed, max_length=scale.max_length
@@ -170,12 +182,14 @@ def draw(result: dict, path: Path) -> None:
             }
             means = [statistics.mean(bits) for bits in groups.values()]
             errors = [statistics.stdev(bits) / math.sqrt(len(bits)) for bits in groups.values()]
-            label = budget if budget == "plain" else rf"$\epsilon$ = {budget}"
+            label = budget if budget.startswith("plain") else rf"$\epsilon$ = {budget}"
             axes.errorbar(list(groups), means, errors, fmt="o-", capsize=3, label=label)
-    axes.axhline(result["runs"][0]["settings"]["length"] * math.log2(len(DIGITS)), color="gray", linestyle="--")
-    axes.axhline(1 / math.log(2), color="gray", linestyle=":")
+    settings = result["runs"][0]["settings"]
+    axes.axhline(settings["length"] * math.log2(len(DIGITS)), color="gray", linestyle="--", label="all there are")
+    axes.axhline(1 / math.log(2), color="gray", linestyle=":", label="a secret never seen")
     axes.set(xscale="symlog", xlabel="copies in the training text", ylabel="exposure, bits (mean ± standard error)")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xticks(settings["counts"], map(str, settings["counts"]))
+    axes.set_xlim(-0.2, 1.2 * max(settings["counts"]))
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120)

@@ -32,7 +32,7 @@ NAME = "classification"
 WAYS = ("language model", "scratch")
 WHOLE = {
     "seeds": 5,
-    "epochs": {50: 40, 200: 20, 1000: 10},  # by the number of labels
+    "epochs": {50: 25, 200: 12, 1000: 6},  # by the number of labels
     "learning_rates": [3e-3, 1e-2, 3e-2],
     "language": "--hidden_size 384 --hidden_dropout 0.2 --output_dropout 0.2 --max_steps 3000 --bptt_length 64",
 }

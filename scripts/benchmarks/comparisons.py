@@ -258,7 +258,7 @@ def privacy(folder: str) -> str:
         + privacy_table(result)
         + f"\n![Exposure by the number of copies, a curve for each epsilon]({folder}/privacy.png)\n\n"
         "The guarantee is for one document: k copies of it weaken epsilon to k times epsilon. Secrets that are all remembered "
-        "outrank each other, so the exposure of many is bounded. "
+        "outrank each other, so that their exposure is bounded. "
         f"10,000 candidates are scored {speed['ratio']:.0f} times as fast as the same texts one by one.\n\n"
         + source("privacy", result, command, folder)
     )
@@ -268,7 +268,7 @@ def privacy_table(result: dict) -> str:
     """Return the mean exposure by the number of copies, and the loss, of each budget."""
     runs = [run for run in result["runs"] if run["task"] == "train"]
     counts, rows = list(runs[0]["exposures"]), []
-    for budget in dict.fromkeys(run["budget"] for run in runs):
+    for budget in sorted({run["budget"] for run in runs}, key=_kind_of_training):
         own = [run for run in runs if run["budget"] == budget]
         cells = [budget, len(own), f"{_mean(own, 'loss'):.4f}"]
         for count in counts:
@@ -276,6 +276,12 @@ def privacy_table(result: dict) -> str:
             cells.append(f"{statistics.mean(bits):.2f} ± {statistics.stdev(bits) / math.sqrt(len(bits)):.2f}")
         rows.append(cells)
     return table(["training, epsilon", "seeds", "nats per byte", *(f"{count} copies" for count in counts)], rows)
+
+
+def _kind_of_training(budget: str) -> tuple[bool, float, str]:
+    """Order plain runs before private ones, and those by falling epsilon."""
+    plain = budget.startswith("plain")
+    return not plain, 0.0 if plain else -float(budget), budget
 
 
 def noise(folder: str) -> str:

@@ -5,7 +5,8 @@ python scripts/benchmarks/privacy.py --train_file tang/train.jsonl --validation_
 Secrets of five digits are planted among 6,000 documents, twenty of them with each number of copies from 1 to 50. One model
 of a layer of 256 and bytes is trained on them by the stock Trainer, on documents in random order ("plain"), and others of
 the same seed by `PrivateTrainer` with a budget of infinity (clipping alone), 8, 3 and 1. All take as many steps of as many
-documents on average, but for a plain run that ends after a quarter of them; another is of a layer of 64. Then the exposure of each secret is computed, and the loss on unseen documents.
+documents on average, but for a plain run that ends after a quarter of them; another has a layer of 64. Then the exposure
+of each secret is computed, and the loss on unseen documents.
 
 Secrets that are all remembered outrank each other: with twenty of 50 copies before them, those of 20 copies have ranks of
 21 to 40 at best, and an exposure of 11.7 of 16.6 bits.
@@ -173,7 +174,7 @@ def draw(result: dict, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    figure, axes = pyplot.subplots(figsize=(9, 4), layout="constrained")
     for budget in BUDGETS:
         own = [run for run in result["runs"] if run["task"] == "train" and run["budget"] == budget]
         if own:
@@ -191,7 +192,7 @@ def draw(result: dict, path: Path) -> None:
     axes.set_xticks(settings["counts"], map(str, settings["counts"]))
     axes.set_xlim(-0.2, 1.2 * max(settings["counts"]))
     axes.grid(alpha=0.3)
-    axes.legend()
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

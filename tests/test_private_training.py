@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_lstm import DocumentDataset, LaneDataset, TokenStream
-from hf_lstm.training import FinishedRunCallback, TruncatedBPTTCallback, private
+from hf_lstm.training import FinishedRunCallback, MetricsCallback, TruncatedBPTTCallback, private
 from hf_lstm.training.private import PrivateTrainer
 
 pytest.importorskip("opacus")
@@ -121,6 +121,18 @@ def test_the_epsilon_spent_is_the_accountants(tmp_path):
     assert 0.48 < trainer.epsilon <= 0.5
     logged = [entry["epsilon"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == spent[1::2]
+
+
+def test_the_penalty_is_logged_as_its_mean_over_documents(tmp_path):
+    model, penalties = make_model(activation_regularization=2.0), []
+    trainer = make_trainer(tmp_path, model, max_steps=1, logging_steps=1, callbacks=[MetricsCallback()])
+    model.register_forward_hook(lambda module, inputs, output: penalties.append(output.regularization_loss.item()))
+
+    trainer.train()
+
+    assert len(penalties) > 1
+    mean = sum(penalties) / len(penalties)
+    assert trainer.state.log_history[0]["regularization_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_an_infinite_epsilon_adds_no_noise(tmp_path):

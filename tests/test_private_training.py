@@ -267,6 +267,19 @@ def test_a_run_is_resumed_with_its_own_noise(options, message, tmp_path):
         make_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.parametrize("change", ["token", "label", "order"])
+def test_a_run_is_resumed_on_its_own_documents(change, tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    rows = documents()
+    if change == "order":
+        rows.reverse()
+    else:
+        rows[-1]["input_ids" if change == "token" else "labels"][3] += 1
+
+    with pytest.raises(ValueError, match="The documents are not those of the checkpoint, or in another order"):
+        make_trainer(tmp_path, rows=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_a_run_that_was_not_private_is_not_resumed_as_one(tmp_path):
     args = TrainingArguments(
         str(tmp_path), max_steps=4, save_steps=4, report_to="none", disable_tqdm=True, use_cpu=True

@@ -319,6 +319,12 @@ def main() -> None:
         if args.output_dir is None:
             raise ValueError("`--output_dir` is missing: name a folder for the classifier.")
         run(arguments, args)
+    except KeyboardInterrupt:
+        print(
+            f"classify.py: stopped before the classifier was finished: delete {args.output_dir}, and begin anew.",
+            file=sys.stderr,
+        )
+        sys.exit(130)  # as a shell says that Ctrl-C ended a program
     except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
         sys.exit(f"classify.py: {error.__cause__}")
     except (ValueError, OSError) as error:

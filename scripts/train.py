@@ -328,13 +328,16 @@ def run(arguments: list[str], held: ExitStack) -> None:
 
 
 def main(arguments: list[str]) -> None:
-    with ExitStack() as held:  # the lock on `--output_dir` and the bar, until the run has ended
-        try:
+    try:
+        with ExitStack() as held:  # the lock on `--output_dir` and the bar, until the run has ended
             run(arguments, held)
-        except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
-            sys.exit(f"train.py: {error.__cause__}")
-        except (ValueError, HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
-            sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt as stopped:
+        print(f"train.py: {stopped or 'stopped before training.'}", file=sys.stderr)
+        sys.exit(130)  # as a shell says that Ctrl-C ended a program
+    except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
+        sys.exit(f"train.py: {error.__cause__}")
+    except (ValueError, HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
+        sys.exit(f"train.py: {error}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """scripts/classify.py learns to tell texts apart, and refuses what it cannot learn from."""
 
 import csv
+import io
 import json
 import re
 import runpy
+from logging import StreamHandler, getLogger
 
 import numpy
 import pytest
@@ -107,6 +109,23 @@ def test_only_a_new_head_may_lack_weights(files, classify):
 
         with pytest.raises(SystemExit, match=f"lacks the weights {name}: name a whole model"):
             classify("--train_file", files / "train.csv", model=model, output="more")
+
+
+def test_ctrl_c_ends_in_a_sentence(files, classify, monkeypatch, capsys):
+    def train(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.train", train)
+    handler = StreamHandler(io.StringIO())
+    monkeypatch.setattr(getLogger("transformers"), "handlers", [handler])
+
+    with pytest.raises(SystemExit) as stopped:
+        classify("--train_file", files / "train.csv")
+
+    assert handler.stream.getvalue() == ""  # a new head is not reported as a lack of weights
+    assert stopped.value.code == 130
+    said = f"classify.py: stopped before the classifier was finished: delete {files / 'out'}, and begin anew.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_figures_are_those_of_the_definitions(monkeypatch):

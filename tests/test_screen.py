@@ -1,8 +1,9 @@
-"""Scripts on screen: any encoding, one bar in a terminal and lines in a file."""
+"""Scripts on screen: any encoding, one bar in a terminal, lines in a file, and Ctrl-C."""
 
 import ast
 import io
 import re
+import shlex
 import sys
 
 import datasets
@@ -122,3 +123,51 @@ def test_a_terminal_shows_one_bar_at_a_time(train):
     assert "evaluating:" in shown  # at the end, after the bar of the steps
     assert "\x1b[A" not in shown  # the way up from a second bar
     assert "model shards" not in shown
+
+
+@pytest.fixture
+def stop_at(run, monkeypatch, capsys, tmp_path, text_file):
+    """Stops a run of train.py at its n-th sample, and gives the sentence with which it ends."""
+
+    def stop_at(number, *flags):
+        samples = iter([""] * (number - 1))
+
+        def write_sample(*arguments):
+            try:
+                return next(samples)
+            except StopIteration:
+                raise KeyboardInterrupt from None
+
+        command = ["--train_file", text_file, "--output_dir", tmp_path / "run", "--max_steps", 12, *SMALL, *flags]
+        with monkeypatch.context() as patched:
+            patched.setattr("hf_lstm.training.report.write_sample", write_sample)
+            with pytest.raises(SystemExit) as stopped:
+                run("train.py", *command)
+        assert stopped.value.code == 130
+        return capsys.readouterr().err
+
+    return stop_at
+
+
+def test_ctrl_c_names_the_checkpoint_and_the_command_that_goes_on(run, stop_at, tmp_path):
+    said = stop_at(2, "--seed", 3)
+
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    found = re.fullmatch(
+        f"train.py: stopped; {checkpoint} is kept, and the run goes on from there by `(.*)`\\.\n", said
+    )
+    python, script, *arguments = shlex.split(found[1])
+    assert (python, script) == ("python", str(SCRIPTS / "train.py"))
+    assert arguments[-2:] == ["--resume_from_checkpoint", "true"]
+    assert stop_at(1, "--seed", 3, "--resume_from_checkpoint", checkpoint) == said
+    run("train.py", *arguments)
+    assert (tmp_path / "run" / "model.safetensors").is_file()
+
+
+def test_ctrl_c_before_the_first_checkpoint_keeps_nothing(stop_at, tmp_path):
+    said = "train.py: stopped before the first checkpoint"
+
+    assert stop_at(1) == f"{said}, and nothing is kept: the same command begins anew.\n"
+    assert not (tmp_path / "run").exists()
+    begun = f"{said}: delete {tmp_path / 'run'}, and the same command begins anew.\n"
+    assert stop_at(1, "--report_to", "tensorboard") == begun

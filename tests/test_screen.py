@@ -13,6 +13,7 @@ from conftest import SCRIPTS, SMALL, make_model, run_script
 from transformers.utils import logging
 
 from hf_lstm import char_tokenizer
+from hf_lstm.training.report import draw_learning_curve
 
 CHINESE = "春風又綠江南岸。明月何時照我還？"
 OTHERS = {"check.py", "common_tests.py"}  # they start other programs
@@ -171,3 +172,12 @@ def test_ctrl_c_before_the_first_checkpoint_keeps_nothing(stop_at, tmp_path):
     assert not (tmp_path / "run").exists()
     begun = f"{said}: delete {tmp_path / 'run'}, and the same command begins anew.\n"
     assert stop_at(1, "--report_to", "tensorboard") == begun
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_the_curve_of_one_pass_says_how_to_read_a_gap(tmp_path, passes):
+    history = [{"step": step, "loss": 1 / step, "epoch": passes * step / 4} for step in range(1, 5)]
+
+    draw_learning_curve(history, tmp_path / "curve.svg")
+
+    assert ("is not overfitting" in (tmp_path / "curve.svg").read_text()) == (passes == 1)

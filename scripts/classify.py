@@ -16,6 +16,7 @@ import json
 import math
 import sys
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ import numpy
 import torch
 from evaluate_pictures import draw_confusion
 from huggingface_hub.errors import StrictDataclassError
+from screen import prepare_screen
+from train_progress import ProgressLines, show_progress
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
@@ -34,6 +37,7 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_lstm import LSTMConfig, LSTMForSequenceClassification
 from hf_lstm.data import read_records, read_text
@@ -177,7 +181,8 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
     }
-    if config.architectures == [LSTMForSequenceClassification.__name__]:
+    has_head = config.architectures == [LSTMForSequenceClassification.__name__]
+    if has_head:
         if config.num_labels != len(classes):
             raise ValueError(
                 f"`--model` {arguments.model} tells {config.num_labels} classes apart, and the training part has {len(classes)}: "
@@ -190,7 +195,17 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
         }
     if arguments.from_scratch:
         return LSTMForSequenceClassification(AutoConfig.from_pretrained(arguments.model, **names))
-    return AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32, **names)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # instead of a table of the weights of a new head
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            arguments.model, dtype=torch.float32, output_loading_info=True, **names
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if lacking := sorted(key for key in found["missing_keys"] if has_head or not key.startswith("score.")):
+        raise ValueError(f"`--model` {arguments.model} lacks the weights {lacking[0]}: name a whole model.")
+    return model
 
 
 def figures(truth: numpy.ndarray, guesses: numpy.ndarray, classes: int) -> dict[str, Any]:
@@ -207,7 +222,18 @@ def figures(truth: numpy.ndarray, guesses: numpy.ndarray, classes: int) -> dict[
     }
 
 
-def make_trainer(model, parts: dict[str, list], tokenizer, arguments: Arguments, args: Training) -> Trainer:
+class ProgressWithAccuracy(ProgressLines):
+    """Prints the figures of each evaluation."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.is_world_process_zero:
+            figures = f"accuracy {metrics['eval_accuracy']:.2%}, F1 {metrics['eval_f1']:.4f}"
+            self.say(f"epoch {state.epoch:.0f}: validation, loss {metrics['eval_loss']:.4f}, {figures}")
+
+
+def make_trainer(
+    model, parts: dict[str, list], tokenizer, arguments: Arguments, args: Training, progress: ProgressLines
+) -> Trainer:
     """Make the stock Trainer with ULMFiT's optimizer, schedule and unfreezing."""
     batch, rows = args.train_batch_size * args.world_size, len(parts["train"])
     if model.config.classifier_hidden_size is not None and rows % batch == 1:
@@ -227,7 +253,7 @@ def make_trainer(model, parts: dict[str, list], tokenizer, arguments: Arguments,
         found = figures(predictions.label_ids, predictions.predictions.argmax(axis=-1), model.config.num_labels)
         return {name: found[name] for name in ("accuracy", "f1")}
 
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=parts["train"],
@@ -238,6 +264,8 @@ def make_trainer(model, parts: dict[str, list], tokenizer, arguments: Arguments,
         optimizers=(optimizer, slanted_triangular(optimizer, max(1, steps))),
         callbacks=callbacks,
     )
+    show_progress(trainer, progress)
+    return trainer
 
 
 def run(arguments: Arguments, args: Training) -> dict[str, Any]:
@@ -259,8 +287,9 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
         tokenizer.pad_token = tokenizer.eos_token
     model = make_classifier(arguments, classes)
     parts = {name: items_of(part, tokenizer, direction_of(model), classes, name) for name, part in rows.items()}
-    trainer = make_trainer(model, parts, tokenizer, arguments, args)
-    trainer.train()
+    with closing(ProgressWithAccuracy()) as progress:  # also before the sentence with which a run may end
+        trainer = make_trainer(model, parts, tokenizer, arguments, args, progress)
+        trainer.train()
     trainer.save_model()
     measured = next(name for name in ("test", "validation", "train") if name in parts)
     outcome = trainer.predict(parts[measured])
@@ -290,6 +319,12 @@ def main() -> None:
         if args.output_dir is None:
             raise ValueError("`--output_dir` is missing: name a folder for the classifier.")
         run(arguments, args)
+    except KeyboardInterrupt:
+        print(
+            f"classify.py: stopped before the classifier was finished: delete {args.output_dir}, and begin anew.",
+            file=sys.stderr,
+        )
+        sys.exit(130)  # as a shell says that Ctrl-C ended a program
     except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
         sys.exit(f"classify.py: {error.__cause__}")
     except (ValueError, OSError) as error:
@@ -297,4 +332,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     main()

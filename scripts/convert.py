@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from screen import prepare_screen
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 import hf_lstm  # noqa: F401  registers the model
@@ -167,6 +168,7 @@ def report(path: Path, model, difference, dtype: torch.dtype | None) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     parser = HfArgumentParser(Arguments)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="With --from: the file to convert.")
     try:

@@ -24,6 +24,7 @@ from evaluate_common import Arguments, as_json, flag, log, stream_of, write_resu
 from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy
+from screen import prepare_screen
 from standard_library import standard_library
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
@@ -401,6 +402,7 @@ def load(name: str, trust_remote_code: bool):
 
 
 if __name__ == "__main__":
+    prepare_screen()
     task = sys.argv[1] if len(sys.argv) > 1 else None
     if task in ("--help", "-h"):
         sys.exit(print(__doc__))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import torch
+from screen import prepare_screen
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
 from transformers.generation import BaseStreamer
 
@@ -164,6 +165,7 @@ def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) 
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
         main(*HfArgumentParser((Arguments, SamplingArguments)).parse_args_into_dataclasses())
     except (ValueError, OSError) as error:

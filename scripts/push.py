@@ -14,6 +14,7 @@ from pathlib import Path
 
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
+from screen import prepare_screen
 from transformers import HfArgumentParser
 
 from hf_lstm.hub import files_to_push, push_folder
@@ -48,6 +49,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
         main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
     except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:

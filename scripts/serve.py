@@ -18,6 +18,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import uvicorn
+from screen import prepare_screen
 from serve_fields import CHAT_COMPLETION, COMPLETION, PROMPT, RESPONSE, Refused, read_body, read_messages
 from serve_writer import Job, Piece, Prompt, Writer, encode_chat
 from starlette.applications import Starlette
@@ -369,6 +370,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
         main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
     except (ValueError, OSError) as error:

@@ -24,6 +24,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import httpx
+from screen import prepare_screen
 from train_arguments import (
     CardArguments,
     DataArguments,
@@ -36,8 +37,9 @@ from train_arguments import (
 from train_data import LEARNT, TrainingData, describe, prepare_data
 from train_folder import take_folder
 from train_privacy import PrivacyArguments
+from train_progress import ProgressLines, show_progress
 from train_words import push_word_checkpoints, word_checkpoints
-from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
+from transformers import GenerationConfig, Trainer, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
@@ -73,30 +75,35 @@ FIRST_SAMPLE = 100  # step; the first evaluation, by default at step 500, would 
 STANDARD_LIBRARY = f"small modules of Python {platform.python_version()}'s standard library"
 
 
-class ShowProgress(TrainerCallback):
+class ProgressWithSamples(ProgressLines):
     """
-    Evaluates once more at the last step. Prints the loss and a sample after each evaluation, and a first sample at step 100.
+    Evaluates once more at the last step. Prints the loss of each evaluation and a sample, a first one at step 100; after the
+    last step the report prints one of the best model.
     """
 
     def __init__(self, data: TrainingData, data_args: DataArguments):
+        super().__init__()
         self.data, self.data_args = data, data_args
 
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True
         if state.global_step == FIRST_SAMPLE and not control.should_evaluate and state.is_world_process_zero:
-            print(f"\nstep {state.global_step:,}:")
-            self._print_sample(kwargs["model"])
+            self._say_sample(f"step {state.global_step:,}", kwargs["model"])
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
             validation = self.data.streams["validation"]
             loss = describe_loss(metrics["eval_loss"], validation.num_bytes / len(validation))
-            print(f"\nstep {state.global_step:,}: validation, {self.data_args.batching}, {loss}")
-            self._print_sample(model)
+            line = f"step {state.global_step:,}: validation, {self.data_args.batching}, {loss}"
+            if state.global_step < state.max_steps:
+                self._say_sample(line, model)
+            else:
+                self.say(line)
 
-    def _print_sample(self, model):
-        print(write_sample(model, self.data.tokenizer, self.data_args.prompt), end="\n\n", flush=True)
+    def _say_sample(self, line, model):
+        self.say(f"{line}; a sample:\n{write_sample(model, self.data.tokenizer, self.data_args.prompt)}\n")
 
 
 def make_model(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, tokenizer):
@@ -150,6 +157,7 @@ def make_trainer(
     privacy_args: PrivacyArguments,
     optimization_args: OptimizationArguments,
     args: TrainArguments,
+    progress: ProgressLines,
 ):
     """Make the stock Trainer, or the private one, with the callbacks that these arguments ask for."""
     lanes = data_args.batching == "lanes"
@@ -157,7 +165,6 @@ def make_trainer(
         TruncatedBPTTCallback(data_args.state_drop_probability) if lanes else FinishedRunCallback(),
         DivergenceCallback(),
         MetricsCallback(),
-        ShowProgress(data, data_args),
     ]
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
@@ -181,6 +188,7 @@ def make_trainer(
         callbacks=callbacks,
         **budget,
     )
+    show_progress(trainer, progress)
     for reporter in get_reporting_integration_callbacks(args.report_to):
         trainer.remove_callback(reporter)  # and last again, to see what the callbacks above add to the logs
         trainer.add_callback(reporter)
@@ -250,7 +258,9 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
         learnt = data_args.tokenizer in LEARNT and data_args.model_name_or_path is None
         run["differential_privacy"] = trainer.describe() | {"tokenizer_learnt": learnt}
     write_model_card(folder, run)
-    print(f"\n{sample}\n")
+    print(
+        f"A sample of the model of step {trainer.state.best_global_step or trainer.state.global_step:,}:\n{sample}\n"
+    )
     for split, result in results.items():
         print(
             f"{split}: {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
@@ -258,6 +268,13 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
         )
     print(f"validation with the state reset every {RESET_EVERY} tokens: {reset_loss:.4f} nats per token")
     print(f"The model, its card, metrics.json and learning_curve.png are in {folder}")
+    prompt = ["--prompt", data_args.prompt] if data_args.prompt.strip() else []
+    print(f"Let it write: {sibling_command('generate.py', '--model', str(folder), *prompt)}")
+
+
+def sibling_command(script: str, *arguments: str) -> str:
+    """Write the command of another script, whose folder is named as that of this one was."""
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *arguments])
 
 
 def publish(trainer: Trainer, args: TrainArguments) -> None:
@@ -292,7 +309,9 @@ def run(arguments: list[str], held: ExitStack) -> None:
             "`byte`, or the folder of a tokenizer of public text, protects that too.",
             file=sys.stderr,
         )
-    trainer = make_trainer(model, data, data_args, privacy_args, optimization_args, args)
+    progress = ProgressWithSamples(data, data_args)
+    held.callback(progress.close)  # before the sentence with which a run may end
+    trainer = make_trainer(model, data, data_args, privacy_args, optimization_args, args, progress)
     to_publish, args.push_to_hub = (
         args.push_to_hub,
         False,
@@ -302,18 +321,25 @@ def run(arguments: list[str], held: ExitStack) -> None:
         report(trainer, data, seconds, data_args, card_args)
         if to_publish:
             publish(trainer, args)
+        else:
+            repo = f"YOUR_NAME/{Path(args.output_dir).resolve().name}"
+            print(f"Publish it: {sibling_command('push.py', '--model', args.output_dir, '--repo', repo)}")
     end_processes(trainer)
 
 
 def main(arguments: list[str]) -> None:
-    with ExitStack() as held:  # the lock on `--output_dir`, until the run has ended
-        try:
+    try:
+        with ExitStack() as held:  # the lock on `--output_dir` and the bar, until the run has ended
             run(arguments, held)
-        except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
-            sys.exit(f"train.py: {error.__cause__}")
-        except (ValueError, HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
-            sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt as stopped:
+        print(f"train.py: {stopped or 'stopped before training.'}", file=sys.stderr)
+        sys.exit(130)  # as a shell says that Ctrl-C ended a program
+    except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
+        sys.exit(f"train.py: {error.__cause__}")
+    except (ValueError, HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
+        sys.exit(f"train.py: {error}")
 
 
 if __name__ == "__main__":
+    prepare_screen()
     main(sys.argv[1:])

@@ -17,6 +17,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
+from screen import prepare_screen
 from transformers import GenerationConfig, HfArgumentParser
 
 import hf_lstm
@@ -173,6 +174,7 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
         main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
     except (HfHubHTTPError, httpx.HTTPError, ValueError, OSError, HFValidationError) as error:

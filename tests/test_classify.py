@@ -1,13 +1,17 @@
 """scripts/classify.py learns to tell texts apart, and refuses what it cannot learn from."""
 
 import csv
+import io
 import json
+import re
 import runpy
+from logging import StreamHandler, getLogger
 
 import numpy
 import pytest
 import torch
 from conftest import SCRIPTS, make_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lstm import char_tokenizer
@@ -81,12 +85,47 @@ def test_it_learns_saves_and_measures(files, classify):
 def test_validation_chooses_the_epoch_and_scratch_begins_anew(files, classify):
     flags = ["--train_file", files / "train.jsonl", "--validation_file", files / "test.csv", "--num_train_epochs", 2]
 
-    classify(*flags, "--from_scratch", "true", "--classifier_hidden_size", 0, "--classifier_pooling", "last")
+    scratch = ["--from_scratch", "true", "--classifier_hidden_size", 0, "--classifier_pooling", "last"]
+    printed = classify(*flags, *scratch, "--logging_steps", 1)
 
+    assert re.search(r"^step 1 of 2: loss [\d.]+, learning rate [\d.e-]+, \d:\d\d:\d\d left$", printed, re.MULTILINE)
+    for epoch in (1, 2):
+        assert re.search(
+            rf"^epoch {epoch}: validation, loss [\d.]+, accuracy [\d.]+%, F1 [\d.]+$", printed, re.MULTILINE
+        )
+    assert "{" not in printed
     assert json.loads((files / "out/metrics.json").read_text())["part"] == "validation"
     model = AutoModelForSequenceClassification.from_pretrained(files / "out")
     assert model.score.norm is None
     assert model.score.out_proj.in_features == model.config.output_size
+
+
+def test_only_a_new_head_may_lack_weights(files, classify):
+    classify("--train_file", files / "train.csv", "--max_steps", 1)
+    for model, name in (("out", "score.out_proj.bias"), ("language", "model.layers.0.hidden_gates.weight")):
+        weights = load_file(files / model / "model.safetensors")
+        del weights[name]
+        save_file(weights, files / model / "model.safetensors", {"format": "pt"})
+
+        with pytest.raises(SystemExit, match=f"lacks the weights {name}: name a whole model"):
+            classify("--train_file", files / "train.csv", model=model, output="more")
+
+
+def test_ctrl_c_ends_in_a_sentence(files, classify, monkeypatch, capsys):
+    def train(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.train", train)
+    handler = StreamHandler(io.StringIO())
+    monkeypatch.setattr(getLogger("transformers"), "handlers", [handler])
+
+    with pytest.raises(SystemExit) as stopped:
+        classify("--train_file", files / "train.csv")
+
+    assert handler.stream.getvalue() == ""  # a new head is not reported as a lack of weights
+    assert stopped.value.code == 130
+    said = f"classify.py: stopped before the classifier was finished: delete {files / 'out'}, and begin anew.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_figures_are_those_of_the_definitions(monkeypatch):

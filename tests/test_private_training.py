@@ -386,7 +386,7 @@ def test_train_py_trains_and_its_card_says_so(run, lines_file, tmp_path, capsys)
     state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
     logged = [entry["epsilon"] for entry in state["log_history"] if "epsilon" in entry]
     assert logged[-1] == described["epsilon"]
-    assert "'epsilon'" in printed
+    assert f", epsilon {logged[-1]:.2f}, " in printed
     assert state["num_input_tokens_seen"] > 0
 
 

@@ -25,10 +25,10 @@ def test_an_early_sample_appears_before_the_first_evaluation(run, tmp_path, text
 
     printed = run("train.py", *command, "--max_steps", 102, "--eval_steps", 200, "--save_steps", 200)
 
-    _, _, rest = printed.partition("step 100:\n")
-    sample, found, _ = rest.partition("step 102: validation")
+    _, _, rest = printed.partition("step 100; a sample:\n")
+    sample, found, _ = rest.partition("step 100 of 102: loss ")
     assert found
-    assert len(sample.split("{'")[0].strip()) > 10  # before what Trainer logs
+    assert len(sample.strip()) > 10
 
 
 def test_training_writes_model_metrics_curve_and_card(run, tmp_path, text_file):

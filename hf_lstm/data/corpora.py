@@ -149,7 +149,7 @@ def load_documents(
     if not isinstance(name, str | Path):
         raise ValueError(f"`name` ({name!r}) must be a str or a Path: name a file, a folder or a data set on the Hub.")
     check_encoding(encoding)
-    kind, files = _files(name)
+    kind, files = source_of(name)
     for file in files:
         check_file(file, may_be_empty=len(files) > 1)
     try:
@@ -180,8 +180,11 @@ def one_split(corpus: dict, split: str, name: str | Path):
     return next(iter(corpus.values()))
 
 
-def _files(name: str | Path) -> tuple[str, list[Path]]:
-    """Return the kind of a source, and its files unless `datasets` finds them."""
+def source_of(name: str | Path) -> tuple[str, list[Path]]:
+    """
+    Return the kind of a source, `text`, the suffix of a kind of records, `folder` (made by `save_to_disk`) or `hub`, and,
+    for the first two, its files.
+    """
     from datasets import config
 
     path = Path(name)

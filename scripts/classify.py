@@ -10,8 +10,6 @@ one an epoch, and all rates follow a slanted triangle (Howard & Ruder 2018). `--
 weights of the same config instead, and trains all at once and alike.
 """
 
-import csv
-import io
 import json
 import math
 import sys
@@ -25,6 +23,7 @@ import numpy
 import torch
 from evaluate_pictures import draw_confusion
 from huggingface_hub.errors import StrictDataclassError
+from reading import Reading
 from screen import prepare_screen
 from train_progress import ProgressLines, show_progress
 from transformers import (
@@ -40,8 +39,8 @@ from transformers import (
 from transformers.utils import logging
 
 from hf_lstm import LSTMConfig, LSTMForSequenceClassification
-from hf_lstm.data import read_records, read_text
 from hf_lstm.data.readers import kind_of
+from hf_lstm.data.records import choose_column, records_of
 from hf_lstm.tokenizers import direction_of, encode, in_direction
 from hf_lstm.training import DivergenceCallback, GradualUnfreezingCallback, parameter_groups, slanted_triangular
 
@@ -51,7 +50,7 @@ def flag(help, default=None):
 
 
 @dataclass
-class Arguments:
+class Arguments(Reading):
     """The texts, and the classifier."""
 
     model: str = field(metadata={"help": "A language model's or a classifier's folder, or its name on the Hub."})
@@ -59,7 +58,6 @@ class Arguments:
     validation_file: str | None = flag("File that chooses the best epoch; without it the last one is kept.")
     test_file: str | None = flag("File that is measured at the end.")
     dataset_name: str | None = flag("A data set with `train`, `validation` and `test`, on the Hub or in a folder.")
-    text_column: str = flag("The column that holds the text.", "text")
     label_column: str = flag("The column that holds its label.", "label")
     classifier_pooling: str = flag("Outputs that a new head reads: `last`, `max`, `mean` or `concat`.", "concat")
     classifier_hidden_size: int | None = flag("Width of the block of a new head; 0 for none.", 50)
@@ -89,32 +87,34 @@ Rows = tuple[list[str], list[str]]  # texts and their labels
 
 def read_rows(path: str, arguments: Arguments) -> Rows:
     """Read the texts and labels of a file."""
-    kind = kind_of(Path(path))
-    if kind in (".jsonl", ".ndjson"):
-        records = list(read_records(path))
-    elif kind == ".csv":
-        records = list(enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), 1))
-    else:
-        raise ValueError(f"{path} must be a .csv or .jsonl file of labelled texts.")
+    if kind_of(Path(path)) not in (".jsonl", ".ndjson", ".json", ".csv"):
+        raise ValueError(f"{path} must be a .csv or .jsonl file of labelled texts, with a column for each: write one.")
+    records = list(records_of(Path(path), arguments.encoding, arguments.csv_delimiter))
     return checked_rows(records, arguments, path)
 
 
-def checked_rows(records: list[tuple[int, dict]], arguments: Arguments, where: str) -> Rows:
+def checked_rows(records: list[tuple[str, dict]], arguments: Arguments, name: str) -> Rows:
+    if not records:
+        raise ValueError(f"{name} holds no row: give labelled texts.")
+    label_column, first = arguments.label_column, records[0][1]
+    text_column = arguments.text_column or choose_column(
+        {column: isinstance(value, str) for column, value in first.items() if column != label_column}, name
+    )
+    if label_column not in first:
+        raise ValueError(
+            f"{name} has no column `{label_column}`, only {', '.join(first)}: name the one that holds the labels with "
+            "`--label_column`."
+        )
     texts, labels = [], []
-    for number, record in records:
-        text, label = record.get(arguments.text_column), record.get(arguments.label_column)
-        for name, value, kinds in (
-            (arguments.text_column, text, str),
-            (arguments.label_column, label, str | int),
-        ):
+    for place, record in records:
+        text, label = record.get(text_column), record.get(label_column)
+        for column, value, kinds in ((text_column, text, str), (label_column, label, str | int)):
             if not isinstance(value, kinds) or value == "":
                 raise ValueError(
-                    f"Row {number} of {where} has nothing in `{name}` ({value!r}): write it, or leave the row out."
+                    f"{name} has nothing in `{column}` in {place} ({value!r}): write it, or leave the row out."
                 )
         texts.append(text)
         labels.append(str(label))
-    if not texts:
-        raise ValueError(f"{where} holds no row: give labelled texts.")
     return texts, labels
 
 
@@ -154,7 +154,11 @@ def load_parts(arguments: Arguments) -> dict[str, Rows]:
                         f"numbered 0 to {len(names) - 1}: it is not labelled, so save the data set without this part."
                     )
                 row[arguments.label_column] = names[label]
-            parts[name] = checked_rows(list(enumerate(rows, 1)), arguments, f"{name} of {arguments.dataset_name}")
+            parts[name] = checked_rows(
+                [(f"row {number}", row) for number, row in enumerate(rows, 1)],
+                arguments,
+                f"{name} of {arguments.dataset_name}",
+            )
     if "train" not in parts:
         raise ValueError(f"`--dataset_name` {arguments.dataset_name} has no `train` split, only {', '.join(loaded)}.")
     return parts

@@ -1,11 +1,12 @@
 """Train an LSTM language model, watch it learn, and keep everything it takes to use it.
 
 python scripts/train.py --output_dir runs/first
-python scripts/train.py --recipe scripts/recipes/shakespeare_cpu.args --output_dir runs/shakespeare
+python scripts/train.py mytext.txt --output_dir runs/mytext
+python scripts/train.py --recipe quickstart --train_file 'books/*.txt' --output_dir runs/books
 python scripts/train.py --model_name_or_path runs/first --train_file more.txt --output_dir runs/second
 
-Without a corpus it learns Python, from small modules of the standard library. A recipe is a file of flags; flags on the
-command line override it. `--output_dir` receives the best model, its tokenizer, metrics.json, learning_curve.png, a
+Without a corpus it learns Python, from small modules of the standard library. A text is a file, a folder of .txt files, or
+a pattern. A recipe is a file of flags, or the name of one in scripts/recipes; flags on the command line override it. `--output_dir` receives the best model, its tokenizer, metrics.json, learning_curve.png, a
 model card (README.md, rendered from run.json) and the checkpoints to resume from.
 
 To write a training script of your own, begin with the sixty lines of train_minimal.py:
@@ -32,6 +33,7 @@ from train_arguments import (
     OptimizationArguments,
     TrainArguments,
     load_saved,
+    name_text,
     parse,
 )
 from train_data import LEARNT, TrainingData, describe, prepare_data
@@ -244,7 +246,7 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
             seconds=whole,
             base=data_args.model_name_or_path,
         ),
-        command=repeatable_command("scripts/train.py", sys.argv[1:]),
+        command=repeatable_command("scripts/train.py", name_text(sys.argv[1:])),
         reset_at_documents=reset_at_documents,
         resets={RESET_EVERY: reset_loss},
         sample=sample,

@@ -1,13 +1,15 @@
 """Arguments of train.py: the model, the data, the card, the optimizer, and Trainer's own with other defaults."""
 
 import re
-from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field, fields
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from reading import Reading
+from train_flags import given_flags, recipe_file, with_following, with_train_file
 from train_privacy import PrivacyArguments
 from transformers import AutoConfig, HfArgumentParser
 
@@ -91,19 +93,23 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Reading):
     """The data to train on, and how it is read."""
 
     recipe: str | None = field(
         default=None,
-        metadata={"help": "A file of flags, such as those in scripts/recipes; the command line overrides it."},
+        metadata={"help": "A file of flags, or the name of one in scripts/recipes; the command line overrides it."},
     )
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A saved model's folder or Hub name, to train on from its weights with its tokenizer."},
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Text, .jsonl, .json, .csv or .parquet file, or a folder `save_to_disk` made."}
+        default=None,
+        metadata={
+            "help": "Text, .jsonl, .json, .csv or .parquet file; a pattern of these ('books/*.txt'); a folder of .txt files, "
+            "or one that `save_to_disk` made. The flag itself may be left out."
+        },
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "File for validation; without it a tenth of the training data is kept for it."}
@@ -111,7 +117,6 @@ class DataArguments:
     test_file: str | None = field(default=None, metadata={"help": "File that is evaluated once, at the end."})
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of files."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    text_column: str = field(default="text", metadata={"help": "The column of the records that holds the text."})
     join_records: bool = field(
         default=False, metadata={"help": "Whether the records are pieces of one text, as the lines of WikiText are."}
     )
@@ -390,37 +395,36 @@ def _check_utf8(flag, text):
         raise ValueError(f"`--{flag}` {text!r} is not UTF-8: type it in a terminal that is set to it.") from error
 
 
+GROUPS = (ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments)
+
+
+def name_text(arguments: list[str]) -> list[str]:
+    """Name the flag of a text that was typed without one."""
+    return with_train_file(arguments, GROUPS)
+
+
 def parse(
     arguments: list[str],
 ) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
     """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
-    found, arguments = finder.parse_known_args(arguments)
+    found, arguments = finder.parse_known_args(name_text(arguments))
     words: list[str] = []
     for recipe in found.recipe:
-        text = read_text(recipe)
+        text = read_text(recipe_file(recipe))
         if "--recipe" in text:
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
         words += text.split()
-    arguments = [*words, *arguments]
-    groups = (
-        ModelArguments,
-        DataArguments,
-        CardArguments,
-        PrivacyArguments,
-        OptimizationArguments,
-        TrainArguments,
-    )
-    parser = HfArgumentParser(groups)
+    arguments, reasons = with_following([*words, *arguments], GROUPS)
+    parser = HfArgumentParser(GROUPS)
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     model_args, data_args, _, privacy_args, _, training_args = parsed
+    if training_args.process_index == 0:
+        print(*reasons, sep="\n", end="\n" if reasons else "")
     privacy_args.check(data_args, training_args)
     if data_args.model_name_or_path is not None:
-        nothing = Namespace(**{flag.name: None for group in groups for flag in fields(group)})  # instead of defaults
-        given = vars(parser.parse_known_args(arguments, nothing)[0])
-        given = {flag: value for flag, value in given.items() if value is not None}
-        _take_saved_config(model_args, data_args.model_name_or_path, given)
+        _take_saved_config(model_args, data_args.model_name_or_path, given_flags(arguments, GROUPS)[0])
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("`--streaming` needs `--max_steps`: a stream does not say when it ends.")
     if data_args.batching != "lanes" and training_args.train_sampling_strategy == "sequential":  # the default of lanes

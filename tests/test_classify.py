@@ -141,6 +141,29 @@ def test_figures_are_those_of_the_definitions(monkeypatch):
     assert found["f1"] == pytest.approx(sum(found["f1_of_classes"]) / 3)
 
 
+def test_files_of_other_forms_are_read(files, classify):
+    (files / "train.csv").write_bytes("label;body\na;aaab äb\nb;bb, ä\n".encode("cp1252"))
+    flags = ["--train_file", files / "train.csv", "--max_steps", 1]
+
+    classify(*flags, "--encoding", "cp1252", "--csv_delimiter", ";", output="read")
+
+    assert json.loads((files / "read/metrics.json").read_text())["texts"] == 2
+    for more, message in (
+        ([], r"train.csv is not UTF-8 .* such as `--encoding cp1252`"),
+        (["--encoding", "cp1252"], r"columns seem to be separated by ';', so add `--csv_delimiter ';'`"),
+        (
+            ["--encoding", "cp1252", "--csv_delimiter", ";", "--label_column", "sort"],
+            r"train.csv has no column `text`, only label, body",
+        ),
+        (
+            ["--encoding", "cp1252", "--csv_delimiter", ";", "--label_column", "sort", "--text_column", "body"],
+            r"train.csv has no column `sort`, only label, body: name the one .* with `--label_column`",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            classify(*flags, *more)
+
+
 ONE = [("aa", "a"), ("ab", "a")]
 
 
@@ -149,9 +172,9 @@ ONE = [("aa", "a"), ("ab", "a")]
     [
         (ONE, [], "All texts of the training part have the label 'a': give at least two classes"),
         (TRAIN, [("b", "c")], "The test part has the label 'c', which no training text has"),
-        (TRAIN, [("", "a")], r"Row 1 of .*test.csv has nothing in `text` \(''\)"),
-        (TRAIN, [("a", "")], r"Row 1 of .*test.csv has nothing in `label` \(''\)"),
-        ([], TEST, "train.csv holds no row"),
+        (TRAIN, [("", "a")], r"test.csv has nothing in `text` in line 2 \(''\)"),
+        (TRAIN, [("a", "")], r"test.csv has nothing in `label` in line 2 \(''\)"),
+        ([], TEST, "train.csv holds no record"),
     ],
     ids=["a single class", "an unknown label", "no text", "no label", "no row"],
 )

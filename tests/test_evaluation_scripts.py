@@ -5,6 +5,7 @@ import gzip
 import io
 import json
 import math
+from pathlib import Path
 
 import numpy
 import pandas
@@ -163,6 +164,41 @@ def test_the_texts_of_a_file_of_records_are_measured(evaluate, tmp_path, name):
     measured = evaluate("surprisal", "--file", file, "--text_column", "sentence")
 
     assert measured == evaluate("surprisal", "--file", file_of_lines)
+
+
+def test_texts_are_read_however_they_are_stored(evaluate, tmp_path, monkeypatch):
+    """In a folder, by a pattern, in another encoding, with semicolons, and in a column of another name."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": number, "sentence": text} for number, text in enumerate(SENTENCES)]
+    Path("texts").mkdir()
+    for number, text in enumerate(SENTENCES):
+        Path(f"texts/{number}.txt").write_text(text + "\n")
+        lines(Path(f"{number}.jsonl"), rows[number : number + 1])
+    Path("lines.txt").write_text("\n".join(SENTENCES))
+    Path("wide.txt").write_bytes("\n".join(SENTENCES).encode("utf-16"))
+    Path("rows.csv").write_text("text;id\n" + "".join(f"{text};1\n" for text in SENTENCES))
+    Dataset.from_list(rows).save_to_disk("saved")
+
+    expected = evaluate("surprisal", "--file", "lines.txt")
+
+    for flags in (
+        ["texts"],
+        ["texts/[0-2].txt"],
+        ["wide.txt", "--encoding", "utf-16"],
+        ["rows.csv", "--csv_delimiter", ";"],
+        ["?.jsonl"],
+        ["saved"],
+    ):
+        assert evaluate("surprisal", "--file", *flags) == expected
+    counts = [json.loads(evaluate("stream", "--file", *flags))["tokens"] for flags in (["texts"], ["?.jsonl"])]
+    assert counts == [sum(map(len, SENTENCES)) + 3 + 3, sum(map(len, SENTENCES)) + 3]  # an <eos> after each document
+    pair = json.dumps({"sentence_good": "99 bottles", "sentence_bad": "99 sbottle"})
+    Path("pairs.jsonl").write_bytes(pair.encode("utf-16"))
+    assert json.loads(evaluate("pairs", "--file", "pairs.jsonl", "--encoding", "utf-16"))["pairs"] == 1
+    with pytest.raises(
+        SystemExit, match=r"evaluate.py: pairs.jsonl is not text.* in UTF-16, which `--encoding utf-16`"
+    ):
+        evaluate("pairs", "--file", "pairs.jsonl")
 
 
 def test_regions_come_with_their_texts(evaluate, tmp_path):

@@ -274,10 +274,10 @@ BAD_ARGUMENTS = {
     "two corpora": (["--train_file", "a.txt", "--dataset_name", "b"], "exclude each other"),
     "a short text": (
         ["--train_file", "short.txt"],
-        "The stream holds 45 tokens, and 4 lanes of one chunk of 16 need 65",
+        "`--bptt_length` (16) must be at most 4 for the validation text, which has 5 tokens: lower it, or give more text",
     ),
     "a bad tokenizer": (["--train_file", "beer.txt", "--tokenizer", "nowhere/at_all"], "nowhere/at_all"),
-    "no such column": (["--train_file", "poems.jsonl"], "has no `text` in line 1, only poem"),
+    "no such column": (["--train_file", "poems.jsonl"], "has no column `text`, only poem, author: name the one that"),
     "save between logs": (
         ["--eval_steps", "5", "--save_steps", "5"],
         r"`--save_steps` (5) must be a multiple of `--logging_steps` (2)",
@@ -291,7 +291,10 @@ BAD_ARGUMENTS = {
         ["--resume_from_checkpoint", "gone"],
         "`--resume_from_checkpoint` gone is not a complete checkpoint",
     ),
-    "no such recipe": (["--recipe", "nowhere.args"], "The file nowhere.args does not exist"),
+    "no such recipe": (
+        ["--recipe", "nowhere"],
+        "`--recipe` nowhere must be a file of flags, or one of scripts/recipes: awd_wikitext2, hybrid, quickstart,",
+    ),
     "a recipe in a recipe": (["--recipe", "nested.args"], "`--recipe` nested.args names another recipe"),
     "an unknown average": (["--averaging", "swa"], "`--averaging` swa must be `ema` or `nt_asgd`"),
     "an unknown kind": (["--no_decay", "gates"], "`--no_decay` gates must be among recurrent"),
@@ -341,7 +344,7 @@ def test_training_refuses_before_it_starts(run, tmp_path, text_file, monkeypatch
     arguments, message = BAD_ARGUMENTS[case]
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("x" * 50)
-    Path("poems.jsonl").write_text('{"poem": "a"}\n{"poem": "b"}\n')
+    Path("poems.jsonl").write_text('{"poem": "a", "author": "x"}\n{"poem": "b", "author": "y"}\n')
     Path("nested.args").write_text("--recipe other.args")
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("mine")

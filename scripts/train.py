@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import httpx
-from screen import prepare_screen
+from screen import prepare_screen, shown
 from train_arguments import (
     CardArguments,
     DataArguments,
@@ -103,7 +103,7 @@ class ProgressWithSamples(ProgressLines):
                 self.say(line)
 
     def _say_sample(self, line, model):
-        self.say(f"{line}; a sample:\n{write_sample(model, self.data.tokenizer, self.data_args.prompt)}\n")
+        self.say(f"{line}; a sample:\n{shown(write_sample(model, self.data.tokenizer, self.data_args.prompt))}\n")
 
 
 def make_model(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, tokenizer):

@@ -126,6 +126,13 @@ def test_a_terminal_shows_one_bar_at_a_time(train):
     assert "model shards" not in shown
 
 
+def test_a_terminal_obeys_no_sample(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from screen import shown
+
+    assert shown("a\x1b[2J\tb\r\nc\rd\x08\u3000é") == "a\\x1b[2J\tb\r\nc\\rd\\x08\u3000é"
+
+
 @pytest.fixture
 def stop_at(run, monkeypatch, capsys, tmp_path, text_file):
     """Stops a run of train.py at its n-th sample, and gives the sentence with which it ends."""

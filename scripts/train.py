@@ -332,7 +332,8 @@ def main(arguments: list[str]) -> None:
         with ExitStack() as held:  # the lock on `--output_dir` and the bar, until the run has ended
             run(arguments, held)
     except KeyboardInterrupt as stopped:
-        print(f"train.py: {stopped or 'stopped before training.'}", file=sys.stderr)
+        if str(stopped):  # in the process that speaks for all
+            print(f"train.py: {stopped}", file=sys.stderr)
         sys.exit(130)  # as a shell says that Ctrl-C ended a program
     except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
         sys.exit(f"train.py: {error.__cause__}")

@@ -181,6 +181,18 @@ def test_ctrl_c_before_the_first_checkpoint_keeps_nothing(stop_at, tmp_path):
     assert stop_at(1, "--report_to", "tensorboard") == begun
 
 
+def test_one_process_speaks_for_all(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from train_arguments import TrainArguments
+    from train_folder import take_folder
+
+    monkeypatch.setattr(TrainArguments, "process_index", 1)
+    taken = take_folder(TrainArguments(str(tmp_path), use_cpu=True), carried=True)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), taken:
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("passes", [1, 2])
 def test_the_curve_of_one_pass_says_how_to_read_a_gap(tmp_path, passes):
     history = [{"step": step, "loss": 1 / step, "epoch": passes * step / 4} for step in range(1, 5)]

@@ -1,5 +1,6 @@
 """The screen that scripts write to: a terminal, or a file in some encoding."""
 
+import re
 import sys
 from logging import getLogger
 
@@ -7,6 +8,7 @@ from transformers.utils import logging
 
 CHATTER = ("Loading weights", "Writing model shards")  # bars of transformers that are full in a moment
 SWIFT = "mtime may not be reliable"  # a warning of checkpoints that were written within a second
+CONTROLS = re.compile("\r(?!\n)|[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")  # without tabs and line ends
 
 
 def prepare_screen() -> None:
@@ -23,6 +25,11 @@ def prepare_screen() -> None:
     logging.disable_progress_bar()  # huggingface_hub's too
     if "datasets" in sys.modules:  # a script that reads no corpus need not wait a second for it
         sys.modules["datasets"].disable_progress_bars()
+
+
+def shown(text: str) -> str:
+    """Escape the control characters of a text that a model wrote: a terminal would obey them."""
+    return CONTROLS.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def _without_chatter(bar, arguments, options):

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import httpx
-from screen import prepare_screen
+from screen import prepare_screen, shown
 from train_arguments import (
     CardArguments,
     DataArguments,
@@ -105,7 +105,7 @@ class ProgressWithSamples(ProgressLines):
                 self.say(line)
 
     def _say_sample(self, line, model):
-        self.say(f"{line}; a sample:\n{write_sample(model, self.data.tokenizer, self.data_args.prompt)}\n")
+        self.say(f"{line}; a sample:\n{shown(write_sample(model, self.data.tokenizer, self.data_args.prompt))}\n")
 
 
 def make_model(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, tokenizer):
@@ -334,7 +334,8 @@ def main(arguments: list[str]) -> None:
         with ExitStack() as held:  # the lock on `--output_dir` and the bar, until the run has ended
             run(arguments, held)
     except KeyboardInterrupt as stopped:
-        print(f"train.py: {stopped or 'stopped before training.'}", file=sys.stderr)
+        if str(stopped):  # in the process that speaks for all
+            print(f"train.py: {stopped}", file=sys.stderr)
         sys.exit(130)  # as a shell says that Ctrl-C ended a program
     except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
         sys.exit(f"train.py: {error.__cause__}")

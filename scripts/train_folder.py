@@ -38,7 +38,7 @@ def take_folder(args: TrainArguments, carried: bool):
         try:
             yield
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(_describe_stop(args, carried)) from None
+            raise KeyboardInterrupt(_describe_stop(args, carried) if args.process_index == 0 else "") from None
 
 
 @contextmanager

@@ -126,6 +126,13 @@ def test_a_terminal_shows_one_bar_at_a_time(train):
     assert "model shards" not in shown
 
 
+def test_a_terminal_obeys_no_sample(monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from screen import shown
+
+    assert shown("a\x1b[2J\tb\r\nc\rd\x08\u3000é") == "a\\x1b[2J\tb\r\nc\\rd\\x08\u3000é"
+
+
 @pytest.fixture
 def stop_at(run, monkeypatch, capsys, tmp_path, text_file):
     """Stops a run of train.py at its n-th sample, and gives the sentence with which it ends."""
@@ -172,6 +179,18 @@ def test_ctrl_c_before_the_first_checkpoint_keeps_nothing(stop_at, tmp_path):
     assert not (tmp_path / "run").exists()
     begun = f"{said}: delete {tmp_path / 'run'}, and the same command begins anew.\n"
     assert stop_at(1, "--report_to", "tensorboard") == begun
+
+
+def test_one_process_speaks_for_all(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from train_arguments import TrainArguments
+    from train_folder import take_folder
+
+    monkeypatch.setattr(TrainArguments, "process_index", 1)
+    taken = take_folder(TrainArguments(str(tmp_path), use_cpu=True), carried=True)
+
+    with pytest.raises(KeyboardInterrupt, match=r"^$"), taken:
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("passes", [1, 2])

@@ -99,10 +99,15 @@ def checked_rows(records: list[tuple[int, dict]], arguments: Arguments, where: s
     texts, labels = [], []
     for number, record in records:
         text, label = record.get(arguments.text_column), record.get(arguments.label_column)
-        for name, value, kinds in (
-            (arguments.text_column, text, str),
-            (arguments.label_column, label, str | int),
+        for argument, name, value, kinds in (
+            ("text_column", arguments.text_column, text, str),
+            ("label_column", arguments.label_column, label, str | int),
         ):
+            if name not in record:
+                raise ValueError(
+                    f"Row {number} of {where} has no column `{name}`, only {', '.join(f'`{other}`' for other in record)}: name "
+                    f"another by `--{argument}`."
+                )
             if not isinstance(value, kinds) or value == "":
                 raise ValueError(
                     f"Row {number} of {where} has nothing in `{name}` ({value!r}): write it, or leave the row out."
@@ -178,11 +183,14 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
         "label2id": {name: number for number, name in enumerate(classes)},
     }
     if config.architectures == [LSTMForSequenceClassification.__name__]:
-        if config.num_labels != len(classes):
+        saved = [config.id2label[number] for number in range(config.num_labels)]
+        if not arguments.from_scratch and sorted(saved) != classes:
             raise ValueError(
-                f"`--model` {arguments.model} tells {config.num_labels} classes apart, and the training part has {len(classes)}: "
-                "name the language model that it was made from."
+                f"`--model` {arguments.model} tells {listed(saved)} apart, and the training part has {listed(classes)}: name "
+                "the language model that it was made from."
             )
+        if not arguments.from_scratch:
+            names = {}  # the head keeps the order of its classes
     else:
         names |= {
             "classifier_pooling": arguments.classifier_pooling,
@@ -191,6 +199,12 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
     if arguments.from_scratch:
         return LSTMForSequenceClassification(AutoConfig.from_pretrained(arguments.model, **names))
     return AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32, **names)
+
+
+def listed(classes: list[str]) -> str:
+    """Return the number of classes and the names of the first ones."""
+    shown = ", ".join(map(repr, classes[:5])) + (", ..." if len(classes) > 5 else "")
+    return f"{len(classes)} classes ({shown})"
 
 
 def figures(truth: numpy.ndarray, guesses: numpy.ndarray, classes: int) -> dict[str, Any]:
@@ -258,6 +272,7 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = make_classifier(arguments, classes)
+    classes = [model.config.id2label[number] for number in range(len(classes))]
     parts = {name: items_of(part, tokenizer, direction_of(model), classes, name) for name, part in rows.items()}
     trainer = make_trainer(model, parts, tokenizer, arguments, args)
     trainer.train()

@@ -127,11 +127,51 @@ def test_rows_that_cannot_be_learnt_from_are_refused(files, classify, train, tes
     assert not (files / "out/model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("sentence,label", "has no column `text`, only `sentence`, `label`: name another by `--text_column`"),
+        ("text,class", "has no column `label`, only `text`, `class`: name another by `--label_column`"),
+        ("text;label", "has no column `text`, only `text;label`"),
+    ],
+)
+def test_a_missing_column_is_named(files, classify, header, message):
+    (files / "train.csv").write_text(f"{header}\na,a\n" if "," in header else f"{header}\na;a\n")
+
+    with pytest.raises(SystemExit, match=r"Row 1 of .*train.csv " + message):
+        classify("--train_file", files / "train.csv")
+
+
+def test_a_head_keeps_the_order_of_its_classes(files, classify):
+    """A head made elsewhere need not know them in the order of the alphabet."""
+    classify("--train_file", files / "train.csv", "--num_train_epochs", 5, "--per_device_train_batch_size", 5)
+    model = AutoModelForSequenceClassification.from_pretrained(files / "out")
+    model.config.id2label, model.config.label2id = {0: "b", 1: "a"}, {"b": 0, "a": 1}
+    for parameter in (model.score.out_proj.weight, model.score.out_proj.bias):
+        parameter.data = parameter.data.flip(0)
+    model.save_pretrained(files / "out")
+
+    flags = ["--train_file", files / "train.csv", "--test_file", files / "test.csv", "--learning_rate", 1e-9]
+    classify(*flags, "--max_steps", 1, model="out", output="more")
+
+    metrics = json.loads((files / "more/metrics.json").read_text())
+    assert (metrics["classes"], metrics["accuracy"]) == (["b", "a"], 1)
+    assert AutoModelForSequenceClassification.from_pretrained(files / "more").config.id2label == {0: "b", 1: "a"}
+
+
 def test_a_classifier_of_other_classes_is_refused(files, classify):
     classify("--train_file", files / "train.csv", "--max_steps", 1)
     (files / "train.csv").write_text("text,label\na,a\nb,b\nab,c\n")
 
-    with pytest.raises(SystemExit, match=r"tells 2 classes apart, and the training part has 3"):
+    with pytest.raises(
+        SystemExit,
+        match=r"tells 2 classes \('a', 'b'\) apart, and the training part has 3 classes \('a', 'b', 'c'\): name the language",
+    ):
+        classify("--train_file", files / "train.csv", model="out", output="more")
+    (files / "train.csv").write_text("text,label\na,a\nb,c\n")
+    with pytest.raises(
+        SystemExit, match=r"tells 2 classes \('a', 'b'\) apart, and the training part has 2 classes \('a', 'c'\)"
+    ):
         classify("--train_file", files / "train.csv", model="out", output="more")
     with pytest.raises(SystemExit, match="already holds something"):
         classify("--train_file", files / "train.csv")

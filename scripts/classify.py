@@ -106,9 +106,23 @@ def checked_rows(records: list[tuple[str, dict]], arguments: Arguments, name: st
             "`--label_column`."
         )
     texts, labels = [], []
+<<<<<<< HEAD
     for place, record in records:
         text, label = record.get(text_column), record.get(label_column)
         for column, value, kinds in ((text_column, text, str), (label_column, label, str | int)):
+=======
+    for number, record in records:
+        text, label = record.get(arguments.text_column), record.get(arguments.label_column)
+        for argument, name, value, kinds in (
+            ("text_column", arguments.text_column, text, str),
+            ("label_column", arguments.label_column, label, str | int),
+        ):
+            if name not in record:
+                raise ValueError(
+                    f"Row {number} of {where} has no column `{name}`, only {', '.join(f'`{other}`' for other in record)}: name "
+                    f"another by `--{argument}`."
+                )
+>>>>>>> 46825668810ec83a2adfd8179e1ea4a093e24344
             if not isinstance(value, kinds) or value == "":
                 raise ValueError(
                     f"{name} has nothing in `{column}` in {place} ({value!r}): write it, or leave the row out."
@@ -185,13 +199,21 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
     }
+<<<<<<< HEAD
     has_head = config.architectures == [LSTMForSequenceClassification.__name__]
     if has_head:
         if config.num_labels != len(classes):
+=======
+    if config.architectures == [LSTMForSequenceClassification.__name__]:
+        saved = [config.id2label[number] for number in range(config.num_labels)]
+        if not arguments.from_scratch and sorted(saved) != classes:
+>>>>>>> 46825668810ec83a2adfd8179e1ea4a093e24344
             raise ValueError(
-                f"`--model` {arguments.model} tells {config.num_labels} classes apart, and the training part has {len(classes)}: "
-                "name the language model that it was made from."
+                f"`--model` {arguments.model} tells {listed(saved)} apart, and the training part has {listed(classes)}: name "
+                "the language model that it was made from."
             )
+        if not arguments.from_scratch:
+            names = {}  # the head keeps the order of its classes
     else:
         names |= {
             "classifier_pooling": arguments.classifier_pooling,
@@ -210,6 +232,12 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
     if lacking := sorted(key for key in found["missing_keys"] if has_head or not key.startswith("score.")):
         raise ValueError(f"`--model` {arguments.model} lacks the weights {lacking[0]}: name a whole model.")
     return model
+
+
+def listed(classes: list[str]) -> str:
+    """Return the number of classes and the names of the first ones."""
+    shown = ", ".join(map(repr, classes[:5])) + (", ..." if len(classes) > 5 else "")
+    return f"{len(classes)} classes ({shown})"
 
 
 def figures(truth: numpy.ndarray, guesses: numpy.ndarray, classes: int) -> dict[str, Any]:
@@ -290,6 +318,7 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = make_classifier(arguments, classes)
+    classes = [model.config.id2label[number] for number in range(len(classes))]
     parts = {name: items_of(part, tokenizer, direction_of(model), classes, name) for name, part in rows.items()}
     with closing(ProgressWithAccuracy()) as progress:  # also before the sentence with which a run may end
         trainer = make_trainer(model, parts, tokenizer, arguments, args, progress)

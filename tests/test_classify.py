@@ -189,11 +189,51 @@ def test_rows_that_cannot_be_learnt_from_are_refused(files, classify, train, tes
     assert not (files / "out/model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ("sentence,label", "has no column `text`, only `sentence`, `label`: name another by `--text_column`"),
+        ("text,class", "has no column `label`, only `text`, `class`: name another by `--label_column`"),
+        ("text;label", "has no column `text`, only `text;label`"),
+    ],
+)
+def test_a_missing_column_is_named(files, classify, header, message):
+    (files / "train.csv").write_text(f"{header}\na,a\n" if "," in header else f"{header}\na;a\n")
+
+    with pytest.raises(SystemExit, match=r"Row 1 of .*train.csv " + message):
+        classify("--train_file", files / "train.csv")
+
+
+def test_a_head_keeps_the_order_of_its_classes(files, classify):
+    """A head made elsewhere need not know them in the order of the alphabet."""
+    names = {"id2label": {0: "b", 1: "a"}, "label2id": {"b": 0, "a": 1}}
+    model = AutoModelForSequenceClassification.from_pretrained(files / "language", **names)
+    model.score.out_proj.weight.data.zero_()
+    model.score.out_proj.bias.data = torch.tensor([1.0, 0.0])  # it calls every text b
+    model.save_pretrained(files / "head")
+    AutoTokenizer.from_pretrained(files / "language").save_pretrained(files / "head")
+
+    flags = ["--train_file", files / "train.csv", "--test_file", files / "test.csv", "--learning_rate", 1e-9]
+    classify(*flags, "--max_steps", 1, model="head")
+
+    metrics = json.loads((files / "out/metrics.json").read_text())
+    assert (metrics["classes"], metrics["confusion"]) == (["b", "a"], [[2, 0], [1, 0]])
+    assert AutoModelForSequenceClassification.from_pretrained(files / "out").config.id2label == {0: "b", 1: "a"}
+
+
 def test_a_classifier_of_other_classes_is_refused(files, classify):
     classify("--train_file", files / "train.csv", "--max_steps", 1)
     (files / "train.csv").write_text("text,label\na,a\nb,b\nab,c\n")
 
-    with pytest.raises(SystemExit, match=r"tells 2 classes apart, and the training part has 3"):
+    with pytest.raises(
+        SystemExit,
+        match=r"tells 2 classes \('a', 'b'\) apart, and the training part has 3 classes \('a', 'b', 'c'\): name the language",
+    ):
+        classify("--train_file", files / "train.csv", model="out", output="more")
+    (files / "train.csv").write_text("text,label\na,a\nb,c\n")
+    with pytest.raises(
+        SystemExit, match=r"tells 2 classes \('a', 'b'\) apart, and the training part has 2 classes \('a', 'c'\)"
+    ):
         classify("--train_file", files / "train.csv", model="out", output="more")
     with pytest.raises(SystemExit, match="already holds something"):
         classify("--train_file", files / "train.csv")

@@ -58,7 +58,7 @@ UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
 SOURCES = {
     "folder": ("be read as a folder made by `save_to_disk`", "make it again"),
-    "hub": ("be found, on this disk or on the Hub", "correct its name"),
+    "hub": ("be found, on this disk or on the Hub", "correct its name, or log in by `hf auth login`"),
 }
 CACHE_VERSION = 1  # of the rows in the cache: a new number invalidates those of earlier versions
 

@@ -89,10 +89,11 @@ class Surprisal(Reading, Arguments):
 
 
 @dataclass
-class Pairs(Reading, Arguments):
+class Pairs(Arguments):
     """Accuracy on minimal pairs, such as BLiMP's: how often the good sentence is the more probable one."""
 
     file: str | None = flag("A .jsonl file whose records have `sentence_good` and `sentence_bad`.")
+    encoding: str = flag("The encoding of the file, as Python names it.", "utf-8")
     start_token: str | None = flag("Token that the first one is predicted from, such as <eos>.")
 
 

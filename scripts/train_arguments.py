@@ -15,6 +15,7 @@ from transformers import AutoConfig, HfArgumentParser
 
 from hf_lstm import LSTMConfig
 from hf_lstm.data import read_text
+from hf_lstm.data.corpora import source_of
 from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.training import LSTMTrainingArguments
 from hf_lstm.training.optimization import KINDS
@@ -197,6 +198,13 @@ class DataArguments(Reading):
             if getattr(self, flag) == "":
                 thing = "model" if flag == "model_name_or_path" else "corpus"
                 raise ValueError(f"`--{flag}` is empty: name a {thing}, or leave the flag out.")
+        for flag in ("train_file", "validation_file", "test_file"):
+            name = getattr(self, flag)
+            if name is not None and source_of(name)[0] == "hub":
+                raise ValueError(
+                    f"`--{flag}` {name} does not exist: name a file, a folder or a pattern, or a data set on the Hub by "
+                    "`--dataset_name`."
+                )
         _check_utf8("prompt", self.prompt)
         if self.batching not in ("lanes", "packed", "padded"):
             raise ValueError(f"`--batching` {self.batching} must be `lanes`, `packed` or `padded`.")

@@ -100,7 +100,14 @@ def _strategies(given: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
             f"`--eval_strategy` {evaluates} and `--save_strategy` {saves} must be the same, so that the best model is saved: "
             "leave one of them out, or add `--load_best_model_at_end false`."
         )
-    return {"save_strategy": evaluates} if "eval_strategy" in given else {"eval_strategy": saves}
+    leader, follower = ("eval", "save") if "eval_strategy" in given else ("save", "eval")
+    strategy = asked[f"{leader}_strategy"]
+    if f"{follower}_steps" in given and strategy != "steps":
+        raise ValueError(
+            f"`--{leader}_strategy` {strategy} and `--{follower}_steps` ({_typed(given[f'{follower}_steps'])}) exclude each other, "
+            "since evaluations and checkpoints come together: leave one of them out."
+        )
+    return {f"{follower}_strategy": strategy}
 
 
 def _steps(given: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:

@@ -234,6 +234,10 @@ BAD = {
         ["beer.txt", "blank.jsonl"],
         "`beer.txt` is one text too many: name one file, a folder, or a pattern",
     ),
+    "no such folder": (
+        ["--train_file", "books"],
+        "`--train_file` books does not exist: name a file, a folder or a pattern, or a data set on the Hub by",
+    ),
     "a pattern of nothing": (["--train_file", "*.tex"], "No file matches *.tex: correct the pattern"),
     "an empty folder": (["--train_file", "empty"], "The folder empty holds neither a .txt file nor a data set"),
     "another delimiter": (

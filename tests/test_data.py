@@ -557,7 +557,7 @@ BAD_FILES = {
         "half.jsonl cannot be read as jsonl: line 1 holds half of a character",
     ),
     "header.csv": (b"text\n", "header.csv"),
-    "org/absent": (None, "org/absent cannot be found, on this disk or on the Hub"),
+    "org/absent": (None, r"org/absent cannot be found, on this disk or on the Hub \(.*\): correct its name"),
 }
 
 

@@ -121,6 +121,10 @@ def test_flags_of_steps_follow_one_another(flags, monkeypatch, tmp_path, typed, 
 @pytest.mark.parametrize(
     ("typed", "message"),
     [
+        (
+            "--eval_strategy epoch --save_steps 9",
+            r"`--eval_strategy` epoch and `--save_steps` \(9\) exclude each other",
+        ),
         ("--save_steps 100 --eval_steps 30", r"`--save_steps` \(100\) must be a multiple of `--eval_steps` \(30\)"),
         (
             "--eval_strategy no --load_best_model_at_end true",

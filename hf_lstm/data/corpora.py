@@ -56,7 +56,10 @@ logger = logging.get_logger(__name__)
 SPLITS = ("train", "validation", "test")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
 RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
-SOURCES = {"folder": "be read as a folder made by `save_to_disk`", "hub": "be found, on this disk or on the Hub"}
+SOURCES = {
+    "folder": ("be read as a folder made by `save_to_disk`", "make it again"),
+    "hub": ("be found, on this disk or on the Hub", "correct its name, or log in by `hf auth login`"),
+}
 CACHE_VERSION = 1  # of the rows in the cache: a new number invalidates those of earlier versions
 
 
@@ -166,8 +169,9 @@ def load_documents(
         for known in (error, error.__cause__):
             if isinstance(known, CorpusError):
                 raise known from None
-        source = SOURCES.get(kind, f"be read as {kind.removeprefix('.')}")
-        raise ValueError(f"{name} cannot {source}: {error.__cause__ or error}") from error
+        source, remedy = SOURCES.get(kind, (f"be read as {kind.removeprefix('.')}", "look whether it is damaged"))
+        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"{name} cannot {source} ({reason}): {remedy}.") from error
     return (IterableDatasetDict if streaming else DatasetDict)(corpus)
 
 

@@ -100,35 +100,20 @@ def checked_rows(records: list[tuple[str, dict]], arguments: Arguments, name: st
     text_column = arguments.text_column or choose_column(
         {column: isinstance(value, str) for column, value in first.items() if column != label_column}, name
     )
-    if label_column not in first:
-        raise ValueError(
-            f"{name} has no column `{label_column}`, only {', '.join(first)}: name the one that holds the labels with "
-            "`--label_column`."
-        )
     texts, labels = [], []
-<<<<<<< HEAD
     for place, record in records:
-        text, label = record.get(text_column), record.get(label_column)
-        for column, value, kinds in ((text_column, text, str), (label_column, label, str | int)):
-=======
-    for number, record in records:
-        text, label = record.get(arguments.text_column), record.get(arguments.label_column)
-        for argument, name, value, kinds in (
-            ("text_column", arguments.text_column, text, str),
-            ("label_column", arguments.label_column, label, str | int),
-        ):
-            if name not in record:
+        for flag_of, column, kinds in (("text_column", text_column, str), ("label_column", label_column, str | int)):
+            if column not in record:
+                columns = ", ".join(f"`{other}`" for other in record)
                 raise ValueError(
-                    f"Row {number} of {where} has no column `{name}`, only {', '.join(f'`{other}`' for other in record)}: name "
-                    f"another by `--{argument}`."
+                    f"{name} has no column `{column}` in {place}, only {columns}: name another by `--{flag_of}`."
                 )
->>>>>>> 46825668810ec83a2adfd8179e1ea4a093e24344
-            if not isinstance(value, kinds) or value == "":
+            if not isinstance(record[column], kinds) or record[column] == "":
                 raise ValueError(
-                    f"{name} has nothing in `{column}` in {place} ({value!r}): write it, or leave the row out."
+                    f"{name} has nothing in `{column}` in {place} ({record[column]!r}): write it, or leave the row out."
                 )
-        texts.append(text)
-        labels.append(str(label))
+        texts.append(record[text_column])
+        labels.append(str(record[label_column]))
     return texts, labels
 
 
@@ -199,15 +184,10 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
     }
-<<<<<<< HEAD
     has_head = config.architectures == [LSTMForSequenceClassification.__name__]
     if has_head:
-        if config.num_labels != len(classes):
-=======
-    if config.architectures == [LSTMForSequenceClassification.__name__]:
         saved = [config.id2label[number] for number in range(config.num_labels)]
         if not arguments.from_scratch and sorted(saved) != classes:
->>>>>>> 46825668810ec83a2adfd8179e1ea4a093e24344
             raise ValueError(
                 f"`--model` {arguments.model} tells {listed(saved)} apart, and the training part has {listed(classes)}: name "
                 "the language model that it was made from."

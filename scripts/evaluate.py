@@ -20,12 +20,13 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from command_line import Parser
 from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
 from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy
+from saved_models import load_model
 from standard_library import standard_library
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_lstm import TokenStream, evaluate_stream, load_corpus, minimal_pairs, surprisal, word_surprisal
 from hf_lstm.data import joined, load_documents, read_records, read_text
@@ -119,7 +120,9 @@ class Adapt(Arguments):
 class Gradients(Arguments):
     """The norm of the gradient of the loss by earlier states, by their distance: do gradients vanish or explode?"""
 
-    model: list[str] = field(metadata={"help": "Folders of one or several models, or their names on the Hub."})
+    model: list[str] | None = field(
+        default=None, metadata={"help": "Folders of one or several models, or their names on the Hub."}
+    )
     file: str | None = flag("Text, .jsonl, .csv or .parquet file; Python's standard library without it.")
     split: str | None = flag(
         "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
@@ -147,10 +150,10 @@ def read_split(arguments: Stream | Gradients):
 
 
 def stream(arguments: Stream, model, tokenizer) -> None:
-    tokens = stream_of(read_split(arguments), model, tokenizer)
     resets = {"reset_at_documents": arguments.reset_at_documents, "reset_every": arguments.reset_every}
     if arguments.picture is not None and not any(resets.values()):
         raise ValueError("`--picture` shows what follows a zero state: add `--reset_at_documents` or `--reset_every`.")
+    tokens = stream_of(read_split(arguments), model, tokenizer)
     result = evaluate_stream(
         model,
         tokens,
@@ -388,11 +391,7 @@ def main(task: str, arguments: Arguments) -> None:
 
 def load(name: str, trust_remote_code: bool):
     """Load a model and its tokenizer, after checking that they belong together."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, device_map="auto")
+    model, tokenizer = load_model(name, trust_remote_code)
     check_tokenizer(model, tokenizer)
     known = max(tokenizer.get_vocab().values()) + 1
     if known < model.config.vocab_size:
@@ -401,12 +400,13 @@ def load(name: str, trust_remote_code: bool):
 
 
 if __name__ == "__main__":
-    task = sys.argv[1] if len(sys.argv) > 1 else None
+    task, *flags = sys.argv[1:] or [None]
     if task in ("--help", "-h"):
         sys.exit(print(__doc__))
     if task not in TASKS:
         sys.exit(f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}.")
     try:
-        main(task, *HfArgumentParser(TASKS[task][0]).parse_args_into_dataclasses(sys.argv[2:]))
+        kind = TASKS[task][0]
+        main(task, *Parser(kind, kind.__doc__).parse_args_into_dataclasses(flags))
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

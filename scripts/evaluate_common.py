@@ -18,7 +18,7 @@ def flag(help, default=None, **options):
 class Arguments:
     """Arguments of every task."""
 
-    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
+    model: str | None = flag("A model's folder, an adapter's (LoRA), or its name on the Hub.")
     trust_remote_code: bool = flag("Whether to run code that comes with the model.", False)
     output_file: str | None = flag("Where to write the result too.")
 

@@ -274,7 +274,7 @@ def publish(trainer: Trainer, args: TrainArguments) -> None:
 
 def run(arguments: list[str], held: ExitStack) -> None:
     """Read the arguments, prepare the data, make model and Trainer, train, report and publish."""
-    model_args, data_args, card_args, privacy_args, optimization_args, args = parse(arguments)
+    model_args, data_args, card_args, privacy_args, optimization_args, args = parse(arguments, __doc__)
     held.enter_context(take_folder(args, carried=data_args.batching == "lanes"))
     if find_spec("matplotlib") is None:
         raise ValueError('The learning curve needs matplotlib: `pip install "hf-lstm[train]"`.')

@@ -3,13 +3,14 @@
 import re
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from command_line import Parser, check_trainer_flags
 from huggingface_hub.errors import StrictDataclassError
+from saved_models import check_source
 from train_privacy import PrivacyArguments
-from transformers import AutoConfig, HfArgumentParser
+from transformers import AutoConfig
 
 from hf_lstm import LSTMConfig
 from hf_lstm.data import read_text
@@ -317,6 +318,15 @@ class TrainArguments(LSTMTrainingArguments):
         default="all", metadata={"help": "Whether to log tokens, and tokens per second."}
     )
     report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
+    max_steps: int = field(default=-1, metadata={"help": "Steps to train, instead of `--num_train_epochs`."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 for none."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is a GPU."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights and order."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "`true` goes on with the run that `--output_dir` holds, or name a checkpoint."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Whether to publish the model when it is trained."})
     hub_strategy: str = field(
         default="end", metadata={"help": "Must be `end`: the folder is checked before it is uploaded."}
@@ -337,6 +347,7 @@ class TrainArguments(LSTMTrainingArguments):
             )
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.05}
+        check_trainer_flags(self)
         super().__post_init__()
         in_steps = (
             self.save_strategy == self.logging_strategy == "steps" and min(self.save_steps, self.logging_steps) >= 1
@@ -365,8 +376,7 @@ def _take_saved_config(model_args: ModelArguments, name: str, given: dict[str, A
                 f"`--{flag}` and `--model_name_or_path` exclude each other, since the tokenizer of {name} is kept: leave one "
                 "of them out."
             )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"`--model_name_or_path` {name} lacks a config.json: name the folder of a saved model.")
+    check_source(name, "--model_name_or_path")
     config = load_saved(AutoConfig, name)
     if not isinstance(config, LSTMConfig):
         raise ValueError(
@@ -392,6 +402,7 @@ def _check_utf8(flag, text):
 
 def parse(
     arguments: list[str],
+    description: str = "",
 ) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
     """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
@@ -412,7 +423,7 @@ def parse(
         OptimizationArguments,
         TrainArguments,
     )
-    parser = HfArgumentParser(groups)
+    parser = Parser(groups, description)
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     model_args, data_args, _, privacy_args, _, training_args = parsed
     privacy_args.check(data_args, training_args)

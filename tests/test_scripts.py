@@ -502,26 +502,6 @@ def test_evaluation_repeats_the_loss_of_training(run, trained, tmp_path):
     assert json.loads(run("evaluate.py", "stream", "--model", trained, "--file", file))["tokens"] == len(TEXT) - 1
 
 
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
-        ("generate.py", ["--model", "."], "generate.py: . contains no config.json"),
-        ("evaluate.py", ["stream", "--model", "."], "evaluate.py: . holds no config.json"),
-        ("evaluate.py", ["stream", "--modle", "x"], None),
-        ("generate.py", [], None),
-    ],
-)
-def test_missing_models_are_refused_by_name(run, tmp_path, monkeypatch, script, arguments, message):
-    monkeypatch.chdir(tmp_path)
-
-    with pytest.raises(SystemExit) as stopped:
-        run(script, *arguments)
-
-    assert (
-        stopped.value.code == (message and f"{message}: name the folder of a saved model.") or stopped.value.code == 2
-    )
-
-
 def test_evaluation_refuses_invalid_arguments(run, trained, monkeypatch):
     for arguments, message in (
         (["--file", "nowhere.txt"], "The file nowhere.txt does not exist"),

@@ -10,7 +10,7 @@ python scripts/evaluate.py privacy --model runs/shakespeare --train_file tinysha
 python scripts/evaluate.py noise --model runs/shakespeare --train_file tinyshakespeare.txt --picture noise.png
 
 The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
-`python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
+`python scripts/evaluate.py stream --help` lists the flags of the first, which is meant where no task is named, and so on.
 """
 
 import csv
@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from command_line import Parser
-from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
+from evaluate_common import Arguments, as_json, corpus_of_run, flag, log, stream_of, write_result
 from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy
@@ -48,7 +48,9 @@ from hf_lstm.tokenizers import direction_of
 class Stream(Arguments):
     """The loss of a corpus, with the state carried from beginning to end."""
 
-    file: str | None = flag("Text, .jsonl, .csv or .parquet file; Python's standard library without it.")
+    file: str | None = flag(
+        "Text, .jsonl, .csv or .parquet file; without it the validation text of the model's own run."
+    )
     split: str | None = flag(
         "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
     )
@@ -137,7 +139,10 @@ class Gradients(Arguments):
 
 def read_split(arguments: Stream | Gradients):
     """Read the texts of `--file` and `--split`."""
-    if arguments.file is not None and arguments.split is None:
+    if arguments.file is None and isinstance(arguments, Stream):
+        corpus, split = corpus_of_run(arguments.model), arguments.split or "validation"
+        log(f"The text is the {split} text of the run that {arguments.model} is of.")
+    elif arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
         corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
     else:
@@ -400,11 +405,15 @@ def load(name: str, trust_remote_code: bool):
 
 
 if __name__ == "__main__":
-    task, *flags = sys.argv[1:] or [None]
+    task, *flags = sys.argv[1:] or ["stream"]
     if task in ("--help", "-h"):
         sys.exit(print(__doc__))
+    if task.startswith("--"):
+        task, flags = "stream", [task, *flags]
     if task not in TASKS:
-        sys.exit(f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}.")
+        sys.exit(
+            f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}, or be left out for stream."
+        )
     try:
         kind = TASKS[task][0]
         main(task, *Parser(kind, kind.__doc__).parse_args_into_dataclasses(flags))

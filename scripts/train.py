@@ -14,7 +14,6 @@ python scripts/train_minimal.py
 """
 
 import json
-import platform
 import shlex
 import sys
 from contextlib import ExitStack
@@ -24,6 +23,7 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import httpx
+from standard_library import DESCRIPTION
 from train_arguments import (
     CardArguments,
     DataArguments,
@@ -69,8 +69,6 @@ from hf_lstm.training.report import (
 )
 
 FIRST_SAMPLE = 100  # step; the first evaluation, by default at step 500, would be long to wait for
-
-STANDARD_LIBRARY = f"small modules of Python {platform.python_version()}'s standard library"
 
 
 class ShowProgress(TrainerCallback):
@@ -226,7 +224,7 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
     run = describe_run(
         folder,
         model,
-        data=card_args.data_description or file or data_args.dataset_name or STANDARD_LIBRARY,
+        data=card_args.data_description or file or data_args.dataset_name or DESCRIPTION,
         results=results,
         procedure=describe_procedure(
             trainer,

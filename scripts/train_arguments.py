@@ -1,6 +1,7 @@
 """Arguments of train.py: the model, the data, the card, the optimizer, and Trainer's own with other defaults."""
 
 import re
+import shlex
 from argparse import ArgumentParser, Namespace
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
@@ -10,7 +11,7 @@ from command_line import Parser, check_trainer_flags
 from huggingface_hub.errors import StrictDataclassError
 from saved_models import check_source
 from train_privacy import PrivacyArguments
-from transformers import AutoConfig
+from transformers import AutoConfig, HfArgumentParser
 
 from hf_lstm import LSTMConfig
 from hf_lstm.data import read_text
@@ -400,11 +401,8 @@ def _check_utf8(flag, text):
         raise ValueError(f"`--{flag}` {text!r} is not UTF-8: type it in a terminal that is set to it.") from error
 
 
-def parse(
-    arguments: list[str],
-    description: str = "",
-) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
-    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
+def with_recipes(arguments: list[str]) -> list[str]:
+    """Put the flags of recipes in the place of their names, before all others."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
     found, arguments = finder.parse_known_args(arguments)
@@ -414,7 +412,22 @@ def parse(
         if "--recipe" in text:
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
         words += text.split()
-    arguments = [*words, *arguments]
+    return [*words, *arguments]
+
+
+def data_of_command(command: str) -> DataArguments:
+    """Read the arguments of the data from the command of a run, as its run.json holds it."""
+    parser = HfArgumentParser(DataArguments, allow_abbrev=False)
+    words = with_recipes(shlex.split(command)[2:])  # after `python scripts/train.py`
+    return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[0]
+
+
+def parse(
+    arguments: list[str],
+    description: str = "",
+) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
+    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
+    arguments = with_recipes(arguments)
     groups = (
         ModelArguments,
         DataArguments,

@@ -44,6 +44,7 @@ def refuse(run, tmp_path, monkeypatch):
         ("classify.py", "--epochs", "`--num_train_epochs`"),
         ("generate.py", "--max_length", "`--max_new_tokens`"),
         ("generate.py", "--model_name_or_path", "`--model`"),
+        ("evaluate.py", "--input", "`--file`"),
         ("serve.py", "--prot", "`--port`"),
         ("push.py", "--repo_id", "`--repo`"),
         ("convert.py", "--out", "`--output_dir`"),
@@ -155,7 +156,7 @@ def test_the_newest_model_is_named_where_none_was(refuse):
 
     remedy = "name the folder of a saved model, such as the newest here, `--model runs/new`."
 
-    for script in ("generate.py", "serve.py", "verify.py"):
+    for script in ("generate.py", "serve.py", "evaluate.py", "verify.py"):
         assert refuse(script) == f"{script}: `--model` is missing: {remedy}"
     assert refuse("push.py", "--repo", "a/b") == f"push.py: `--model` is missing: {remedy}"
     assert refuse("generate.py", "--model", "runs") == f"generate.py: `--model` runs contains no config.json: {remedy}"

@@ -299,7 +299,9 @@ def main() -> None:
     try:
         arguments, args = Parser((Arguments, Training), __doc__).parse_args_into_dataclasses()
         if args.output_dir is None:
-            raise ValueError("`--output_dir` is missing: name a folder for the classifier.")
+            raise ValueError(
+                "`--output_dir` is missing: name a folder for the classifier, such as `--output_dir runs/classifier`."
+            )
         run(arguments, args)
     except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
         sys.exit(f"classify.py: {error.__cause__}")

@@ -335,7 +335,9 @@ class TrainArguments(LSTMTrainingArguments):
 
     def __post_init__(self):
         if self.output_dir is None:
-            raise ValueError("`--output_dir` is missing: name a folder for the model.")
+            raise ValueError(
+                "`--output_dir` is missing: name a folder for the model, such as `--output_dir runs/first`."
+            )
         if self.hub_token is not None:
             raise ValueError(
                 "`--hub_token` would lie in training_args.bin and in the history of your shell: set HF_TOKEN in the "

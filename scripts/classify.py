@@ -21,9 +21,11 @@ from typing import Any
 
 import numpy
 import torch
+from command_line import Parser, check_trainer_flags
 from evaluate_pictures import draw_confusion
 from huggingface_hub.errors import StrictDataclassError
 from reading import Reading
+from saved_models import check_source
 from screen import prepare_screen
 from train_progress import ProgressLines, show_progress
 from transformers import (
@@ -31,7 +33,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -53,7 +54,7 @@ def flag(help, default=None):
 class Arguments(Reading):
     """The texts, and the classifier."""
 
-    model: str = field(metadata={"help": "A language model's or a classifier's folder, or its name on the Hub."})
+    model: str | None = flag("A language model's or a classifier's folder, or its name on the Hub.")
     train_file: str | None = flag(".csv or .jsonl file of labelled texts.")
     validation_file: str | None = flag("File that chooses the best epoch; without it the last one is kept.")
     test_file: str | None = flag("File that is measured at the end.")
@@ -80,6 +81,15 @@ class Training(TrainingArguments):
     logging_steps: float = flag("Steps between two logs of the training loss.", 50)
     report_to: str = flag("`tensorboard`, `wandb`, ... to watch the run there.", "none")
     dataloader_pin_memory: bool = flag("Whether batches are copied to a GPU from pinned memory.", False)
+    max_steps: int = flag("Steps to train, instead of `--num_train_epochs`.", -1)
+    weight_decay: float = flag("Weight decay of Adam.", 0.0)
+    bf16: bool = flag("Compute in bfloat16.", False)
+    use_cpu: bool = flag("Train on the CPU although there is a GPU.", False)
+    seed: int = flag("Seed of weights and order.", 42)
+
+    def __post_init__(self):
+        check_trainer_flags(self)
+        super().__post_init__()
 
 
 Rows = tuple[list[str], list[str]]  # texts and their labels
@@ -285,6 +295,7 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
     folder = Path(args.output_dir)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"`--output_dir` {folder} already holds something: name another folder.")
+    check_source(arguments.model)
     rows = read_parts(arguments)
     if "validation" in rows:
         args.eval_strategy = args.save_strategy = "epoch"
@@ -328,9 +339,11 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
 
 def main() -> None:
     try:
-        arguments, args = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
+        arguments, args = Parser((Arguments, Training), __doc__).parse_args_into_dataclasses()
         if args.output_dir is None:
-            raise ValueError("`--output_dir` is missing: name a folder for the classifier.")
+            raise ValueError(
+                "`--output_dir` is missing: name a folder for the classifier, such as `--output_dir runs/classifier`."
+            )
         run(arguments, args)
     except KeyboardInterrupt:
         print(

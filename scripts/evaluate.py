@@ -10,7 +10,7 @@ python scripts/evaluate.py privacy --model runs/shakespeare --train_file tinysha
 python scripts/evaluate.py noise --model runs/shakespeare --train_file tinyshakespeare.txt --picture noise.png
 
 The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
-`python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
+`python scripts/evaluate.py stream --help` lists the flags of the first, which is meant where no task is named, and so on.
 """
 
 import csv
@@ -20,14 +20,15 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
+from command_line import Parser
+from evaluate_common import Arguments, as_json, corpus_of_run, flag, log, stream_of, write_result
 from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy
 from reading import Reading
+from saved_models import load_model
 from screen import prepare_screen
 from standard_library import standard_library
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_lstm import TokenStream, evaluate_stream, load_corpus, minimal_pairs, surprisal, word_surprisal
 from hf_lstm.data import joined, load_documents, read_records, read_text
@@ -51,7 +52,7 @@ class Stream(Reading, Arguments):
     """The loss of a corpus, with the state carried from beginning to end."""
 
     file: str | None = flag(
-        "Text, .jsonl, .csv or .parquet file, folder or pattern; Python's standard library without it."
+        "Text, .jsonl, .csv or .parquet file, folder or pattern; without it the validation text of the model's own run."
     )
     split: str | None = flag(
         "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
@@ -122,7 +123,9 @@ class Adapt(Reading, Arguments):
 class Gradients(Reading, Arguments):
     """The norm of the gradient of the loss by earlier states, by their distance: do gradients vanish or explode?"""
 
-    model: list[str] = field(metadata={"help": "Folders of one or several models, or their names on the Hub."})
+    model: list[str] | None = field(
+        default=None, metadata={"help": "Folders of one or several models, or their names on the Hub."}
+    )
     file: str | None = flag(
         "Text, .jsonl, .csv or .parquet file, folder or pattern; Python's standard library without it."
     )
@@ -138,7 +141,10 @@ class Gradients(Reading, Arguments):
 
 def read_split(arguments: Stream | Gradients):
     """Read the texts of `--file` and `--split`."""
-    if arguments.file is not None and arguments.split is None:
+    if arguments.file is None and isinstance(arguments, Stream):
+        corpus, split = corpus_of_run(arguments.model), arguments.split or "validation"
+        log(f"The text is the {split} text of the run that {arguments.model} is of.")
+    elif arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, **arguments.reading), "train"
         corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
     else:
@@ -151,10 +157,10 @@ def read_split(arguments: Stream | Gradients):
 
 
 def stream(arguments: Stream, model, tokenizer) -> None:
-    tokens = stream_of(read_split(arguments), model, tokenizer)
     resets = {"reset_at_documents": arguments.reset_at_documents, "reset_every": arguments.reset_every}
     if arguments.picture is not None and not any(resets.values()):
         raise ValueError("`--picture` shows what follows a zero state: add `--reset_at_documents` or `--reset_every`.")
+    tokens = stream_of(read_split(arguments), model, tokenizer)
     result = evaluate_stream(
         model,
         tokens,
@@ -396,11 +402,7 @@ def main(task: str, arguments: Arguments) -> None:
 
 def load(name: str, trust_remote_code: bool):
     """Load a model and its tokenizer, after checking that they belong together."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, device_map="auto")
+    model, tokenizer = load_model(name, trust_remote_code)
     check_tokenizer(model, tokenizer)
     known = max(tokenizer.get_vocab().values()) + 1
     if known < model.config.vocab_size:
@@ -410,12 +412,17 @@ def load(name: str, trust_remote_code: bool):
 
 if __name__ == "__main__":
     prepare_screen()
-    task = sys.argv[1] if len(sys.argv) > 1 else None
+    task, *flags = sys.argv[1:] or ["stream"]
     if task in ("--help", "-h"):
         sys.exit(print(__doc__))
+    if task.startswith("--"):
+        task, flags = "stream", [task, *flags]
     if task not in TASKS:
-        sys.exit(f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}.")
+        sys.exit(
+            f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}, or be left out for stream."
+        )
     try:
-        main(task, *HfArgumentParser(TASKS[task][0]).parse_args_into_dataclasses(sys.argv[2:]))
+        kind = TASKS[task][0]
+        main(task, *Parser(kind, kind.__doc__).parse_args_into_dataclasses(flags))
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

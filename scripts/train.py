@@ -15,7 +15,6 @@ python scripts/train_minimal.py
 """
 
 import json
-import platform
 import shlex
 import sys
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import httpx
 from screen import prepare_screen, shown
+from standard_library import DESCRIPTION
 from train_arguments import (
     CardArguments,
     DataArguments,
@@ -73,8 +73,6 @@ from hf_lstm.training.report import (
 )
 
 FIRST_SAMPLE = 100  # step; the first evaluation, by default at step 500, would be long to wait for
-
-STANDARD_LIBRARY = f"small modules of Python {platform.python_version()}'s standard library"
 
 
 class ProgressWithSamples(ProgressLines):
@@ -236,7 +234,7 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
     run = describe_run(
         folder,
         model,
-        data=card_args.data_description or file or data_args.dataset_name or STANDARD_LIBRARY,
+        data=card_args.data_description or file or data_args.dataset_name or DESCRIPTION,
         results=results,
         procedure=describe_procedure(
             trainer,
@@ -293,7 +291,7 @@ def publish(trainer: Trainer, args: TrainArguments) -> None:
 
 def run(arguments: list[str], held: ExitStack) -> None:
     """Read the arguments, prepare the data, make model and Trainer, train, report and publish."""
-    model_args, data_args, card_args, privacy_args, optimization_args, args = parse(arguments)
+    model_args, data_args, card_args, privacy_args, optimization_args, args = parse(arguments, __doc__)
     held.enter_context(take_folder(args, carried=data_args.batching == "lanes"))
     if find_spec("matplotlib") is None:
         raise ValueError('The learning curve needs matplotlib: `pip install "hf-lstm[train]"`.')

@@ -1,14 +1,16 @@
 """Arguments of train.py: the model, the data, the card, the optimizer, and Trainer's own with other defaults."""
 
 import re
+import shlex
 from argparse import ArgumentParser
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from command_line import Parser, check_trainer_flags
 from huggingface_hub.errors import StrictDataclassError
 from reading import Reading
+from saved_models import check_source
 from train_flags import given_flags, recipe_file, with_following, with_train_file
 from train_privacy import PrivacyArguments
 from transformers import AutoConfig, HfArgumentParser
@@ -330,6 +332,15 @@ class TrainArguments(LSTMTrainingArguments):
         default="all", metadata={"help": "Whether to log tokens, and tokens per second."}
     )
     report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
+    max_steps: int = field(default=-1, metadata={"help": "Steps to train, instead of `--num_train_epochs`."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 for none."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is a GPU."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights and order."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "`true` goes on with the run that `--output_dir` holds, or name a checkpoint."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Whether to publish the model when it is trained."})
     hub_strategy: str = field(
         default="end", metadata={"help": "Must be `end`: the folder is checked before it is uploaded."}
@@ -337,7 +348,9 @@ class TrainArguments(LSTMTrainingArguments):
 
     def __post_init__(self):
         if self.output_dir is None:
-            raise ValueError("`--output_dir` is missing: name a folder for the model.")
+            raise ValueError(
+                "`--output_dir` is missing: name a folder for the model, such as `--output_dir runs/first`."
+            )
         if self.hub_token is not None:
             raise ValueError(
                 "`--hub_token` would lie in training_args.bin and in the history of your shell: set HF_TOKEN in the "
@@ -350,6 +363,7 @@ class TrainArguments(LSTMTrainingArguments):
             )
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.05}
+        check_trainer_flags(self)
         super().__post_init__()
         in_steps = (
             self.save_strategy == self.logging_strategy == "steps" and min(self.save_steps, self.logging_steps) >= 1
@@ -378,8 +392,7 @@ def _take_saved_config(model_args: ModelArguments, name: str, given: dict[str, A
                 f"`--{flag}` and `--model_name_or_path` exclude each other, since the tokenizer of {name} is kept: leave one "
                 "of them out."
             )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"`--model_name_or_path` {name} lacks a config.json: name the folder of a saved model.")
+    check_source(name, "--model_name_or_path")
     config = load_saved(AutoConfig, name)
     if not isinstance(config, LSTMConfig):
         raise ValueError(
@@ -411,10 +424,8 @@ def name_text(arguments: list[str]) -> list[str]:
     return with_train_file(arguments, GROUPS)
 
 
-def parse(
-    arguments: list[str],
-) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
-    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
+def with_recipes(arguments: list[str]) -> list[str]:
+    """Put the flags of recipes in the place of their names, before all others."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
     found, arguments = finder.parse_known_args(name_text(arguments))
@@ -424,8 +435,23 @@ def parse(
         if "--recipe" in text:
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
         words += text.split()
-    arguments, reasons = with_following([*words, *arguments], GROUPS)
-    parser = HfArgumentParser(GROUPS)
+    return [*words, *arguments]
+
+
+def data_of_command(command: str) -> DataArguments:
+    """Read the arguments of the data from the command of a run, as its run.json holds it."""
+    parser = HfArgumentParser(DataArguments, allow_abbrev=False)
+    words = with_recipes(shlex.split(command)[2:])  # after `python scripts/train.py`
+    return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[0]
+
+
+def parse(
+    arguments: list[str],
+    description: str = "",
+) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
+    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
+    arguments, reasons = with_following(with_recipes(arguments), GROUPS)
+    parser = Parser(GROUPS, description)
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     model_args, data_args, _, privacy_args, _, training_args = parsed
     if training_args.process_index == 0:

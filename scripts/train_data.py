@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from saved_models import check_source
 from standard_library import standard_library
 from train_arguments import DataArguments, TrainArguments, load_saved
 from transformers import (
@@ -131,12 +132,15 @@ def load_tokenizer(args: DataArguments, rows, direction: str):
     if args.tokenizer in ("word", "unicode_word"):
         split = "whitespace" if args.tokenizer == "word" else "unicode"
         return word_tokenizer(texts, args.vocab_size, args.min_frequency, split)
+    remedy = "give `char`, `byte`, `word`, `unicode_word`, `bpe`, or a folder or Hub name"
+    check_source(
+        args.tokenizer, "--tokenizer", ("tokenizer.json", "tokenizer_config.json", "config.json"), remedy=remedy
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     except Exception as error:  # the libraries behind it raise classes of their own
         raise ValueError(
-            f"`--tokenizer` {args.tokenizer} must be `char`, `byte`, `word`, `unicode_word`, `bpe`, or a folder or Hub name "
-            f"from which one can be loaded: {str(error).splitlines()[0]}"
+            f"`--tokenizer` {args.tokenizer} cannot be loaded ({str(error).splitlines()[0]}): {remedy}."
         ) from error
     if tokenizer.eos_token is None:  # BERT's kind
         tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token or "<eos>"})

@@ -88,15 +88,17 @@ def _find_checkpoint(args: TrainArguments, carried: bool) -> str | None:
     folder, named = Path(args.output_dir), args.resume_from_checkpoint
     if named is None:
         if any(path.name != LOCK_FILE for path in folder.iterdir()):
-            raise ValueError(
-                f"`--output_dir` {folder} already holds something: name another folder, or go on with the run it "
-                "holds by `--resume_from_checkpoint true`."
-            )
+            resumable = any(is_complete(path, carried) for path in folder.glob("checkpoint-*"))
+            go_on = ", or go on with the run it holds by `--resume_from_checkpoint true`" if resumable else ""
+            raise ValueError(f"`--output_dir` {folder} already holds something: name another folder{go_on}.")
         return None
     if named.lower() == "true":
         checkpoint = last_complete_checkpoint(folder, carried)
         if checkpoint is None:
-            raise ValueError(f"`--output_dir` {folder} holds no complete checkpoint: start the run anew.")
+            raise ValueError(
+                f"`--output_dir` {folder} holds no complete checkpoint: leave `--resume_from_checkpoint` out, and name a "
+                "folder that is empty or new."
+            )
         return str(checkpoint)
     if not is_complete(Path(named), carried):
         raise ValueError(

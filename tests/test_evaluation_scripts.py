@@ -6,6 +6,7 @@ import io
 import json
 import math
 from pathlib import Path
+import shutil
 
 import numpy
 import pandas
@@ -277,7 +278,8 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("task", "arguments", "message"),
     [
-        ("stream", ["--temperature", "0"], "`temperature` (0.0) must be a number above 0"),
+        ("stream", [], "holds no run.json that tells what it was trained on: name a text to measure"),
+        ("stream", ["--file", "blank.txt", "--temperature", "0"], "`temperature` (0.0) must be a number above 0"),
         ("stream", ["--picture", "x.png"], "`--picture` shows what follows a zero state"),
         (
             "stream",
@@ -321,7 +323,35 @@ def test_invalid_flags_exit_with_one_sentence(evaluate, tmp_path, monkeypatch, t
     assert "\n" not in str(stopped.value)
 
 
-def test_a_task_is_named_first(run):
-    for arguments in ([], ["--model", "x"], ["measure"]):
-        with pytest.raises(SystemExit, match="must be one of stream, surprisal, pairs, adapt, gradients"):
+def test_the_task_is_named_first_or_left_out(run):
+    for arguments, message in (
+        ([], "`--model` is missing"),
+        (["--model", "./x"], "`--model` ./x does not exist"),
+        (["measure"], "must be one of stream, surprisal, pairs, adapt, gradients, .* or be left out"),
+    ):
+        with pytest.raises(SystemExit, match=message):
             run("evaluate.py", *arguments)
+
+
+RUN = {"data": "songs", "command": "python scripts/train.py --recipe song.args --output_dir x --max_steps 3"}
+
+
+def test_without_a_file_the_validation_text_of_the_run_is_measured(folder, run, tmp_path, text_file, monkeypatch):
+    """As the command in run.json splits it; that of a run on another text is refused."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "model")
+    (tmp_path / "song.args").write_text("--train_file beer.txt --bptt_length 9")
+    expected = run("evaluate.py", "stream", "--model", "model", "--file", text_file, "--split", "validation")
+
+    (tmp_path / "model/run.json").write_text(json.dumps(RUN))
+    assert run("evaluate.py", "--model", "model") == expected
+    shutil.copytree(folder, "model/checkpoint-3")
+    assert run("evaluate.py", "--model", "model/checkpoint-3") == expected
+
+    for written, message in (
+        (RUN | {"command": "python scripts/train.py --train_file gone.txt"}, "The file gone.txt does not exist"),
+        (RUN | {"command": "python scripts/train.py"}, "it was trained on songs"),
+    ):
+        (tmp_path / "model/run.json").write_text(json.dumps(written))
+        with pytest.raises(SystemExit, match=f"is not here .{message}.*name a text to measure, such as `--file"):
+            run("evaluate.py", "--model", "model")

@@ -47,8 +47,8 @@ def corpus_of_run(model: str):
             data.dataset_config_name,
             data.validation_file,
             data.test_file,
-            data.text_column,
             join_records=data.join_records,
+            **data.reading,
         )
     except (ValueError, OSError) as error:
         raise ValueError(

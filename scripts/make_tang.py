@@ -16,6 +16,8 @@ import shutil
 import sys
 from pathlib import Path
 
+from screen import prepare_screen
+
 FOLDER = "全唐诗"  # of the repository
 NAME = re.compile(r"poet\.tang\.(\d+)\.json")  # not those of Song poems, of authors, and of simplified characters
 SHORTEST = 16  # characters: shorter ones are fragments
@@ -78,6 +80,7 @@ def main(repository: Path, output_dir: Path) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("repository", type=Path, help="a clone of chinese-poetry")
     parser.add_argument("--output_dir", type=Path, default=Path("tang"), help="the folder to make")

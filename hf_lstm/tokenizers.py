@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 import numpy
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.utils import logging
 
@@ -414,17 +415,26 @@ def pieces_of_all(texts: Iterable[str | None]) -> Iterator[str]:
 
 
 def check_texts(texts: object) -> None:
-    """Raise `ValueError` for a single text, or a dictionary of splits, in place of texts."""
+    """Raise `ValueError` for a single text, a dictionary of splits, or anything else that is not a series of texts."""
     if isinstance(texts, str):
         raise ValueError("`texts` is one str: it must be an iterable of texts. Put it into a list: `[text]`.")
     if isinstance(texts, dict):
         raise ValueError(
             f"`texts` has the splits {', '.join(texts)}: give the texts of one, such as `texts['train']['text']`."
         )
+    try:
+        iter(texts)  # type: ignore[call-overload]
+    except TypeError as error:
+        raise ValueError(f"`texts` ({texts!r}) must be an iterable of texts: give a list of str.") from error
 
 
 def check_tokenizer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Raise `ValueError` for a tokenizer with ids beyond the model's vocabulary."""
+    """Raise `ValueError` for anything but a model and a tokenizer, or a tokenizer with ids beyond the model's vocabulary."""
+    if not isinstance(model, nn.Module) or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise ValueError(
+            f"`model` ({type(model).__name__}) and `tokenizer` ({type(tokenizer).__name__}) must be a model and its tokenizer, "
+            "in this order: load both by `from_pretrained`."
+        )
     most = max(tokenizer.get_vocab().values())
     if most >= model.config.vocab_size:
         raise ValueError(
@@ -437,7 +447,7 @@ def start_ids(start_token: str | None, tokenizer: PreTrainedTokenizerBase) -> li
     """Return the ids before a text, one or zero. Raises `ValueError` for a `start_token` that the tokenizer lacks."""
     if start_token is None:
         return []
-    if start_token not in tokenizer.get_vocab():
+    if not isinstance(start_token, str) or start_token not in tokenizer.get_vocab():
         raise ValueError(f"`start_token` ({start_token!r}) is not a token of the tokenizer: name one that it has.")
     return [tokenizer.get_vocab()[start_token]]
 

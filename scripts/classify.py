@@ -10,34 +10,38 @@ one an epoch, and all rates follow a slanted triangle (Howard & Ruder 2018). `--
 weights of the same config instead, and trains all at once and alike.
 """
 
-import csv
-import io
 import json
 import math
 import sys
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+from command_line import Parser, check_trainer_flags
 from evaluate_pictures import draw_confusion
 from huggingface_hub.errors import StrictDataclassError
+from reading import Reading
+from saved_models import check_source
+from screen import prepare_screen
+from train_progress import ProgressLines, show_progress
 from transformers import (
     AutoConfig,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    HfArgumentParser,
     Trainer,
     TrainingArguments,
     set_seed,
 )
+from transformers.utils import logging
 
 from hf_lstm import LSTMConfig, LSTMForSequenceClassification
-from hf_lstm.data import read_records, read_text
 from hf_lstm.data.readers import kind_of
+from hf_lstm.data.records import choose_column, records_of
 from hf_lstm.tokenizers import direction_of, encode, in_direction
 from hf_lstm.training import DivergenceCallback, GradualUnfreezingCallback, parameter_groups, slanted_triangular
 
@@ -47,15 +51,14 @@ def flag(help, default=None):
 
 
 @dataclass
-class Arguments:
+class Arguments(Reading):
     """The texts, and the classifier."""
 
-    model: str = field(metadata={"help": "A language model's or a classifier's folder, or its name on the Hub."})
+    model: str | None = flag("A language model's or a classifier's folder, or its name on the Hub.")
     train_file: str | None = flag(".csv or .jsonl file of labelled texts.")
     validation_file: str | None = flag("File that chooses the best epoch; without it the last one is kept.")
     test_file: str | None = flag("File that is measured at the end.")
     dataset_name: str | None = flag("A data set with `train`, `validation` and `test`, on the Hub or in a folder.")
-    text_column: str = flag("The column that holds the text.", "text")
     label_column: str = flag("The column that holds its label.", "label")
     classifier_pooling: str = flag("Outputs that a new head reads: `last`, `max`, `mean` or `concat`.", "concat")
     classifier_hidden_size: int | None = flag("Width of the block of a new head; 0 for none.", 50)
@@ -78,6 +81,15 @@ class Training(TrainingArguments):
     logging_steps: float = flag("Steps between two logs of the training loss.", 50)
     report_to: str = flag("`tensorboard`, `wandb`, ... to watch the run there.", "none")
     dataloader_pin_memory: bool = flag("Whether batches are copied to a GPU from pinned memory.", False)
+    max_steps: int = flag("Steps to train, instead of `--num_train_epochs`.", -1)
+    weight_decay: float = flag("Weight decay of Adam.", 0.0)
+    bf16: bool = flag("Compute in bfloat16.", False)
+    use_cpu: bool = flag("Train on the CPU although there is a GPU.", False)
+    seed: int = flag("Seed of weights and order.", 42)
+
+    def __post_init__(self):
+        check_trainer_flags(self)
+        super().__post_init__()
 
 
 Rows = tuple[list[str], list[str]]  # texts and their labels
@@ -85,32 +97,33 @@ Rows = tuple[list[str], list[str]]  # texts and their labels
 
 def read_rows(path: str, arguments: Arguments) -> Rows:
     """Read the texts and labels of a file."""
-    kind = kind_of(Path(path))
-    if kind in (".jsonl", ".ndjson"):
-        records = list(read_records(path))
-    elif kind == ".csv":
-        records = list(enumerate(csv.DictReader(io.StringIO(read_text(path), newline="")), 1))
-    else:
-        raise ValueError(f"{path} must be a .csv or .jsonl file of labelled texts.")
+    if kind_of(Path(path)) not in (".jsonl", ".ndjson", ".json", ".csv"):
+        raise ValueError(f"{path} must be a .csv or .jsonl file of labelled texts, with a column for each: write one.")
+    records = list(records_of(Path(path), arguments.encoding, arguments.csv_delimiter))
     return checked_rows(records, arguments, path)
 
 
-def checked_rows(records: list[tuple[int, dict]], arguments: Arguments, where: str) -> Rows:
+def checked_rows(records: list[tuple[str, dict]], arguments: Arguments, name: str) -> Rows:
+    if not records:
+        raise ValueError(f"{name} holds no row: give labelled texts.")
+    label_column, first = arguments.label_column, records[0][1]
+    text_column = arguments.text_column or choose_column(
+        {column: isinstance(value, str) for column, value in first.items() if column != label_column}, name
+    )
     texts, labels = [], []
-    for number, record in records:
-        text, label = record.get(arguments.text_column), record.get(arguments.label_column)
-        for name, value, kinds in (
-            (arguments.text_column, text, str),
-            (arguments.label_column, label, str | int),
-        ):
-            if not isinstance(value, kinds) or value == "":
+    for place, record in records:
+        for flag_of, column, kinds in (("text_column", text_column, str), ("label_column", label_column, str | int)):
+            if column not in record:
+                columns = ", ".join(f"`{other}`" for other in record)
                 raise ValueError(
-                    f"Row {number} of {where} has nothing in `{name}` ({value!r}): write it, or leave the row out."
+                    f"{name} has no column `{column}` in {place}, only {columns}: name another by `--{flag_of}`."
                 )
-        texts.append(text)
-        labels.append(str(label))
-    if not texts:
-        raise ValueError(f"{where} holds no row: give labelled texts.")
+            if not isinstance(record[column], kinds) or record[column] == "":
+                raise ValueError(
+                    f"{name} has nothing in `{column}` in {place} ({record[column]!r}): write it, or leave the row out."
+                )
+        texts.append(record[text_column])
+        labels.append(str(record[label_column]))
     return texts, labels
 
 
@@ -150,7 +163,11 @@ def load_parts(arguments: Arguments) -> dict[str, Rows]:
                         f"numbered 0 to {len(names) - 1}: it is not labelled, so save the data set without this part."
                     )
                 row[arguments.label_column] = names[label]
-            parts[name] = checked_rows(list(enumerate(rows, 1)), arguments, f"{name} of {arguments.dataset_name}")
+            parts[name] = checked_rows(
+                [(f"row {number}", row) for number, row in enumerate(rows, 1)],
+                arguments,
+                f"{name} of {arguments.dataset_name}",
+            )
     if "train" not in parts:
         raise ValueError(f"`--dataset_name` {arguments.dataset_name} has no `train` split, only {', '.join(loaded)}.")
     return parts
@@ -177,12 +194,16 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
         "id2label": dict(enumerate(classes)),
         "label2id": {name: number for number, name in enumerate(classes)},
     }
-    if config.architectures == [LSTMForSequenceClassification.__name__]:
-        if config.num_labels != len(classes):
+    has_head = config.architectures == [LSTMForSequenceClassification.__name__]
+    if has_head:
+        saved = [config.id2label[number] for number in range(config.num_labels)]
+        if not arguments.from_scratch and sorted(saved) != classes:
             raise ValueError(
-                f"`--model` {arguments.model} tells {config.num_labels} classes apart, and the training part has {len(classes)}: "
-                "name the language model that it was made from."
+                f"`--model` {arguments.model} tells {listed(saved)} apart, and the training part has {listed(classes)}: name "
+                "the language model that it was made from."
             )
+        if not arguments.from_scratch:
+            names = {}  # the head keeps the order of its classes
     else:
         names |= {
             "classifier_pooling": arguments.classifier_pooling,
@@ -190,7 +211,23 @@ def make_classifier(arguments: Arguments, classes: list[str]) -> LSTMForSequence
         }
     if arguments.from_scratch:
         return LSTMForSequenceClassification(AutoConfig.from_pretrained(arguments.model, **names))
-    return AutoModelForSequenceClassification.from_pretrained(arguments.model, dtype=torch.float32, **names)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # instead of a table of the weights of a new head
+    try:
+        model, found = AutoModelForSequenceClassification.from_pretrained(
+            arguments.model, dtype=torch.float32, output_loading_info=True, **names
+        )
+    finally:
+        logging.set_verbosity(verbosity)
+    if lacking := sorted(key for key in found["missing_keys"] if has_head or not key.startswith("score.")):
+        raise ValueError(f"`--model` {arguments.model} lacks the weights {lacking[0]}: name a whole model.")
+    return model
+
+
+def listed(classes: list[str]) -> str:
+    """Return the number of classes and the names of the first ones."""
+    shown = ", ".join(map(repr, classes[:5])) + (", ..." if len(classes) > 5 else "")
+    return f"{len(classes)} classes ({shown})"
 
 
 def figures(truth: numpy.ndarray, guesses: numpy.ndarray, classes: int) -> dict[str, Any]:
@@ -207,7 +244,18 @@ def figures(truth: numpy.ndarray, guesses: numpy.ndarray, classes: int) -> dict[
     }
 
 
-def make_trainer(model, parts: dict[str, list], tokenizer, arguments: Arguments, args: Training) -> Trainer:
+class ProgressWithAccuracy(ProgressLines):
+    """Prints the figures of each evaluation."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.is_world_process_zero:
+            figures = f"accuracy {metrics['eval_accuracy']:.2%}, F1 {metrics['eval_f1']:.4f}"
+            self.say(f"epoch {state.epoch:.0f}: validation, loss {metrics['eval_loss']:.4f}, {figures}")
+
+
+def make_trainer(
+    model, parts: dict[str, list], tokenizer, arguments: Arguments, args: Training, progress: ProgressLines
+) -> Trainer:
     """Make the stock Trainer with ULMFiT's optimizer, schedule and unfreezing."""
     batch, rows = args.train_batch_size * args.world_size, len(parts["train"])
     if model.config.classifier_hidden_size is not None and rows % batch == 1:
@@ -227,7 +275,7 @@ def make_trainer(model, parts: dict[str, list], tokenizer, arguments: Arguments,
         found = figures(predictions.label_ids, predictions.predictions.argmax(axis=-1), model.config.num_labels)
         return {name: found[name] for name in ("accuracy", "f1")}
 
-    return Trainer(
+    trainer = Trainer(
         model=model,
         args=args,
         train_dataset=parts["train"],
@@ -238,6 +286,8 @@ def make_trainer(model, parts: dict[str, list], tokenizer, arguments: Arguments,
         optimizers=(optimizer, slanted_triangular(optimizer, max(1, steps))),
         callbacks=callbacks,
     )
+    show_progress(trainer, progress)
+    return trainer
 
 
 def run(arguments: Arguments, args: Training) -> dict[str, Any]:
@@ -245,6 +295,7 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
     folder = Path(args.output_dir)
     if folder.is_dir() and any(folder.iterdir()):
         raise ValueError(f"`--output_dir` {folder} already holds something: name another folder.")
+    check_source(arguments.model)
     rows = read_parts(arguments)
     if "validation" in rows:
         args.eval_strategy = args.save_strategy = "epoch"
@@ -258,9 +309,11 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     model = make_classifier(arguments, classes)
+    classes = [model.config.id2label[number] for number in range(len(classes))]
     parts = {name: items_of(part, tokenizer, direction_of(model), classes, name) for name, part in rows.items()}
-    trainer = make_trainer(model, parts, tokenizer, arguments, args)
-    trainer.train()
+    with closing(ProgressWithAccuracy()) as progress:  # also before the sentence with which a run may end
+        trainer = make_trainer(model, parts, tokenizer, arguments, args, progress)
+        trainer.train()
     trainer.save_model()
     measured = next(name for name in ("test", "validation", "train") if name in parts)
     outcome = trainer.predict(parts[measured])
@@ -286,10 +339,18 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
 
 def main() -> None:
     try:
-        arguments, args = HfArgumentParser((Arguments, Training)).parse_args_into_dataclasses()
+        arguments, args = Parser((Arguments, Training), __doc__).parse_args_into_dataclasses()
         if args.output_dir is None:
-            raise ValueError("`--output_dir` is missing: name a folder for the classifier.")
+            raise ValueError(
+                "`--output_dir` is missing: name a folder for the classifier, such as `--output_dir runs/classifier`."
+            )
         run(arguments, args)
+    except KeyboardInterrupt:
+        print(
+            f"classify.py: stopped before the classifier was finished: delete {args.output_dir}, and begin anew.",
+            file=sys.stderr,
+        )
+        sys.exit(130)  # as a shell says that Ctrl-C ended a program
     except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
         sys.exit(f"classify.py: {error.__cause__}")
     except (ValueError, OSError) as error:
@@ -297,4 +358,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     main()

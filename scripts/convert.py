@@ -19,7 +19,10 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
+from command_line import Parser
+from saved_models import check_source
+from screen import prepare_screen
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_lstm  # noqa: F401  registers the model
 from hf_lstm.convert.checking import check_file
@@ -110,6 +113,8 @@ def check_arguments(arguments: Arguments, source: str | None) -> None:
         raise ValueError(f"`--from {arguments.from_}` needs the file to convert after it.")
     if arguments.to is not None and arguments.model is None:
         raise ValueError(f"`--to {arguments.to}` needs `--model`, a model folder or a model on the Hub.")
+    if arguments.to is not None:
+        check_source(arguments.model)
 
 
 def import_checkpoint(arguments: Arguments, source: str) -> None:
@@ -167,7 +172,8 @@ def report(path: Path, model, difference, dtype: torch.dtype | None) -> None:
 
 
 if __name__ == "__main__":
-    parser = HfArgumentParser(Arguments)
+    prepare_screen()
+    parser = Parser(Arguments, __doc__)
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="With --from: the file to convert.")
     try:
         arguments, positional = parser.parse_args_into_dataclasses()

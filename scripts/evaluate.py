@@ -10,7 +10,7 @@ python scripts/evaluate.py privacy --model runs/shakespeare --train_file tinysha
 python scripts/evaluate.py noise --model runs/shakespeare --train_file tinyshakespeare.txt --picture noise.png
 
 The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
-`python scripts/evaluate.py stream --help` lists the flags of the first, and so on.
+`python scripts/evaluate.py stream --help` lists the flags of the first, which is meant where no task is named, and so on.
 """
 
 import csv
@@ -20,17 +20,21 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
+from command_line import Parser
+from evaluate_common import Arguments, as_json, corpus_of_run, flag, log, stream_of, write_result
 from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy
+from reading import Reading
+from saved_models import load_model
+from screen import prepare_screen
 from standard_library import standard_library
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_lstm import TokenStream, evaluate_stream, load_corpus, minimal_pairs, surprisal, word_surprisal
 from hf_lstm.data import joined, load_documents, read_records, read_text
+from hf_lstm.data.corpora import source_of
 from hf_lstm.data.lanes import check_at_least_one
-from hf_lstm.data.readers import kind_of
+from hf_lstm.data.records import find_text_column
 from hf_lstm.evaluation import (
     DynamicEvaluation,
     NeuralCache,
@@ -44,14 +48,15 @@ from hf_lstm.tokenizers import direction_of
 
 
 @dataclass
-class Stream(Arguments):
+class Stream(Reading, Arguments):
     """The loss of a corpus, with the state carried from beginning to end."""
 
-    file: str | None = flag("Text, .jsonl, .csv or .parquet file; Python's standard library without it.")
+    file: str | None = flag(
+        "Text, .jsonl, .csv or .parquet file, folder or pattern; without it the validation text of the model's own run."
+    )
     split: str | None = flag(
         "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
     )
-    text_column: str = flag("The column of the records that holds the text.", "text")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     batch_size: int = flag("Parts read side by side, each without a history: 1 is exact.", 1)
     bptt_length: int = flag("Tokens read at once: memory, not the result.", 1024)
@@ -64,14 +69,13 @@ class Stream(Arguments):
 
 
 @dataclass
-class Surprisal(Arguments):
+class Surprisal(Reading, Arguments):
     """Surprisal of each token, word or region of texts."""
 
     text: str | None = flag("The text, instead of a file.")
     file: str | None = flag(
         "Texts: one in each line of a text file, or of each record of a .jsonl, .json, .csv or .parquet file."
     )
-    text_column: str = flag("The field of the records that holds the text.", "text")
     whole: bool = flag("Whether a text file is one text, line ends included, instead of one text per line.", False)
     by: str = flag("`token`, `word` or `region`: a field `regions` of the records, as [[start, end], ...].", "word")
     base: str = flag("`2` for bits, `e` for nats.", "2")
@@ -90,11 +94,12 @@ class Pairs(Arguments):
     """Accuracy on minimal pairs, such as BLiMP's: how often the good sentence is the more probable one."""
 
     file: str | None = flag("A .jsonl file whose records have `sentence_good` and `sentence_bad`.")
+    encoding: str = flag("The encoding of the file, as Python names it.", "utf-8")
     start_token: str | None = flag("Token that the first one is predicted from, such as <eos>.")
 
 
 @dataclass
-class Adapt(Arguments):
+class Adapt(Reading, Arguments):
     """The gain by a fitted temperature, a neural cache and dynamic evaluation, on test text."""
 
     train_file: str | None = flag("The text that the model was trained on; its gradients scale dynamic evaluation.")
@@ -102,7 +107,6 @@ class Adapt(Arguments):
     test_file: str | None = flag(
         "and this is what is measured; without it the second half of the validation text, and the first half is fitted."
     )
-    text_column: str = flag("The column of the records that holds the text.", "text")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     reset_at_documents: bool = flag("Start every document from a zero state.", False)
     cache_size: int = flag("Tokens in the cache.", NeuralCache.size)
@@ -116,15 +120,18 @@ class Adapt(Arguments):
 
 
 @dataclass
-class Gradients(Arguments):
+class Gradients(Reading, Arguments):
     """The norm of the gradient of the loss by earlier states, by their distance: do gradients vanish or explode?"""
 
-    model: list[str] = field(metadata={"help": "Folders of one or several models, or their names on the Hub."})
-    file: str | None = flag("Text, .jsonl, .csv or .parquet file; Python's standard library without it.")
+    model: list[str] | None = field(
+        default=None, metadata={"help": "Folders of one or several models, or their names on the Hub."}
+    )
+    file: str | None = flag(
+        "Text, .jsonl, .csv or .parquet file, folder or pattern; Python's standard library without it."
+    )
     split: str | None = flag(
         "`train`, `validation` or `test` as scripts/train.py splits the corpus; all of a file without."
     )
-    text_column: str = flag("The column of the records that holds the text.", "text")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     tokens: int = flag("Tokens to read, from the beginning.", 1600)
     positions: int = flag("Losses whose gradients are averaged, evenly spaced over these tokens.", 32)
@@ -134,12 +141,15 @@ class Gradients(Arguments):
 
 def read_split(arguments: Stream | Gradients):
     """Read the texts of `--file` and `--split`."""
-    if arguments.file is not None and arguments.split is None:
-        corpus, split = load_documents(arguments.file, text_column=arguments.text_column), "train"
+    if arguments.file is None and isinstance(arguments, Stream):
+        corpus, split = corpus_of_run(arguments.model), arguments.split or "validation"
+        log(f"The text is the {split} text of the run that {arguments.model} is of.")
+    elif arguments.file is not None and arguments.split is None:
+        corpus, split = load_documents(arguments.file, **arguments.reading), "train"
         corpus = {name: joined(rows) if arguments.join_records else rows for name, rows in corpus.items()}
     else:
         source = standard_library() if arguments.file is None else arguments.file
-        corpus = load_corpus(source, text_column=arguments.text_column, join_records=arguments.join_records)
+        corpus = load_corpus(source, join_records=arguments.join_records, **arguments.reading)
         split = arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
@@ -147,10 +157,10 @@ def read_split(arguments: Stream | Gradients):
 
 
 def stream(arguments: Stream, model, tokenizer) -> None:
-    tokens = stream_of(read_split(arguments), model, tokenizer)
     resets = {"reset_at_documents": arguments.reset_at_documents, "reset_every": arguments.reset_every}
     if arguments.picture is not None and not any(resets.values()):
         raise ValueError("`--picture` shows what follows a zero state: add `--reset_at_documents` or `--reset_every`.")
+    tokens = stream_of(read_split(arguments), model, tokenizer)
     result = evaluate_stream(
         model,
         tokens,
@@ -183,7 +193,7 @@ def surprisals(arguments: Surprisal, model, tokenizer) -> None:
     options = (tokenizer, texts, base, arguments.start_token)
     tables = [surprisal(model, *options, **added)]
     if arguments.adapt_file is not None:
-        read = load_documents(arguments.adapt_file, text_column=arguments.text_column)["train"]
+        read = load_documents(arguments.adapt_file, **arguments.reading)["train"]
         dynamic = DynamicEvaluation(learning_rate=arguments.adapt_learning_rate)
         tables.append(surprisal(dynamic.adapt(model, stream_of(read, model, tokenizer)), *options))
     if arguments.by != "token":
@@ -203,35 +213,39 @@ def read_texts(arguments: Surprisal) -> tuple[list[str], list | None]:
     """Read the texts, and the regions of each if `--by` is `region`."""
     if (arguments.text is None) == (arguments.file is None):
         raise ValueError("Give either a `--text` or a `--file`.")
-    kind = "" if arguments.file is None else kind_of(Path(arguments.file))
-    records = kind in (".jsonl", ".ndjson")
-    if arguments.by == "region" and not records:
+    kind, files = ("text", []) if arguments.file is None else source_of(arguments.file)
+    if arguments.by == "region" and kind not in (".jsonl", ".ndjson"):
         raise ValueError("`--by` region needs a .jsonl `--file` whose records have `regions`, as [[start, end], ...].")
     if arguments.text is not None:
         return [arguments.text], None
-    if kind in (".json", ".csv", ".parquet"):
-        rows = load_documents(arguments.file, text_column=arguments.text_column, streaming=True)["train"]
+    if kind in (".json", ".csv", ".parquet", "folder"):
+        rows = load_documents(arguments.file, streaming=True, **arguments.reading)["train"]
         return [row["text"] for row in rows], None
-    if not records:
-        text = read_text(arguments.file)
-        lines = [text] if arguments.whole else text.replace("\r\n", "\n").removesuffix("\n").split("\n")
-        if "" in lines:
-            raise ValueError(
-                f"Line {lines.index('') + 1} of {arguments.file} is empty: remove it, or read it `--whole`."
-            )
-        return lines, None
+    if kind in ("text", "hub"):
+        return [text for file in files or [Path(arguments.file)] for text in lines_of(file, arguments)], None
+    column = arguments.text_column or find_text_column(files[0], arguments.encoding)
     texts, regions = [], []
-    for number, record in read_records(arguments.file):
-        if not isinstance(record.get(arguments.text_column), str):
-            raise ValueError(f"Line {number} of {arguments.file} has no text in `{arguments.text_column}`: add it.")
-        texts.append(record[arguments.text_column])
+    rows = ((file, *row) for file in files for row in read_records(file, arguments.encoding))
+    for file, number, record in rows:
+        if not isinstance(record.get(column), str):
+            raise ValueError(f"Line {number} of {file} has no text in `{column}`: name another `--text_column`.")
+        texts.append(record[column])
         regions.append(record.get("regions"))
         if arguments.by == "region" and not is_regions(regions[-1]):
             raise ValueError(
-                f"`regions` in line {number} of {arguments.file} is {json.dumps(regions[-1])[:50]}: it must be "
+                f"`regions` in line {number} of {file} is {json.dumps(regions[-1])[:50]}: it must be "
                 "[[start, end], ...], in characters."
             )
     return texts, regions if arguments.by == "region" else None
+
+
+def lines_of(file: Path, arguments: Surprisal) -> list[str]:
+    """Read the lines of a text file, or with `--whole` all of it as one text."""
+    text = read_text(file, arguments.encoding)
+    lines = [text] if arguments.whole else text.replace("\r\n", "\n").removesuffix("\n").split("\n")
+    if "" in lines:
+        raise ValueError(f"Line {lines.index('') + 1} of {file} is empty: remove it, or read it `--whole`.")
+    return lines
 
 
 def is_regions(value) -> bool:
@@ -244,7 +258,7 @@ def is_regions(value) -> bool:
 def pairs(arguments: Pairs, model, tokenizer) -> None:
     if arguments.file is None:
         raise ValueError("`--file` is missing: name a .jsonl file of pairs.")
-    records = [record for _, record in read_records(arguments.file)]
+    records = [record for _, record in read_records(arguments.file, arguments.encoding)]
     rows = minimal_pairs(model, tokenizer, records, arguments.start_token)
     result = figures(rows)
     for name in ("field", "linguistics_term", "UID"):
@@ -292,8 +306,8 @@ def adapt(arguments: Adapt, model, tokenizer) -> None:
         standard_library() if arguments.train_file is None else arguments.train_file,
         validation_file=arguments.validation_file,
         test_file=arguments.test_file,
-        text_column=arguments.text_column,
         join_records=arguments.join_records,
+        **arguments.reading,
     )
     validation = stream_of(corpus["validation"], model, tokenizer)
     if "test" in corpus:
@@ -388,11 +402,7 @@ def main(task: str, arguments: Arguments) -> None:
 
 def load(name: str, trust_remote_code: bool):
     """Load a model and its tokenizer, after checking that they belong together."""
-    folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} holds no config.json: name the folder of a saved model.")
-    tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(name, trust_remote_code=trust_remote_code, device_map="auto")
+    model, tokenizer = load_model(name, trust_remote_code)
     check_tokenizer(model, tokenizer)
     known = max(tokenizer.get_vocab().values()) + 1
     if known < model.config.vocab_size:
@@ -401,12 +411,18 @@ def load(name: str, trust_remote_code: bool):
 
 
 if __name__ == "__main__":
-    task = sys.argv[1] if len(sys.argv) > 1 else None
+    prepare_screen()
+    task, *flags = sys.argv[1:] or ["stream"]
     if task in ("--help", "-h"):
         sys.exit(print(__doc__))
+    if task.startswith("--"):
+        task, flags = "stream", [task, *flags]
     if task not in TASKS:
-        sys.exit(f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}.")
+        sys.exit(
+            f"evaluate.py: the first argument ({task}) must be one of {', '.join(TASKS)}, or be left out for stream."
+        )
     try:
-        main(task, *HfArgumentParser(TASKS[task][0]).parse_args_into_dataclasses(sys.argv[2:]))
+        kind = TASKS[task][0]
+        main(task, *Parser(kind, kind.__doc__).parse_args_into_dataclasses(flags))
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -5,7 +5,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hf_lstm import TokenStream
+from standard_library import DESCRIPTION, standard_library
+
+from hf_lstm import TokenStream, load_corpus
+from hf_lstm.hub import read_json
 from hf_lstm.tokenizers import direction_of
 from hf_lstm.unknown import drops_text, unknown_id
 
@@ -18,9 +21,39 @@ def flag(help, default=None, **options):
 class Arguments:
     """Arguments of every task."""
 
-    model: str = field(metadata={"help": "A model's folder, or its name on the Hub."})
+    model: str | None = flag("A model's folder, an adapter's (LoRA), or its name on the Hub.")
     trust_remote_code: bool = flag("Whether to run code that comes with the model.", False)
     output_file: str | None = flag("Where to write the result too.")
+
+
+def corpus_of_run(model: str):
+    """Load the corpus that a model was trained on, as its run.json tells; refuse one that is not known or not here."""
+    from train_arguments import data_of_command
+
+    remedy = "name a text to measure, such as `--file mytext.txt`"
+    folder = Path(model).parent if Path(model).name.startswith("checkpoint-") else Path(model)
+    if not (folder / "run.json").is_file():
+        raise ValueError(
+            f"`--file` is missing, and {model} holds no run.json that tells what it was trained on: {remedy}."
+        )
+    run = read_json(folder / "run.json")
+    try:
+        data = data_of_command(run["command"])
+        name = data.train_file or data.dataset_name
+        if name is None and run["data"] != DESCRIPTION:
+            raise ValueError(f"it was trained on {run['data']}")
+        return load_corpus(
+            standard_library() if name is None else name,
+            data.dataset_config_name,
+            data.validation_file,
+            data.test_file,
+            join_records=data.join_records,
+            **data.reading,
+        )
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"`--file` is missing, and the text that {model} was trained on is not here ({error}): {remedy}."
+        ) from error
 
 
 def stream_of(texts, model, tokenizer) -> TokenStream:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from evaluate_common import Arguments, as_json, flag, log, write_result
 from evaluate_pictures import draw_noise
+from reading import Reading
 from standard_library import standard_library
 
 from hf_lstm import load_corpus
@@ -12,12 +13,11 @@ from hf_lstm.evaluation.noise import KINDS, add_character_noise, loss_after_nois
 
 
 @dataclass
-class Noise(Arguments):
+class Noise(Reading, Arguments):
     """The loss, and the share of written words that occur in the training text, with noise in the text before them."""
 
     train_file: str | None = flag("The text that the model was trained on; Python's standard library without it.")
     validation_file: str | None = flag("The text to corrupt; without it what training kept for validation.")
-    text_column: str = flag("The column of the records that holds the text.", "text")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     shares: list[float] = field(
         default_factory=lambda: [0.0, 0.01, 0.02, 0.05, 0.1], metadata={"help": "Shares of characters to corrupt."}
@@ -36,8 +36,8 @@ def noise(arguments: Noise, model, tokenizer) -> None:
     corpus = load_corpus(
         standard_library() if arguments.train_file is None else arguments.train_file,
         validation_file=arguments.validation_file,
-        text_column=arguments.text_column,
         join_records=arguments.join_records,
+        **arguments.reading,
     )
     words = {word for text in corpus["train"]["text"] for word in (text or "").split()}
     text = "\n".join(text or "" for text in corpus["validation"]["text"])[: arguments.characters]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
 from evaluate_pictures import draw_exposure
+from reading import Reading
 from standard_library import standard_library
 from transformers import GenerationConfig
 
@@ -15,12 +16,11 @@ from hf_lstm.model_card import add_to_model_card
 
 
 @dataclass
-class Privacy(Arguments):
+class Privacy(Reading, Arguments):
     """Passages of the training text that can be extracted, beside unseen text, and the exposure of planted secrets."""
 
     train_file: str | None = flag("The text that the model was trained on; Python's standard library without it.")
     validation_file: str | None = flag("Unseen text of the same kind; without it what training kept for validation.")
-    text_column: str = flag("The column of the records that holds the text.", "text")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     passages: int = flag("Passages of each text, drawn at random.", 1000)
     prefix_length: int = flag("Tokens of a passage that the model is given.", 50)
@@ -54,8 +54,8 @@ def privacy(arguments: Privacy, model, tokenizer) -> None:
     corpus = load_corpus(
         standard_library() if arguments.train_file is None else arguments.train_file,
         validation_file=arguments.validation_file,
-        text_column=arguments.text_column,
         join_records=arguments.join_records,
+        **arguments.reading,
     )
     result = {"extraction": extractable(arguments, corpus, model, tokenizer)}
     if canaries is not None:

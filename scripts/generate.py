@@ -8,10 +8,12 @@ python scripts/generate.py --model runs/first --interactive true
 import contextlib
 import sys
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, TextStreamer, set_seed
+from command_line import Parser
+from saved_models import load_model
+from screen import prepare_screen
+from transformers import TextStreamer, set_seed
 from transformers.generation import BaseStreamer
 
 from hf_lstm import Session
@@ -29,7 +31,9 @@ A model that reads backward writes before your line, and later lines stand befor
 class Arguments:
     """Arguments of the script."""
 
-    model: str = field(metadata={"help": "A model folder or a model on the Hub."})
+    model: str | None = field(
+        default=None, metadata={"help": "A model folder, an adapter's folder (LoRA) or a model on the Hub."}
+    )
     prompt: str | None = field(
         default=None, metadata={"help": "The text to continue (default: the standard input unless it is a terminal)."}
     )
@@ -44,7 +48,9 @@ class SamplingArguments:
 
     max_new_tokens: int = field(default=300, metadata={"help": "Maximum number of new tokens."})
     do_sample: bool = field(default=True, metadata={"help": "Sample, instead of taking the most probable token."})
-    temperature: float | None = field(default=0.8, metadata={"help": "Sampling temperature."})
+    temperature: float | None = field(
+        default=0.8, metadata={"help": "Sampling temperature; 0 takes the most probable token."}
+    )
     top_k: int | None = field(default=None, metadata={"help": "Sample from the k most probable tokens."})
     top_p: float | None = field(
         default=None, metadata={"help": "Sample from the top tokens with total probability p."}
@@ -68,13 +74,9 @@ class Printer(BaseStreamer):
 
 
 def main(arguments: Arguments, sampling: SamplingArguments) -> None:
-    folder = Path(arguments.model)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise ValueError(f"{folder} contains no config.json: name the folder of a saved model.")
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, trust_remote_code=arguments.trust_remote_code, device_map="auto"
-    )
+    model, tokenizer = load_model(arguments.model, arguments.trust_remote_code)
+    if sampling.temperature is not None and 0 <= sampling.temperature < COLDEST:
+        sampling = replace(sampling, do_sample=False)
     with contextlib.suppress(AttributeError):  # a standard input that is not a file
         sys.stdin.reconfigure(errors="surrogateescape")  # invalid UTF-8 raises an error where its line is read
     if arguments.interactive:
@@ -85,8 +87,6 @@ def main(arguments: Arguments, sampling: SamplingArguments) -> None:
     if prompt is None:
         prompt = "" if sys.stdin.isatty() else sys.stdin.read().removesuffix("\n")
 
-    if sampling.temperature is not None and 0 < sampling.temperature < COLDEST:
-        sampling = replace(sampling, do_sample=False)
     options = {flag.name: getattr(sampling, flag.name) for flag in fields(sampling)}
     options = {name: value for name, value in options.items() if value is not None}
     if not sampling.do_sample:
@@ -164,7 +164,8 @@ def converse(model, tokenizer, prompt: str | None, sampling: SamplingArguments) 
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
-        main(*HfArgumentParser((Arguments, SamplingArguments)).parse_args_into_dataclasses())
+        main(*Parser((Arguments, SamplingArguments), __doc__).parse_args_into_dataclasses())
     except (ValueError, OSError) as error:
         sys.exit(f"generate.py: {error}")

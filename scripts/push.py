@@ -12,9 +12,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from command_line import Parser
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx, validate_repo_id
-from transformers import HfArgumentParser
+from saved_models import check_source
+from screen import prepare_screen
 
 from hf_lstm.hub import files_to_push, push_folder
 
@@ -23,8 +25,8 @@ from hf_lstm.hub import files_to_push, push_folder
 class Arguments:
     """Arguments of the upload."""
 
-    model: str = field(metadata={"help": "A model folder written by scripts/train.py."})
     repo: str = field(metadata={"help": "The repository, author/name, created if it does not exist."})
+    model: str | None = field(default=None, metadata={"help": "A model folder written by scripts/train.py."})
     private: bool | None = field(default=None, metadata={"help": "Whether a new repository is private."})
     revision: str | None = field(default=None, metadata={"help": "The branch, created if it does not exist."})
     message: str | None = field(default=None, metadata={"help": "The commit message."})
@@ -32,6 +34,7 @@ class Arguments:
 
 
 def main(arguments: Arguments) -> None:
+    check_source(arguments.model, hub=False)
     folder = Path(arguments.model)
     validate_repo_id(arguments.repo)
     files = files_to_push(folder)
@@ -48,8 +51,9 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*Parser(Arguments, __doc__).parse_args_into_dataclasses())
     except (HfHubHTTPError, httpx.HTTPError, RuntimeError) as error:
         cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
         sys.exit(f"push.py: {cause}\nUploaded files are kept: the same command finishes it.")

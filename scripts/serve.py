@@ -18,6 +18,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import uvicorn
+from command_line import Parser
+from saved_models import load_model
+from screen import prepare_screen
 from serve_fields import CHAT_COMPLETION, COMPLETION, PROMPT, RESPONSE, Refused, read_body, read_messages
 from serve_writer import Job, Piece, Prompt, Writer, encode_chat
 from starlette.applications import Starlette
@@ -25,7 +28,6 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser
 
 from hf_lstm.tokenizers import check_tokenizer, direction_of
 
@@ -34,7 +36,9 @@ from hf_lstm.tokenizers import check_tokenizer, direction_of
 class Arguments:
     """Arguments of the server."""
 
-    model: str = field(metadata={"help": "A model folder or a model on the Hub."})
+    model: str | None = field(
+        default=None, metadata={"help": "A model folder, an adapter's folder (LoRA) or a model on the Hub."}
+    )
     host: str = field(default="localhost", metadata={"help": "Address to listen on."})
     port: int = field(default=8000, metadata={"help": "Port to listen on."})
     limit: int = field(default=4096, metadata={"help": "Maximum tokens of a request, prompt and answer together."})
@@ -324,9 +328,7 @@ def make_app(arguments: Arguments) -> Starlette:
         raise ValueError(
             f"`limit` ({arguments.limit}) must be at least 2: one token of the prompt and one of the answer."
         )
-    trusted = {"trust_remote_code": arguments.trust_remote_code}
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, **trusted)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, device_map=arguments.device, **trusted).eval()
+    model, tokenizer = load_model(arguments.model, arguments.trust_remote_code, arguments.device)
     check_tokenizer(model, tokenizer)
     if direction_of(model) == "backward":
         raise ValueError(
@@ -369,7 +371,8 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*Parser(Arguments, __doc__).parse_args_into_dataclasses())
     except (ValueError, OSError) as error:
         sys.exit(f"serve.py: {error}")

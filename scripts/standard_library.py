@@ -1,12 +1,14 @@
 """Python's standard library as a corpus, which every machine has: the default of the scripts."""
 
 import hashlib
+import platform
 import sysconfig
 import tokenize
 from pathlib import Path
 
 from datasets import Dataset, DatasetDict
 
+DESCRIPTION = f"small modules of Python {platform.python_version()}'s standard library"
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
 _LARGEST = 20_000  # bytes of a module for training: many small modules teach more than few large ones
 _EVALUATED = {"validation": 140_000, "test": 210_000}  # bytes

@@ -1,11 +1,12 @@
 """Train an LSTM language model, watch it learn, and keep everything it takes to use it.
 
 python scripts/train.py --output_dir runs/first
-python scripts/train.py --recipe scripts/recipes/shakespeare_cpu.args --output_dir runs/shakespeare
+python scripts/train.py mytext.txt --output_dir runs/mytext
+python scripts/train.py --recipe quickstart --train_file 'books/*.txt' --output_dir runs/books
 python scripts/train.py --model_name_or_path runs/first --train_file more.txt --output_dir runs/second
 
-Without a corpus it learns Python, from small modules of the standard library. A recipe is a file of flags; flags on the
-command line override it. `--output_dir` receives the best model, its tokenizer, metrics.json, learning_curve.png, a
+Without a corpus it learns Python, from small modules of the standard library. A text is a file, a folder of .txt files, or
+a pattern. A recipe is a file of flags, or the name of one in scripts/recipes; flags on the command line override it. `--output_dir` receives the best model, its tokenizer, metrics.json, learning_curve.png, a
 model card (README.md, rendered from run.json) and the checkpoints to resume from.
 
 To write a training script of your own, begin with the sixty lines of train_minimal.py:
@@ -14,7 +15,6 @@ python scripts/train_minimal.py
 """
 
 import json
-import platform
 import shlex
 import sys
 from contextlib import ExitStack
@@ -24,6 +24,8 @@ from pathlib import Path
 import torch
 from huggingface_hub.errors import HfHubHTTPError, StrictDataclassError
 from huggingface_hub.utils import httpx
+from screen import prepare_screen, shown
+from standard_library import DESCRIPTION
 from train_arguments import (
     CardArguments,
     DataArguments,
@@ -31,13 +33,15 @@ from train_arguments import (
     OptimizationArguments,
     TrainArguments,
     load_saved,
+    name_text,
     parse,
 )
 from train_data import LEARNT, TrainingData, describe, prepare_data
 from train_folder import take_folder
 from train_privacy import PrivacyArguments
+from train_progress import ProgressLines, show_progress
 from train_words import push_word_checkpoints, word_checkpoints
-from transformers import GenerationConfig, Trainer, TrainerCallback, set_seed
+from transformers import GenerationConfig, Trainer, set_seed
 from transformers.integrations import get_reporting_integration_callbacks
 
 from hf_lstm import LSTMConfig, LSTMForCausalLM
@@ -70,33 +74,36 @@ from hf_lstm.training.report import (
 
 FIRST_SAMPLE = 100  # step; the first evaluation, by default at step 500, would be long to wait for
 
-STANDARD_LIBRARY = f"small modules of Python {platform.python_version()}'s standard library"
 
-
-class ShowProgress(TrainerCallback):
+class ProgressWithSamples(ProgressLines):
     """
-    Evaluates once more at the last step. Prints the loss and a sample after each evaluation, and a first sample at step 100.
+    Evaluates once more at the last step. Prints the loss of each evaluation and a sample, a first one at step 100; after the
+    last step the report prints one of the best model.
     """
 
     def __init__(self, data: TrainingData, data_args: DataArguments):
+        super().__init__()
         self.data, self.data_args = data, data_args
 
     def on_step_end(self, args, state, control, **kwargs):
+        super().on_step_end(args, state, control, **kwargs)
         if state.global_step >= state.max_steps and args.eval_strategy == "steps":
             control.should_evaluate = True
         if state.global_step == FIRST_SAMPLE and not control.should_evaluate and state.is_world_process_zero:
-            print(f"\nstep {state.global_step:,}:")
-            self._print_sample(kwargs["model"])
+            self._say_sample(f"step {state.global_step:,}", kwargs["model"])
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
             validation = self.data.streams["validation"]
             loss = describe_loss(metrics["eval_loss"], validation.num_bytes / len(validation))
-            print(f"\nstep {state.global_step:,}: validation, {self.data_args.batching}, {loss}")
-            self._print_sample(model)
+            line = f"step {state.global_step:,}: validation, {self.data_args.batching}, {loss}"
+            if state.global_step < state.max_steps:
+                self._say_sample(line, model)
+            else:
+                self.say(line)
 
-    def _print_sample(self, model):
-        print(write_sample(model, self.data.tokenizer, self.data_args.prompt), end="\n\n", flush=True)
+    def _say_sample(self, line, model):
+        self.say(f"{line}; a sample:\n{shown(write_sample(model, self.data.tokenizer, self.data_args.prompt))}\n")
 
 
 def make_model(model_args: ModelArguments, data_args: DataArguments, args: TrainArguments, tokenizer):
@@ -150,6 +157,7 @@ def make_trainer(
     privacy_args: PrivacyArguments,
     optimization_args: OptimizationArguments,
     args: TrainArguments,
+    progress: ProgressLines,
 ):
     """Make the stock Trainer, or the private one, with the callbacks that these arguments ask for."""
     lanes = data_args.batching == "lanes"
@@ -157,7 +165,6 @@ def make_trainer(
         TruncatedBPTTCallback(data_args.state_drop_probability) if lanes else FinishedRunCallback(),
         DivergenceCallback(),
         MetricsCallback(),
-        ShowProgress(data, data_args),
     ]
     if optimization_args.averaging == "nt_asgd":
         callbacks.append(NonMonotonicTrigger())
@@ -181,6 +188,7 @@ def make_trainer(
         callbacks=callbacks,
         **budget,
     )
+    show_progress(trainer, progress)
     for reporter in get_reporting_integration_callbacks(args.report_to):
         trainer.remove_callback(reporter)  # and last again, to see what the callbacks above add to the logs
         trainer.add_callback(reporter)
@@ -226,7 +234,7 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
     run = describe_run(
         folder,
         model,
-        data=card_args.data_description or file or data_args.dataset_name or STANDARD_LIBRARY,
+        data=card_args.data_description or file or data_args.dataset_name or DESCRIPTION,
         results=results,
         procedure=describe_procedure(
             trainer,
@@ -236,7 +244,7 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
             seconds=whole,
             base=data_args.model_name_or_path,
         ),
-        command=repeatable_command("scripts/train.py", sys.argv[1:]),
+        command=repeatable_command("scripts/train.py", name_text(sys.argv[1:])),
         reset_at_documents=reset_at_documents,
         resets={RESET_EVERY: reset_loss},
         sample=sample,
@@ -250,7 +258,9 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
         learnt = data_args.tokenizer in LEARNT and data_args.model_name_or_path is None
         run["differential_privacy"] = trainer.describe() | {"tokenizer_learnt": learnt}
     write_model_card(folder, run)
-    print(f"\n{sample}\n")
+    print(
+        f"A sample of the model of step {trainer.state.best_global_step or trainer.state.global_step:,}:\n{sample}\n"
+    )
     for split, result in results.items():
         print(
             f"{split}: {result['loss']:.4f} nats per token, perplexity {result['perplexity']:.3f}, "
@@ -258,6 +268,13 @@ def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments
         )
     print(f"validation with the state reset every {RESET_EVERY} tokens: {reset_loss:.4f} nats per token")
     print(f"The model, its card, metrics.json and learning_curve.png are in {folder}")
+    prompt = ["--prompt", data_args.prompt] if data_args.prompt.strip() else []
+    print(f"Let it write: {sibling_command('generate.py', '--model', str(folder), *prompt)}")
+
+
+def sibling_command(script: str, *arguments: str) -> str:
+    """Write the command of another script, whose folder is named as that of this one was."""
+    return shlex.join(["python", str(Path(sys.argv[0]).with_name(script)), *arguments])
 
 
 def publish(trainer: Trainer, args: TrainArguments) -> None:
@@ -274,7 +291,7 @@ def publish(trainer: Trainer, args: TrainArguments) -> None:
 
 def run(arguments: list[str], held: ExitStack) -> None:
     """Read the arguments, prepare the data, make model and Trainer, train, report and publish."""
-    model_args, data_args, card_args, privacy_args, optimization_args, args = parse(arguments)
+    model_args, data_args, card_args, privacy_args, optimization_args, args = parse(arguments, __doc__)
     held.enter_context(take_folder(args, carried=data_args.batching == "lanes"))
     if find_spec("matplotlib") is None:
         raise ValueError('The learning curve needs matplotlib: `pip install "hf-lstm[train]"`.')
@@ -292,7 +309,9 @@ def run(arguments: list[str], held: ExitStack) -> None:
             "`byte`, or the folder of a tokenizer of public text, protects that too.",
             file=sys.stderr,
         )
-    trainer = make_trainer(model, data, data_args, privacy_args, optimization_args, args)
+    progress = ProgressWithSamples(data, data_args)
+    held.callback(progress.close)  # before the sentence with which a run may end
+    trainer = make_trainer(model, data, data_args, privacy_args, optimization_args, args, progress)
     to_publish, args.push_to_hub = (
         args.push_to_hub,
         False,
@@ -302,18 +321,26 @@ def run(arguments: list[str], held: ExitStack) -> None:
         report(trainer, data, seconds, data_args, card_args)
         if to_publish:
             publish(trainer, args)
+        else:
+            repo = f"YOUR_NAME/{Path(args.output_dir).resolve().name}"
+            print(f"Publish it: {sibling_command('push.py', '--model', args.output_dir, '--repo', repo)}")
     end_processes(trainer)
 
 
 def main(arguments: list[str]) -> None:
-    with ExitStack() as held:  # the lock on `--output_dir`, until the run has ended
-        try:
+    try:
+        with ExitStack() as held:  # the lock on `--output_dir` and the bar, until the run has ended
             run(arguments, held)
-        except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
-            sys.exit(f"train.py: {error.__cause__}")
-        except (ValueError, HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
-            sys.exit(f"train.py: {error}")
+    except KeyboardInterrupt as stopped:
+        if str(stopped):  # in the process that speaks for all
+            print(f"train.py: {stopped}", file=sys.stderr)
+        sys.exit(130)  # as a shell says that Ctrl-C ended a program
+    except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
+        sys.exit(f"train.py: {error.__cause__}")
+    except (ValueError, HfHubHTTPError, httpx.HTTPError) as error:  # Trainer makes the repository before it trains
+        sys.exit(f"train.py: {error}")
 
 
 if __name__ == "__main__":
+    prepare_screen()
     main(sys.argv[1:])

@@ -1,18 +1,23 @@
 """Arguments of train.py: the model, the data, the card, the optimizer, and Trainer's own with other defaults."""
 
 import re
-from argparse import ArgumentParser, Namespace
-from dataclasses import dataclass, field, fields
-from pathlib import Path
+import shlex
+from argparse import ArgumentParser
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from command_line import Parser, check_trainer_flags
 from huggingface_hub.errors import StrictDataclassError
+from reading import Reading
+from saved_models import check_source
+from train_flags import given_flags, recipe_file, with_following, with_train_file
 from train_privacy import PrivacyArguments
 from transformers import AutoConfig, HfArgumentParser
 
 from hf_lstm import LSTMConfig
 from hf_lstm.data import read_text
+from hf_lstm.data.corpora import source_of
 from hf_lstm.model.cells_lstm import CELLS
 from hf_lstm.training import LSTMTrainingArguments
 from hf_lstm.training.optimization import KINDS
@@ -91,19 +96,23 @@ class ModelArguments:
 
 
 @dataclass
-class DataArguments:
+class DataArguments(Reading):
     """The data to train on, and how it is read."""
 
     recipe: str | None = field(
         default=None,
-        metadata={"help": "A file of flags, such as those in scripts/recipes; the command line overrides it."},
+        metadata={"help": "A file of flags, or the name of one in scripts/recipes; the command line overrides it."},
     )
     model_name_or_path: str | None = field(
         default=None,
         metadata={"help": "A saved model's folder or Hub name, to train on from its weights with its tokenizer."},
     )
     train_file: str | None = field(
-        default=None, metadata={"help": "Text, .jsonl, .json, .csv or .parquet file, or a folder `save_to_disk` made."}
+        default=None,
+        metadata={
+            "help": "Text, .jsonl, .json, .csv or .parquet file; a pattern of these ('books/*.txt'); a folder of .txt files, "
+            "or one that `save_to_disk` made. The flag itself may be left out."
+        },
     )
     validation_file: str | None = field(
         default=None, metadata={"help": "File for validation; without it a tenth of the training data is kept for it."}
@@ -111,7 +120,6 @@ class DataArguments:
     test_file: str | None = field(default=None, metadata={"help": "File that is evaluated once, at the end."})
     dataset_name: str | None = field(default=None, metadata={"help": "A data set on the Hub, instead of files."})
     dataset_config_name: str | None = field(default=None, metadata={"help": "The data set's configuration."})
-    text_column: str = field(default="text", metadata={"help": "The column of the records that holds the text."})
     join_records: bool = field(
         default=False, metadata={"help": "Whether the records are pieces of one text, as the lines of WikiText are."}
     )
@@ -192,6 +200,13 @@ class DataArguments:
             if getattr(self, flag) == "":
                 thing = "model" if flag == "model_name_or_path" else "corpus"
                 raise ValueError(f"`--{flag}` is empty: name a {thing}, or leave the flag out.")
+        for flag in ("train_file", "validation_file", "test_file"):
+            name = getattr(self, flag)
+            if name is not None and source_of(name)[0] == "hub":
+                raise ValueError(
+                    f"`--{flag}` {name} does not exist: name a file, a folder or a pattern, or a data set on the Hub by "
+                    "`--dataset_name`."
+                )
         _check_utf8("prompt", self.prompt)
         if self.batching not in ("lanes", "packed", "padded"):
             raise ValueError(f"`--batching` {self.batching} must be `lanes`, `packed` or `padded`.")
@@ -317,6 +332,15 @@ class TrainArguments(LSTMTrainingArguments):
         default="all", metadata={"help": "Whether to log tokens, and tokens per second."}
     )
     report_to: str = field(default="none", metadata={"help": "`tensorboard`, `wandb`, ... to watch the run there."})
+    max_steps: int = field(default=-1, metadata={"help": "Steps to train, instead of `--num_train_epochs`."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Norm to which gradients are clipped; 0 for none."})
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
+    use_cpu: bool = field(default=False, metadata={"help": "Train on the CPU although there is a GPU."})
+    seed: int = field(default=42, metadata={"help": "Seed of weights and order."})
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "`true` goes on with the run that `--output_dir` holds, or name a checkpoint."}
+    )
     push_to_hub: bool = field(default=False, metadata={"help": "Whether to publish the model when it is trained."})
     hub_strategy: str = field(
         default="end", metadata={"help": "Must be `end`: the folder is checked before it is uploaded."}
@@ -324,7 +348,9 @@ class TrainArguments(LSTMTrainingArguments):
 
     def __post_init__(self):
         if self.output_dir is None:
-            raise ValueError("`--output_dir` is missing: name a folder for the model.")
+            raise ValueError(
+                "`--output_dir` is missing: name a folder for the model, such as `--output_dir runs/first`."
+            )
         if self.hub_token is not None:
             raise ValueError(
                 "`--hub_token` would lie in training_args.bin and in the history of your shell: set HF_TOKEN in the "
@@ -337,6 +363,7 @@ class TrainArguments(LSTMTrainingArguments):
             )
         if self.lr_scheduler_kwargs is None and self.lr_scheduler_type == "cosine_with_min_lr":
             self.lr_scheduler_kwargs = {"min_lr_rate": 0.05}
+        check_trainer_flags(self)
         super().__post_init__()
         in_steps = (
             self.save_strategy == self.logging_strategy == "steps" and min(self.save_steps, self.logging_steps) >= 1
@@ -365,8 +392,7 @@ def _take_saved_config(model_args: ModelArguments, name: str, given: dict[str, A
                 f"`--{flag}` and `--model_name_or_path` exclude each other, since the tokenizer of {name} is kept: leave one "
                 "of them out."
             )
-    if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ValueError(f"`--model_name_or_path` {name} lacks a config.json: name the folder of a saved model.")
+    check_source(name, "--model_name_or_path")
     config = load_saved(AutoConfig, name)
     if not isinstance(config, LSTMConfig):
         raise ValueError(
@@ -390,37 +416,49 @@ def _check_utf8(flag, text):
         raise ValueError(f"`--{flag}` {text!r} is not UTF-8: type it in a terminal that is set to it.") from error
 
 
-def parse(
-    arguments: list[str],
-) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
-    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
+GROUPS = (ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments)
+
+
+def name_text(arguments: list[str]) -> list[str]:
+    """Name the flag of a text that was typed without one."""
+    return with_train_file(arguments, GROUPS)
+
+
+def with_recipes(arguments: list[str]) -> list[str]:
+    """Put the flags of recipes in the place of their names, before all others."""
     finder = ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--recipe", action="append", default=[])
-    found, arguments = finder.parse_known_args(arguments)
+    found, arguments = finder.parse_known_args(name_text(arguments))
     words: list[str] = []
     for recipe in found.recipe:
-        text = read_text(recipe)
+        text = read_text(recipe_file(recipe))
         if "--recipe" in text:
             raise ValueError(f"`--recipe` {recipe} names another recipe: give both on the command line.")
         words += text.split()
-    arguments = [*words, *arguments]
-    groups = (
-        ModelArguments,
-        DataArguments,
-        CardArguments,
-        PrivacyArguments,
-        OptimizationArguments,
-        TrainArguments,
-    )
-    parser = HfArgumentParser(groups)
+    return [*words, *arguments]
+
+
+def data_of_command(command: str) -> DataArguments:
+    """Read the arguments of the data from the command of a run, as its run.json holds it."""
+    parser = HfArgumentParser(DataArguments, allow_abbrev=False)
+    words = with_recipes(shlex.split(command)[2:])  # after `python scripts/train.py`
+    return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[0]
+
+
+def parse(
+    arguments: list[str],
+    description: str = "",
+) -> tuple[ModelArguments, DataArguments, CardArguments, PrivacyArguments, OptimizationArguments, TrainArguments]:
+    """Parse the six groups of arguments; flags override a recipe's, which override a saved model's config."""
+    arguments, reasons = with_following(with_recipes(arguments), GROUPS)
+    parser = Parser(GROUPS, description)
     parsed = parser.parse_args_into_dataclasses(arguments, look_for_args_file=False)
     model_args, data_args, _, privacy_args, _, training_args = parsed
+    if training_args.process_index == 0:
+        print(*reasons, sep="\n", end="\n" if reasons else "")
     privacy_args.check(data_args, training_args)
     if data_args.model_name_or_path is not None:
-        nothing = Namespace(**{flag.name: None for group in groups for flag in fields(group)})  # instead of defaults
-        given = vars(parser.parse_known_args(arguments, nothing)[0])
-        given = {flag: value for flag, value in given.items() if value is not None}
-        _take_saved_config(model_args, data_args.model_name_or_path, given)
+        _take_saved_config(model_args, data_args.model_name_or_path, given_flags(arguments, GROUPS)[0])
     if data_args.streaming and training_args.max_steps <= 0:
         raise ValueError("`--streaming` needs `--max_steps`: a stream does not say when it ends.")
     if data_args.batching != "lanes" and training_args.train_sampling_strategy == "sequential":  # the default of lanes

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from saved_models import check_source
 from standard_library import standard_library
 from train_arguments import DataArguments, TrainArguments, load_saved
 from transformers import (
@@ -95,8 +96,8 @@ def load_texts(args: DataArguments, seed: int):
             config_name=args.dataset_config_name,
             validation_file=args.validation_file,
             test_file=args.test_file,
-            text_column=args.text_column,
             join_records=args.join_records,
+            **args.reading,
         )
         if args.character_noise > 0:
             texts["train"] = texts["train"].map(
@@ -104,14 +105,14 @@ def load_texts(args: DataArguments, seed: int):
             )
         return texts
     corpus = load_documents(
-        args.train_file or args.dataset_name, args.dataset_config_name, args.text_column, streaming=True
+        args.train_file or args.dataset_name, args.dataset_config_name, streaming=True, **args.reading
     )
     texts = {"train": one_split(corpus, "train", args.train_file or args.dataset_name)}
     if args.shuffle_documents:
         texts["train"] = texts["train"].shuffle(seed, buffer_size=SHUFFLED)
     for split, file in (("validation", args.validation_file), ("test", args.test_file)):
         if file is not None:
-            texts[split] = one_split(load_documents(file, text_column=args.text_column), split, file)
+            texts[split] = one_split(load_documents(file, **args.reading), split, file)
     return texts
 
 
@@ -131,12 +132,15 @@ def load_tokenizer(args: DataArguments, rows, direction: str):
     if args.tokenizer in ("word", "unicode_word"):
         split = "whitespace" if args.tokenizer == "word" else "unicode"
         return word_tokenizer(texts, args.vocab_size, args.min_frequency, split)
+    remedy = "give `char`, `byte`, `word`, `unicode_word`, `bpe`, or a folder or Hub name"
+    check_source(
+        args.tokenizer, "--tokenizer", ("tokenizer.json", "tokenizer_config.json", "config.json"), remedy=remedy
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     except Exception as error:  # the libraries behind it raise classes of their own
         raise ValueError(
-            f"`--tokenizer` {args.tokenizer} must be `char`, `byte`, `word`, `unicode_word`, `bpe`, or a folder or Hub name "
-            f"from which one can be loaded: {str(error).splitlines()[0]}"
+            f"`--tokenizer` {args.tokenizer} cannot be loaded ({str(error).splitlines()[0]}): {remedy}."
         ) from error
     if tokenizer.eos_token is None:  # BERT's kind
         tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token or "<eos>"})
@@ -155,6 +159,7 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
         if padding.pad_token is None:
             padding.pad_token = padding.eos_token
         return sets, DataCollatorForSeq2Seq(padding)
+    fit_batches(args, training_args, streams)
     common = {"bptt_length": args.bptt_length, "reset_at_documents": args.reset_at_documents}
     lanes = training_args.per_device_train_batch_size * training_args.world_size
     if args.streaming:
@@ -171,11 +176,30 @@ def make_batches(args: DataArguments, training_args: TrainArguments, texts, stre
             partial_shuffle_seed=training_args.seed if args.partial_shuffle else None,
         )
     eval_lanes = training_args.per_device_eval_batch_size * training_args.world_size
-    try:
-        validation = LaneDataset(streams["validation"], eval_lanes, **common)
-    except ValueError as error:
-        raise ValueError(f"The validation data with `--per_device_eval_batch_size`: {error}") from error
+    validation = LaneDataset(streams["validation"], eval_lanes, **common)
     return {"train": train, "validation": validation}, default_data_collator
+
+
+def fit_batches(args: DataArguments, training_args: TrainArguments, streams: dict[str, TokenStream]) -> None:
+    """Let a batch hold no more lanes than a short text fills, and say so. Raises `ValueError` where it fills none."""
+    for split, flag in (("train", "per_device_train_batch_size"), ("validation", "per_device_eval_batch_size")):
+        if split not in streams:
+            continue
+        tokens, lanes = len(streams[split]), getattr(training_args, flag)
+        longest = (tokens - 1) // training_args.world_size
+        fitting = longest // args.bptt_length
+        if fitting < 1:
+            raise ValueError(
+                f"`--bptt_length` ({args.bptt_length}) must be at most {longest} for the {split} text, which has {tokens:,} "
+                f"tokens: lower it, or give more text{'' if split == 'train' else ' by `--validation_file`'}."
+            )
+        if fitting < lanes:
+            setattr(training_args, flag, fitting)
+            if training_args.process_index == 0:
+                print(
+                    f"`--{flag}` is {fitting} instead of {lanes}: the {split} text has {tokens:,} tokens, and each lane takes "
+                    f"{args.bptt_length} (`--bptt_length`)."
+                )
 
 
 def describe(data: TrainingData, vocab_size: int, base: str | None = None) -> None:

@@ -4,6 +4,7 @@ python scripts/train_minimal.py
 """
 
 import os
+import sys
 from pathlib import Path
 
 from transformers import Trainer, default_data_collator, set_seed
@@ -18,6 +19,7 @@ HIDDEN_SIZE, NUM_LAYERS, DROPOUT = 384, 1, 0.0
 LANES, BPTT_LENGTH = 16, 64  # places that are read side by side; tokens that gradients run back through
 MAX_STEPS, LEARNING_RATE = 1500, 4e-3
 
+sys.stdout.reconfigure(errors="backslashreplace")  # a screen or file may lack some character
 set_seed(0)
 text = "".join(file.read_text(encoding="utf-8") for file in FILES)
 cut = int(0.9 * len(text))  # the last tenth is for validation

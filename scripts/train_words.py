@@ -54,7 +54,7 @@ def corpus_words(data: TrainingData, data_args: DataArguments) -> int:
 
 def push_word_checkpoints(output_dir: str, repo_id: str) -> None:
     """Push each checkpoint to the branch of its name."""
-    for folder in sorted(Path(output_dir).glob("chck_*M")):
+    for folder in sorted(Path(output_dir).glob("chck_*[KM]")):
         (folder / "README.md").write_text(
             f"Checkpoint `{folder.name}` of {repo_id}, by the words it had read, repeats counted. The model's card is on the "
             "main branch.\n",

@@ -14,10 +14,13 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
 
+from command_line import Parser
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from huggingface_hub.utils import httpx
-from transformers import GenerationConfig, HfArgumentParser
+from saved_models import check_source
+from screen import prepare_screen
+from transformers import GenerationConfig
 
 import hf_lstm
 from hf_lstm.hub import UPLOAD_PATTERNS, read_json
@@ -101,7 +104,7 @@ FIELDS = {
 class Arguments:
     """Arguments of the comparison."""
 
-    model: str = field(metadata={"help": "A model folder or a model on the Hub."})
+    model: str | None = field(default=None, metadata={"help": "A model folder or a model on the Hub."})
     revision: str | None = field(default=None, metadata={"help": "The branch, tag or commit on the Hub."})
 
 
@@ -116,6 +119,7 @@ def names_in(folder: Path) -> list[str]:
 
 
 def main(arguments: Arguments) -> None:
+    check_source(arguments.model)
     folder = Path(arguments.model)
     if folder.is_dir():
         names = names_in(folder)
@@ -173,7 +177,8 @@ def main(arguments: Arguments) -> None:
 
 
 if __name__ == "__main__":
+    prepare_screen()
     try:
-        main(*HfArgumentParser(Arguments).parse_args_into_dataclasses())
+        main(*Parser(Arguments, __doc__).parse_args_into_dataclasses())
     except (HfHubHTTPError, httpx.HTTPError, ValueError, OSError, HFValidationError) as error:
         sys.exit(f"verify.py: {error}")

@@ -1,13 +1,17 @@
 """scripts/classify.py learns to tell texts apart, and refuses what it cannot learn from."""
 
 import csv
+import io
 import json
+import re
 import runpy
+from logging import StreamHandler, getLogger
 
 import numpy
 import pytest
 import torch
 from conftest import SCRIPTS, make_model
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from hf_lstm import char_tokenizer
@@ -81,12 +85,47 @@ def test_it_learns_saves_and_measures(files, classify):
 def test_validation_chooses_the_epoch_and_scratch_begins_anew(files, classify):
     flags = ["--train_file", files / "train.jsonl", "--validation_file", files / "test.csv", "--num_train_epochs", 2]
 
-    classify(*flags, "--from_scratch", "true", "--classifier_hidden_size", 0, "--classifier_pooling", "last")
+    scratch = ["--from_scratch", "true", "--classifier_hidden_size", 0, "--classifier_pooling", "last"]
+    printed = classify(*flags, *scratch, "--logging_steps", 1)
 
+    assert re.search(r"^step 1 of 2: loss [\d.]+, learning rate [\d.e-]+, \d:\d\d:\d\d left$", printed, re.MULTILINE)
+    for epoch in (1, 2):
+        assert re.search(
+            rf"^epoch {epoch}: validation, loss [\d.]+, accuracy [\d.]+%, F1 [\d.]+$", printed, re.MULTILINE
+        )
+    assert "{" not in printed
     assert json.loads((files / "out/metrics.json").read_text())["part"] == "validation"
     model = AutoModelForSequenceClassification.from_pretrained(files / "out")
     assert model.score.norm is None
     assert model.score.out_proj.in_features == model.config.output_size
+
+
+def test_only_a_new_head_may_lack_weights(files, classify):
+    classify("--train_file", files / "train.csv", "--max_steps", 1)
+    for model, name in (("out", "score.out_proj.bias"), ("language", "model.layers.0.hidden_gates.weight")):
+        weights = load_file(files / model / "model.safetensors")
+        del weights[name]
+        save_file(weights, files / model / "model.safetensors", {"format": "pt"})
+
+        with pytest.raises(SystemExit, match=f"lacks the weights {name}: name a whole model"):
+            classify("--train_file", files / "train.csv", model=model, output="more")
+
+
+def test_ctrl_c_ends_in_a_sentence(files, classify, monkeypatch, capsys):
+    def train(trainer):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("transformers.Trainer.train", train)
+    handler = StreamHandler(io.StringIO())
+    monkeypatch.setattr(getLogger("transformers"), "handlers", [handler])
+
+    with pytest.raises(SystemExit) as stopped:
+        classify("--train_file", files / "train.csv")
+
+    assert handler.stream.getvalue() == ""  # a new head is not reported as a lack of weights
+    assert stopped.value.code == 130
+    said = f"classify.py: stopped before the classifier was finished: delete {files / 'out'}, and begin anew.\n"
+    assert capsys.readouterr().err == said
 
 
 def test_figures_are_those_of_the_definitions(monkeypatch):
@@ -102,6 +141,29 @@ def test_figures_are_those_of_the_definitions(monkeypatch):
     assert found["f1"] == pytest.approx(sum(found["f1_of_classes"]) / 3)
 
 
+def test_files_of_other_forms_are_read(files, classify):
+    (files / "train.csv").write_bytes("label;body\na;aaab äb\nb;bb, ä\n".encode("cp1252"))
+    flags = ["--train_file", files / "train.csv", "--max_steps", 1]
+
+    classify(*flags, "--encoding", "cp1252", "--csv_delimiter", ";", output="read")
+
+    assert json.loads((files / "read/metrics.json").read_text())["texts"] == 2
+    for more, message in (
+        ([], r"train.csv is not UTF-8 .* such as `--encoding cp1252`"),
+        (["--encoding", "cp1252"], r"columns seem to be separated by ';', so add `--csv_delimiter ';'`"),
+        (
+            ["--encoding", "cp1252", "--csv_delimiter", ";", "--label_column", "sort"],
+            r"train.csv has no column `text`, only label, body",
+        ),
+        (
+            ["--encoding", "cp1252", "--csv_delimiter", ";", "--label_column", "sort", "--text_column", "body"],
+            r"train.csv has no column `sort` in line 2, only `label`, `body`: name another by `--label_column`",
+        ),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            classify(*flags, *more)
+
+
 ONE = [("aa", "a"), ("ab", "a")]
 
 
@@ -110,9 +172,9 @@ ONE = [("aa", "a"), ("ab", "a")]
     [
         (ONE, [], "All texts of the training part have the label 'a': give at least two classes"),
         (TRAIN, [("b", "c")], "The test part has the label 'c', which no training text has"),
-        (TRAIN, [("", "a")], r"Row 1 of .*test.csv has nothing in `text` \(''\)"),
-        (TRAIN, [("a", "")], r"Row 1 of .*test.csv has nothing in `label` \(''\)"),
-        ([], TEST, "train.csv holds no row"),
+        (TRAIN, [("", "a")], r"test.csv has nothing in `text` in line 2 \(''\)"),
+        (TRAIN, [("a", "")], r"test.csv has nothing in `label` in line 2 \(''\)"),
+        ([], TEST, "train.csv holds no record"),
     ],
     ids=["a single class", "an unknown label", "no text", "no label", "no row"],
 )
@@ -127,11 +189,44 @@ def test_rows_that_cannot_be_learnt_from_are_refused(files, classify, train, tes
     assert not (files / "out/model.safetensors").exists()
 
 
+def test_a_missing_column_is_named(files, classify):
+    (files / "train.csv").write_text("text,class\na,a\n")
+
+    message = r"train.csv has no column `label` in line 2, only `text`, `class`: name another by `--label_column`"
+    with pytest.raises(SystemExit, match=message):
+        classify("--train_file", files / "train.csv")
+
+
+def test_a_head_keeps_the_order_of_its_classes(files, classify):
+    """A head made elsewhere need not know them in the order of the alphabet."""
+    names = {"id2label": {0: "b", 1: "a"}, "label2id": {"b": 0, "a": 1}}
+    model = AutoModelForSequenceClassification.from_pretrained(files / "language", **names)
+    model.score.out_proj.weight.data.zero_()
+    model.score.out_proj.bias.data = torch.tensor([1.0, 0.0])  # it calls every text b
+    model.save_pretrained(files / "head")
+    AutoTokenizer.from_pretrained(files / "language").save_pretrained(files / "head")
+
+    flags = ["--train_file", files / "train.csv", "--test_file", files / "test.csv", "--learning_rate", 1e-9]
+    classify(*flags, "--max_steps", 1, model="head")
+
+    metrics = json.loads((files / "out/metrics.json").read_text())
+    assert (metrics["classes"], metrics["confusion"]) == (["b", "a"], [[2, 0], [1, 0]])
+    assert AutoModelForSequenceClassification.from_pretrained(files / "out").config.id2label == {0: "b", 1: "a"}
+
+
 def test_a_classifier_of_other_classes_is_refused(files, classify):
     classify("--train_file", files / "train.csv", "--max_steps", 1)
     (files / "train.csv").write_text("text,label\na,a\nb,b\nab,c\n")
 
-    with pytest.raises(SystemExit, match=r"tells 2 classes apart, and the training part has 3"):
+    with pytest.raises(
+        SystemExit,
+        match=r"tells 2 classes \('a', 'b'\) apart, and the training part has 3 classes \('a', 'b', 'c'\): name the language",
+    ):
+        classify("--train_file", files / "train.csv", model="out", output="more")
+    (files / "train.csv").write_text("text,label\na,a\nb,c\n")
+    with pytest.raises(
+        SystemExit, match=r"tells 2 classes \('a', 'b'\) apart, and the training part has 2 classes \('a', 'c'\)"
+    ):
         classify("--train_file", files / "train.csv", model="out", output="more")
     with pytest.raises(SystemExit, match="already holds something"):
         classify("--train_file", files / "train.csv")

@@ -70,6 +70,27 @@ def test_lora_learns_and_survives_saving_and_merging(tmp_path, block, targets, d
     assert merged.generate(IDS, **options).tolist() == written.tolist()
 
 
+def test_generate_lets_an_adapter_write(run, tmp_path):
+    """scripts/generate.py, given the folder of the adapter."""
+    import peft
+
+    tokenizer = byte_tokenizer()
+    model = make_model(torch.float32, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path / "base")
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["hidden_gates"], init_lora_weights=False)
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    adapted.save_pretrained(tmp_path / "lora")
+    prompt = tokenizer("the", return_tensors="pt")
+    written = [one.generate(**prompt, do_sample=False, max_new_tokens=20)[0] for one in (adapted, model)]
+    command = ["generate.py", "--prompt", "the", "--max_new_tokens", 20, "--temperature", 0, "--model"]
+
+    printed = run(*command, tmp_path / "lora")
+
+    assert printed.removesuffix("\n") == tokenizer.decode(written[0], skip_special_tokens=True)
+    assert written[0].tolist() != written[1].tolist()
+
+
 def test_lora_refuses_a_module_that_does_not_exist():
     import peft
 

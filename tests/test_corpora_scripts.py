@@ -227,11 +227,32 @@ BAD = {
     "an unset variable": (["--train_file", ""], "`--train_file` is empty: name a corpus, or leave the flag out"),
     "a folder below a file": (["--output_dir", "beer.txt/run"], "`--output_dir` beer.txt/run cannot be made"),
     "little for validation": (
-        ["--train_file", "beer.txt", "--per_device_eval_batch_size", "99"],
-        "The validation data with `--per_device_eval_batch_size`: The stream holds 513 tokens, and 99 lanes",
+        ["--train_file", "beer.txt", "--bptt_length", "600"],
+        "`--bptt_length` (600) must be at most 512 for the validation text, which has 513 tokens: lower it, or give",
+    ),
+    "two texts": (
+        ["beer.txt", "blank.jsonl"],
+        "`beer.txt` is one text too many: name one file, a folder, or a pattern",
+    ),
+    "no such folder": (
+        ["--train_file", "books"],
+        "`--train_file` books does not exist: name a file, a folder or a pattern, or a data set on the Hub by",
+    ),
+    "a pattern of nothing": (["--train_file", "*.tex"], "No file matches *.tex: correct the pattern"),
+    "an empty folder": (["--train_file", "empty"], "The folder empty holds neither a .txt file nor a data set"),
+    "another delimiter": (
+        ["--train_file", "rows.csv"],
+        "columns seem to be separated by ';', so add `--csv_delimiter ';'`",
+    ),
+    "no such encoding": (
+        ["--train_file", "beer.txt", "--encoding", "utf-81"],
+        "`encoding` (utf-81) must be an encoding of text that Python knows",
     ),
     "half a prompt": (["--prompt", "a\udcff"], "`--prompt` 'a\\udcff' is not UTF-8"),
-    "not UTF-8": (["--train_file", "latin.txt"], "latin.txt is not UTF-8 (byte 100003: "),
+    "not UTF-8": (
+        ["--train_file", "latin.txt"],
+        "latin.txt is not UTF-8 (byte 100003: invalid continuation byte): name its encoding, such as `--encoding cp1252`",
+    ),
 }
 
 
@@ -244,6 +265,8 @@ def test_bad_corpora_are_refused_before_training(run, tmp_path, text_file, monke
     Path("mixed.jsonl").write_text('{"text": "a"}\n{"body": "b"}\n' * 3)
     Path("list.jsonl").write_text('{"text": "a"}\n["b"]\n')
     Path("blank.jsonl").write_text('{"text": ""}\n{"text": ""}\n{"text": ""}\n')
+    Path("empty").mkdir()
+    Path("rows.csv").write_text("id;text\n1;one, two\n")
     Path("latin.txt").write_bytes(b"x" * 100_000 + b"caf\xe9 au lait" * 99)
 
     with pytest.raises(SystemExit) as stopped:

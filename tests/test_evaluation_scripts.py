@@ -5,6 +5,8 @@ import gzip
 import io
 import json
 import math
+from pathlib import Path
+import shutil
 
 import numpy
 import pandas
@@ -165,6 +167,41 @@ def test_the_texts_of_a_file_of_records_are_measured(evaluate, tmp_path, name):
     assert measured == evaluate("surprisal", "--file", file_of_lines)
 
 
+def test_texts_are_read_however_they_are_stored(evaluate, tmp_path, monkeypatch):
+    """In a folder, by a pattern, in another encoding, with semicolons, and in a column of another name."""
+    monkeypatch.chdir(tmp_path)
+    rows = [{"id": number, "sentence": text} for number, text in enumerate(SENTENCES)]
+    Path("texts").mkdir()
+    for number, text in enumerate(SENTENCES):
+        Path(f"texts/{number}.txt").write_text(text + "\n")
+        lines(Path(f"{number}.jsonl"), rows[number : number + 1])
+    Path("lines.txt").write_text("\n".join(SENTENCES))
+    Path("wide.txt").write_bytes("\n".join(SENTENCES).encode("utf-16"))
+    Path("rows.csv").write_text("text;id\n" + "".join(f"{text};1\n" for text in SENTENCES))
+    Dataset.from_list(rows).save_to_disk("saved")
+
+    expected = evaluate("surprisal", "--file", "lines.txt")
+
+    for flags in (
+        ["texts"],
+        ["texts/[0-2].txt"],
+        ["wide.txt", "--encoding", "utf-16"],
+        ["rows.csv", "--csv_delimiter", ";"],
+        ["?.jsonl"],
+        ["saved"],
+    ):
+        assert evaluate("surprisal", "--file", *flags) == expected
+    counts = [json.loads(evaluate("stream", "--file", *flags))["tokens"] for flags in (["texts"], ["?.jsonl"])]
+    assert counts == [sum(map(len, SENTENCES)) + 3 + 3, sum(map(len, SENTENCES)) + 3]  # an <eos> after each document
+    pair = json.dumps({"sentence_good": "99 bottles", "sentence_bad": "99 sbottle"})
+    Path("pairs.jsonl").write_bytes(pair.encode("utf-16"))
+    assert json.loads(evaluate("pairs", "--file", "pairs.jsonl", "--encoding", "utf-16"))["pairs"] == 1
+    with pytest.raises(
+        SystemExit, match=r"evaluate.py: pairs.jsonl is not text.* in UTF-16, which `--encoding utf-16`"
+    ):
+        evaluate("pairs", "--file", "pairs.jsonl")
+
+
 def test_regions_come_with_their_texts(evaluate, tmp_path):
     records = [{"sentence": "99 bottles of beer", "regions": [[0, 10], [11, 18]]}, {"sentence": "on", "regions": []}]
     file = lines(tmp_path / "items.jsonl", records)
@@ -241,7 +278,8 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("task", "arguments", "message"),
     [
-        ("stream", ["--temperature", "0"], "`temperature` (0.0) must be a number above 0"),
+        ("stream", [], "holds no run.json that tells what it was trained on: name a text to measure"),
+        ("stream", ["--file", "blank.txt", "--temperature", "0"], "`temperature` (0.0) must be a number above 0"),
         ("stream", ["--picture", "x.png"], "`--picture` shows what follows a zero state"),
         (
             "stream",
@@ -285,7 +323,35 @@ def test_invalid_flags_exit_with_one_sentence(evaluate, tmp_path, monkeypatch, t
     assert "\n" not in str(stopped.value)
 
 
-def test_a_task_is_named_first(run):
-    for arguments in ([], ["--model", "x"], ["measure"]):
-        with pytest.raises(SystemExit, match="must be one of stream, surprisal, pairs, adapt, gradients"):
+def test_the_task_is_named_first_or_left_out(run):
+    for arguments, message in (
+        ([], "`--model` is missing"),
+        (["--model", "./x"], "`--model` ./x does not exist"),
+        (["measure"], "must be one of stream, surprisal, pairs, adapt, gradients, .* or be left out"),
+    ):
+        with pytest.raises(SystemExit, match=message):
             run("evaluate.py", *arguments)
+
+
+RUN = {"data": "songs", "command": "python scripts/train.py --recipe song.args --output_dir x --max_steps 3"}
+
+
+def test_without_a_file_the_validation_text_of_the_run_is_measured(folder, run, tmp_path, text_file, monkeypatch):
+    """As the command in run.json splits it; that of a run on another text is refused."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "model")
+    (tmp_path / "song.args").write_text("--train_file beer.txt --bptt_length 9")
+    expected = run("evaluate.py", "stream", "--model", "model", "--file", text_file, "--split", "validation")
+
+    (tmp_path / "model/run.json").write_text(json.dumps(RUN))
+    assert run("evaluate.py", "--model", "model") == expected
+    shutil.copytree(folder, "model/checkpoint-3")
+    assert run("evaluate.py", "--model", "model/checkpoint-3") == expected
+
+    for written, message in (
+        (RUN | {"command": "python scripts/train.py --train_file gone.txt"}, "The file gone.txt does not exist"),
+        (RUN | {"command": "python scripts/train.py"}, "it was trained on songs"),
+    ):
+        (tmp_path / "model/run.json").write_text(json.dumps(written))
+        with pytest.raises(SystemExit, match=f"is not here .{message}.*name a text to measure, such as `--file"):
+            run("evaluate.py", "--model", "model")

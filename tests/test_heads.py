@@ -152,6 +152,31 @@ def test_batch_norm_learns_from_tokens_alone(side):
         make_head(classifier_hidden_size=5).train()(IDS[:1])
 
 
+@pytest.mark.parametrize("wrong", [3, -1, -101])
+def test_labels_are_classes(wrong):
+    labels, message = (
+        torch.tensor([2, wrong, 1, 1]),
+        f"`labels` hold {wrong}, and the 3 classes are numbered from 0 to 2",
+    )
+    for model, given in (
+        (make_head(), labels),
+        (make_head(LSTMForTokenClassification), labels[:, None].expand_as(IDS)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(IDS, labels=given)
+
+
+def test_a_batch_without_classes_has_a_loss_of_zero():
+    for model, shape in ((make_head(), (4,)), (make_head(LSTMForTokenClassification), IDS.shape)):
+        for count in (None, 0, torch.tensor(0)):
+            model.zero_grad()
+            loss = model(IDS, labels=torch.full(shape, -100), num_items_in_batch=count).loss
+            loss.backward()
+
+            assert loss == 0
+            assert not any(parameter.grad.any() for parameter in model.parameters())
+
+
 def test_losses_are_those_of_their_labels():
     model, labels = make_head(), torch.tensor([2, 0, 1, 1])
     output = model(IDS, labels=labels)

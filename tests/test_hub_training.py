@@ -87,7 +87,7 @@ def test_checkpoints_by_words_are_pushed_to_branches_of_their_names(call, hub):
     done = call(SCRIPTS / "train.py", *FLAGS.split(), "--checkpoint_at_words", "10", "20")
 
     assert done.returncode == 0, done.stderr
-    for branch in ("chck_0.00001M", "chck_0.00002M"):
+    for branch in ("chck_0.01K", "chck_0.02K"):
         files = hub.files("author/small", branch)
         assert {"model.safetensors", "config.json", "tokenizer.json", "modeling_lstm.py"} <= files.keys()
         assert f"Checkpoint `{branch}` of author/small".encode() in files["README.md"]

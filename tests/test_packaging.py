@@ -1,4 +1,4 @@
-"""The wheel works where the checkout is not."""
+"""The wheel works where the checkout is not, and `python -m hf_lstm` says where the programs are."""
 
 import os
 import subprocess
@@ -6,6 +6,7 @@ import sys
 import sysconfig
 
 import pytest
+from conftest import SCRIPTS
 from mutations import copy_checkout
 
 PROGRAM = """
@@ -41,3 +42,18 @@ def test_the_wheel_works_in_an_empty_environment(tmp_path):
 
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout == "5\n"
+
+
+def test_the_package_says_where_its_programs_are(monkeypatch):
+    from hf_lstm.__main__ import PROGRAMS, main
+
+    monkeypatch.chdir(SCRIPTS.parent)
+    for arguments, command in (
+        (["train", "--train_file", "my text.txt"], "python scripts/train.py --train_file 'my text.txt'"),
+        (["tune"], "python scripts/train.py --output_dir runs/first"),
+        ([], "python scripts/train.py --output_dir runs/first"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert str(stopped.value) == f"hf_lstm is a library, and its programs are files: `{command}`."
+    assert all((SCRIPTS / f"{name}.py").is_file() for name in PROGRAMS)

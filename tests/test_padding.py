@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from conftest import make_ids, make_model
-from transformers import DynamicCache
+from transformers import DynamicCache, StaticCache
 
 from hf_lstm import load_state, save_state
 from hf_lstm.model.cache_lstm import rows_that_read
@@ -202,3 +202,22 @@ def test_padding_has_no_part_in_gradients(kernel, cell):
 def test_a_mask_that_does_not_fit_is_refused(mask):
     with pytest.raises(ValueError, match=r"`attention_mask` of shape .* must be \(7, 12\), a column for each token"):
         make_model()(IDS, attention_mask=mask)
+
+
+@pytest.mark.parametrize("cache_of", [DynamicCache, lambda config: StaticCache(config, max_cache_len=64)])
+def test_masks_of_more_tokens_than_were_read_are_refused(cache_of):
+    model = make_model()
+    cache = cache_of(config=model.config)
+    model(IDS[:, :5], past_key_values=cache)
+    expected = model(IDS[:, 5:8], past_key_values=copy.deepcopy(cache)).logits
+
+    for width in (3, 6, 8):
+        logits = model(IDS[:, 5:8], attention_mask=torch.ones(7, width), past_key_values=copy.deepcopy(cache)).logits
+        assert torch.equal(logits, expected)
+    for width in (9, 12):
+        with pytest.raises(
+            ValueError,
+            match=rf"`attention_mask` of shape \(7, {width}\) begins with {width - 3} columns for tokens read before, and "
+            r"`past_key_values` has read 5: leave out",
+        ):
+            model(IDS[:, 5:8], attention_mask=torch.ones(7, width), past_key_values=copy.deepcopy(cache))

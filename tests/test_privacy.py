@@ -203,11 +203,20 @@ def test_all_candidates_can_be_planted():
         ({"template": "{} and {}"}, "has 2 slots"),
         ({"alphabet": "a", "length": 9}, "at least two candidates"),
         ({"alphabet": "aa"}, "at least two candidates"),
-        ({"length": 0}, "at least two candidates"),
+        ({"length": 0}, r"`length` \(0\) must be at least 1"),
         ({"alphabet": "ab", "length": 1, "counts": (1, 1, 1)}, "asks for 3 distinct secrets"),
         ({"counts": (1, -1)}, r"`counts` holds -1"),
         ({"max_length": 16}, r"up to 17 bytes, and a document is cut after `max_length` \(16\)"),
         ({"documents": "one text"}, "is one str"),
+        ({"documents": 5}, r"`texts` \(5\) must be an iterable of texts"),
+        ({"documents": ["a", None]}, "Document 1 is None"),
+        ({"template": 3}, r"`template` \(3\) must be a str"),
+        ({"alphabet": ["1", "2"]}, r"`alphabet` \(\['1', '2'\]\) must be a str"),
+        ({"length": "3"}, r"`length` \('3'\) must be an int"),
+        ({"counts": 3}, r"`counts` \(3\) must be a list of int"),
+        ({"counts": (1, 2.5)}, r"`counts` \(\[1, 2.5\]\) must be a list of int"),
+        ({"seed": [1]}, r"`seed` \(\[1\]\) must be an int"),
+        ({"max_length": 99.5}, r"`max_length` \(99.5\) must be an int"),
     ],
 )
 def test_what_cannot_be_planted_is_refused(options, message):
@@ -225,14 +234,17 @@ def test_what_cannot_be_planted_is_refused(options, message):
         ({"secrets": ["1x"]}, "holds '1x'"),
         ({"secrets": "12"}, "must be a list"),
         ({"secrets": []}, "must be a list"),
+        ({"secrets": 12}, r"`secrets` \(12\) must be a list"),
+        ({"tokenizer": "byte"}, r"`tokenizer` \(str\) must be a model and its tokenizer"),
+        ({"start_token": ["<eos>"]}, "is not a token"),
         ({"alphabet": "ßø", "secrets": ["ßø"]}, "writes all candidates"),
         ({"start_token": "<start>"}, "is not a token"),
     ],
 )
 def test_what_has_no_exposure_is_refused(options, message):
-    arguments = {"template": "key {}", "alphabet": "0123", "length": 2, "secrets": ["12"]} | options
+    arguments = {"template": "key {}", "alphabet": "0123", "length": 2, "secrets": ["12"]}
     with pytest.raises(ValueError, match=message):
-        exposure(small_model(), CHARACTERS, **arguments)
+        exposure(small_model(), **{"tokenizer": CHARACTERS} | arguments | options)
 
 
 def test_a_loss_that_is_nan_is_refused():
@@ -345,6 +357,12 @@ def test_passages_lie_within_documents():
         ({"n": 0}, r"`n` \(0\) must be at least 1"),
         ({"p": 0}, r"`p` \(0\) must be a probability"),
         ({"p": 1.5}, r"`p` \(1.5\) must be a probability"),
+        ({"p": "0.5"}, r"`p` \('0.5'\) must be a probability"),
+        ({"n": 1.5}, r"`n` \(1.5\) must be an int"),
+        ({"passages": [[1, 2, 3]]}, r"`passages` \(list\) must be a `torch.LongTensor`"),
+        ({"passages": torch.rand(2, 6)}, r"`passages` \(torch.float32\) must be a `torch.LongTensor`"),
+        ({"generation_config": {"top_k": 3}}, r"`generation_config` \({'top_k': 3}\) must be a `GenerationConfig`"),
+        ({"model": "runs/first"}, r"`model` \(str\) must be a model"),
         ({"prefix_length": 6}, r"rows of more than `prefix_length` \(6\)"),
         ({"generation_config": GenerationConfig(repetition_penalty=1.2)}, r"`repetition_penalty` \(1.2\)"),
         ({"generation_config": GenerationConfig(num_beams=2)}, r"`num_beams` \(2\)"),
@@ -353,10 +371,14 @@ def test_passages_lie_within_documents():
 )
 def test_what_cannot_be_extracted_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
-        extraction(make_model(), make_ids(2, 6), **{"prefix_length": 4} | options)
+        extraction(**{"model": make_model(), "passages": make_ids(2, 6), "prefix_length": 4} | options)
 
 
-@pytest.mark.parametrize(("prefix", "suffix", "name"), [([], [5], "prefix_ids"), ([5], [], "suffix_ids")])
-def test_an_empty_part_is_refused(prefix, suffix, name):
+@pytest.mark.parametrize("name", ["prefix_ids", "suffix_ids"])
+def test_what_is_not_a_list_of_ids_is_refused(name):
+    parts, model = {"prefix_ids": [5], "suffix_ids": [5]}, make_model()
     with pytest.raises(ValueError, match=f"`{name}` is empty"):
-        suffix_probability(make_model(), prefix, suffix)
+        suffix_probability(model, **parts | {name: []})
+    for ids in (5, None, "abc", [1.5], [[5]], [5, [6]], ["a"], [2**70]):
+        with pytest.raises(ValueError, match=f"`{name}` .* must be a list of token ids, each an int"):
+            suffix_probability(model, **parts | {name: ids})

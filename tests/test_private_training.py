@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from transformers import DataCollatorWithFlattening, Trainer, TrainingArguments
 
 from hf_lstm import DocumentDataset, LaneDataset, TokenStream
-from hf_lstm.training import FinishedRunCallback, TruncatedBPTTCallback, private
+from hf_lstm.training import FinishedRunCallback, MetricsCallback, TruncatedBPTTCallback, private
 from hf_lstm.training.private import PrivateTrainer
 
 pytest.importorskip("opacus")
@@ -121,6 +121,18 @@ def test_the_epsilon_spent_is_the_accountants(tmp_path):
     assert 0.48 < trainer.epsilon <= 0.5
     logged = [entry["epsilon"] for entry in trainer.state.log_history if "loss" in entry]
     assert logged == spent[1::2]
+
+
+def test_the_penalty_is_logged_as_its_mean_over_documents(tmp_path):
+    model, penalties = make_model(activation_regularization=2.0), []
+    trainer = make_trainer(tmp_path, model, max_steps=1, logging_steps=1, callbacks=[MetricsCallback()])
+    model.register_forward_hook(lambda module, inputs, output: penalties.append(output.regularization_loss.item()))
+
+    trainer.train()
+
+    assert len(penalties) > 1
+    mean = sum(penalties) / len(penalties)
+    assert trainer.state.log_history[0]["regularization_loss"] == pytest.approx(mean, rel=1e-5)
 
 
 def test_an_infinite_epsilon_adds_no_noise(tmp_path):
@@ -255,6 +267,19 @@ def test_a_run_is_resumed_with_its_own_noise(options, message, tmp_path):
         make_trainer(tmp_path, **options).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.parametrize("change", ["token", "label", "order"])
+def test_a_run_is_resumed_on_its_own_documents(change, tmp_path):
+    make_trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    rows = documents()
+    if change == "order":
+        rows.reverse()
+    else:
+        rows[-1]["input_ids" if change == "token" else "labels"][3] += 1
+
+    with pytest.raises(ValueError, match="The documents are not those of the checkpoint, or in another order"):
+        make_trainer(tmp_path, rows=rows).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
 def test_a_run_that_was_not_private_is_not_resumed_as_one(tmp_path):
     args = TrainingArguments(
         str(tmp_path), max_steps=4, save_steps=4, report_to="none", disable_tqdm=True, use_cpu=True
@@ -361,7 +386,7 @@ def test_train_py_trains_and_its_card_says_so(run, lines_file, tmp_path, capsys)
     state = json.loads((folder / "checkpoint-4" / "trainer_state.json").read_text())
     logged = [entry["epsilon"] for entry in state["log_history"] if "epsilon" in entry]
     assert logged[-1] == described["epsilon"]
-    assert "'epsilon'" in printed
+    assert f", epsilon {logged[-1]:.2f}, " in printed
     assert state["num_input_tokens_seen"] > 0
 
 

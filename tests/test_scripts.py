@@ -25,10 +25,10 @@ def test_an_early_sample_appears_before_the_first_evaluation(run, tmp_path, text
 
     printed = run("train.py", *command, "--max_steps", 102, "--eval_steps", 200, "--save_steps", 200)
 
-    _, _, rest = printed.partition("step 100:\n")
-    sample, found, _ = rest.partition("step 102: validation")
+    _, _, rest = printed.partition("step 100; a sample:\n")
+    sample, found, _ = rest.partition("step 100 of 102: loss ")
     assert found
-    assert len(sample.split("{'")[0].strip()) > 10  # before what Trainer logs
+    assert len(sample.strip()) > 10
 
 
 def test_training_writes_model_metrics_curve_and_card(run, tmp_path, text_file):
@@ -93,6 +93,8 @@ def test_a_run_resumes_from_its_folder(run, tmp_path, text_file):
 
     run("train.py", "--output_dir", broken, "--resume_from_checkpoint", "true", *common)
 
+    with pytest.raises(SystemExit, match=r"or go on with the run it holds by `--resume_from_checkpoint true`\.$"):
+        run("train.py", "--output_dir", broken, *common)
     with pytest.raises(SystemExit, match=r"`hidden_size` is 16 in .* and would be 24: resume with"):
         run("train.py", "--output_dir", broken, "--resume_from_checkpoint", "true", *common, "--hidden_size", 24)
     for name, tensor in load_file(whole / "model.safetensors").items():
@@ -274,24 +276,30 @@ BAD_ARGUMENTS = {
     "two corpora": (["--train_file", "a.txt", "--dataset_name", "b"], "exclude each other"),
     "a short text": (
         ["--train_file", "short.txt"],
-        "The stream holds 45 tokens, and 4 lanes of one chunk of 16 need 65",
+        "`--bptt_length` (16) must be at most 4 for the validation text, which has 5 tokens: lower it, or give more text",
     ),
     "a bad tokenizer": (["--train_file", "beer.txt", "--tokenizer", "nowhere/at_all"], "nowhere/at_all"),
-    "no such column": (["--train_file", "poems.jsonl"], "has no `text` in line 1, only poem"),
+    "no such column": (["--train_file", "poems.jsonl"], "has no column `text`, only poem, author: name the one that"),
     "save between logs": (
         ["--eval_steps", "5", "--save_steps", "5"],
         r"`--save_steps` (5) must be a multiple of `--logging_steps` (2)",
     ),
-    "a full folder": (["--output_dir", "full"], "`--output_dir` full already holds something"),
+    "a full folder": (
+        ["--output_dir", "full"],
+        "`--output_dir` full already holds something: name another folder.",  # it holds nothing to go on from
+    ),
     "nothing to resume": (
         ["--output_dir", "full", "--resume_from_checkpoint", "true"],
-        "holds no complete checkpoint",
+        "holds no complete checkpoint: leave `--resume_from_checkpoint` out, and name a folder that is empty or new.",
     ),
     "no such checkpoint": (
         ["--resume_from_checkpoint", "gone"],
         "`--resume_from_checkpoint` gone is not a complete checkpoint",
     ),
-    "no such recipe": (["--recipe", "nowhere.args"], "The file nowhere.args does not exist"),
+    "no such recipe": (
+        ["--recipe", "nowhere"],
+        "`--recipe` nowhere must be a file of flags, or one of scripts/recipes: awd_wikitext2, hybrid, quickstart,",
+    ),
     "a recipe in a recipe": (["--recipe", "nested.args"], "`--recipe` nested.args names another recipe"),
     "an unknown average": (["--averaging", "swa"], "`--averaging` swa must be `ema` or `nt_asgd`"),
     "an unknown kind": (["--no_decay", "gates"], "`--no_decay` gates must be among recurrent"),
@@ -341,7 +349,7 @@ def test_training_refuses_before_it_starts(run, tmp_path, text_file, monkeypatch
     arguments, message = BAD_ARGUMENTS[case]
     monkeypatch.chdir(tmp_path)
     Path("short.txt").write_text("x" * 50)
-    Path("poems.jsonl").write_text('{"poem": "a"}\n{"poem": "b"}\n')
+    Path("poems.jsonl").write_text('{"poem": "a", "author": "x"}\n{"poem": "b", "author": "y"}\n')
     Path("nested.args").write_text("--recipe other.args")
     Path("full").mkdir()
     Path("full/thesis.txt").write_text("mine")
@@ -495,26 +503,6 @@ def test_evaluation_repeats_the_loss_of_training(run, trained, tmp_path):
     assert result == json.loads((tmp_path / "result.json").read_text())
     assert {f"eval_{name}": value for name, value in result.items()}.items() <= metrics.items()
     assert json.loads(run("evaluate.py", "stream", "--model", trained, "--file", file))["tokens"] == len(TEXT) - 1
-
-
-@pytest.mark.parametrize(
-    ("script", "arguments", "message"),
-    [
-        ("generate.py", ["--model", "."], "generate.py: . contains no config.json"),
-        ("evaluate.py", ["stream", "--model", "."], "evaluate.py: . holds no config.json"),
-        ("evaluate.py", ["stream", "--modle", "x"], None),
-        ("generate.py", [], None),
-    ],
-)
-def test_missing_models_are_refused_by_name(run, tmp_path, monkeypatch, script, arguments, message):
-    monkeypatch.chdir(tmp_path)
-
-    with pytest.raises(SystemExit) as stopped:
-        run(script, *arguments)
-
-    assert (
-        stopped.value.code == (message and f"{message}: name the folder of a saved model.") or stopped.value.code == 2
-    )
 
 
 def test_evaluation_refuses_invalid_arguments(run, trained, monkeypatch):

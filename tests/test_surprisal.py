@@ -429,6 +429,18 @@ SMALL = word_tokenizer(["a b"])
         ),
         (lambda m: minimal_pairs(m, CHARACTERS, ["a", "b"]), "Pair 0 is 'a': it must be a dict"),
         (lambda m: surprisal(m, CHARACTERS, ["a"], batch_size=0), r"`batch_size` \(0\) must be at least 1"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], batch_size="a"), r"`batch_size` \('a'\) must be an int"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], bptt_length=2.5), r"`bptt_length` \(2.5\) must be an int"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], top_k=2.5), r"`top_k` \(2.5\) must be from 0 to `vocab_size`"),
+        (lambda m: surprisal(m, CHARACTERS, ["a"], base="2"), r"`base` \('2'\) must be a number above 1"),
+        (lambda m: surprisal(m, CHARACTERS, None), r"`texts` \(None\) must be an iterable of texts"),
+        (
+            lambda m: surprisal(CHARACTERS, m, ["a"]),
+            r"`tokenizer` \(LSTMForCausalLM\) must be a model and its tokenizer",
+        ),
+        (lambda m: word_surprisal([0.5], ["a"]), r"`tokens` \(list\) must be the table that `surprisal` returned"),
+        (lambda m: word_surprisal(surprisal(m, CHARACTERS, ["a"]), [1]), "Text 0 is 1: it must be a str"),
+        (lambda m: minimal_pairs(m, CHARACTERS, None), r"`pairs` \(NoneType\) must be a list of dicts"),
         (lambda m: surprisal(m, CHARACTERS, ["a"], start_token="<s>"), r"`start_token` \('<s>'\) is not a token"),
         (lambda m: surprisal(m, byte_tokenizer(), ["a"]), r"ids up to 259, and the model a vocabulary of \d+"),
         (lambda m: minimal_pairs(m, CHARACTERS, [*PAIRS, {"good": "a"}]), "Pair 3 has no text in `sentence_good`"),
@@ -441,6 +453,16 @@ SMALL = word_tokenizer(["a b"])
 def test_invalid_arguments_raise(call, message):
     with pytest.raises(ValueError, match=message):
         call(model_for(CHARACTERS))
+
+
+@pytest.mark.parametrize("regions", [5, [1, 2, 3, 4], [[1], [], [], []], [[(0, 1.5)], [], [], []]])
+def test_what_is_not_a_pair_of_places_is_refused(regions):
+    tokens = surprisal(model_for(CHARACTERS), CHARACTERS, TEXTS)
+
+    with pytest.raises(
+        ValueError, match=r"must be a (list for each text, of pairs|pair of int,) \(start, end\) in characters"
+    ):
+        word_surprisal(tokens, TEXTS, regions)
 
 
 @pytest.mark.parametrize("region", [(0, 9), (-1, 3), (3, 3), (5, 4)])

@@ -102,7 +102,7 @@ def test_flags_of_the_model_are_taken_from_the_saved_config(base, parse):
         (["--recipe", "wide.args"], "`--hidden_size` 384 contradicts"),
         (["--tokenizer", "char"], "`--tokenizer` and `--model_name_or_path` exclude each other"),
         (["--nfc", "true"], "`--nfc` and `--model_name_or_path` exclude each other"),
-        (["--model_name_or_path", "empty"], "`--model_name_or_path` empty lacks a config.json"),
+        (["--model_name_or_path", "empty"], "`--model_name_or_path` empty contains no config.json: name"),
         (["--model_name_or_path", "gpt2"], "`--model_name_or_path` gpt2 is a model of the type gpt2"),
         (["--model_name_or_path", "broken"], "`--model_name_or_path` broken cannot be loaded: .*`hidden_size`"),
         (["--model_name_or_path", ""], "`--model_name_or_path` is empty"),

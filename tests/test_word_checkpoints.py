@@ -64,6 +64,22 @@ def test_the_schedule_is_that_of_babylm():
     ]
 
 
+def test_no_two_numbers_of_words_share_a_name():
+    names = {
+        50: "0.05K",
+        500: "0.5K",
+        1000: "1K",
+        250_000: "250K",
+        999_999: "999.999K",
+        1e6: "1M",
+        1_000_001: "1.000001M",
+    }
+
+    assert {words: checkpoint_name(words) for words in names} == {words: f"chck_{names[words]}" for words in names}
+    numbers = [10**power + more for power in range(8) for more in range(-1, 2) if 10**power + more > 0]
+    assert len({checkpoint_name(words) for words in numbers}) == len(set(numbers))
+
+
 def test_a_run_leaves_complete_folders_at_their_words(tmp_path):
     """A step of five reads 20 words: 50 are read in step 3, 100 in step 5, 200 in the last."""
     model = train_twice(tmp_path, [50, 60, 200, 100])
@@ -104,7 +120,7 @@ def test_a_killed_run_resumes_its_schedule(tmp_path):
 
 
 def test_a_resumed_run_writes_no_folder_for_words_that_it_read_before(tmp_path):
-    """Else `chck_0.00005M` would hold the weights after 160 words."""
+    """Else `chck_0.05K` would hold the weights after 160 words."""
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     train_twice(whole, [50, 140, 200])
     moved.mkdir()
@@ -132,6 +148,7 @@ def test_a_schedule_beyond_the_run_is_refused(train):
     ("flags", "message"),
     [
         (["one"], "`--checkpoint_at_words` one must be numbers, or `babylm` alone"),
+        (["9", "0.4"], "The number of words 0.4 must be whole: give 1e6 for a million"),
         (["0"], r"The numbers of words \[0.0\] must be above 0"),
         (["babylm"], r"The run reads [\d,]+ words, and a checkpoint is wanted after 1,000,000: leave it out"),
         (
@@ -161,7 +178,7 @@ def test_chinese_words_are_counted_by_a_file(tmp_path, run):
         run(*command)
     run(*command, "--word_counts", tmp_path / "counts.txt")
 
-    assert (tmp_path / "run/chck_0.00005M/config.json").is_file()
+    assert (tmp_path / "run/chck_0.05K/config.json").is_file()
 
 
 @pytest.mark.parametrize("words", [0, -5])

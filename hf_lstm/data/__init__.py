@@ -2,7 +2,8 @@
 
 from .corpora import joined, load_corpus, load_documents, one_split
 from .lanes import DocumentDataset, LaneDataset
-from .readers import read_records, read_text
+from .readers import read_text
+from .records import read_records
 from .streaming import StreamingLanes
 from .streams import TokenStream, as_stream
 

@@ -2,12 +2,14 @@
 
 | source                                        | documents                                    | read by                   |
 |-----------------------------------------------|----------------------------------------------|---------------------------|
-| .jsonl, .ndjson                               | one per line, an object                      | `readers.line_rows`       |
-| .json                                         | one per record: an array, or records in turn | `readers.json_rows`       |
-| .csv                                          | one per row; the first row names the columns | `readers.csv_rows`        |
-| .txt, any other file                          | one, the whole file in UTF-8                 | `readers.text_rows`       |
+| .jsonl, .ndjson                               | one per line, an object                      | `records.read_records`    |
+| .json                                         | one per record: an array, or records in turn | `records.json_records`    |
+| .csv                                          | one per row; the first row names the columns | `records.csv_records`     |
+| .txt, any other file                          | one, the whole file                          | `readers.text_rows`       |
 | these as .gz, .bz2, .xz, .zst, alone in a .zip | the same                                     | the same, while unpacking |
-| .parquet                                      | one per row                                  | `readers.parquet_rows`    |
+| .parquet                                      | one per row                                  | `records.parquet_rows`    |
+| a pattern (`books/*.txt`), files of one kind  | those of each file                           | the same                  |
+| a folder of .txt files, at any depth          | one per file                                 | `readers.text_rows`       |
 | a folder made by `save_to_disk`               | one per row                                  | `datasets.load_from_disk` |
 | a name on the Hub                             | one per row                                  | `datasets.load_dataset`   |
 
@@ -25,7 +27,7 @@ import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy
 import torch
@@ -38,15 +40,13 @@ from .readers import (
     TEXT,
     CorpusError,
     check_continues,
+    check_encoding,
     check_file,
-    csv_rows,
-    json_rows,
+    files_of,
     kind_of,
-    line_rows,
-    parquet_columns,
-    parquet_rows,
     text_rows,
 )
+from .records import choose_column, find_text_column, missing_column, parquet_columns, parquet_rows, record_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetDict, IterableDatasetDict
@@ -55,8 +55,11 @@ logger = logging.get_logger(__name__)
 
 SPLITS = ("train", "validation", "test")
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENOTDIR)
-RECORDS = {".jsonl": line_rows, ".ndjson": line_rows, ".json": json_rows, ".csv": csv_rows, ".parquet": parquet_rows}
-SOURCES = {"folder": "be read as a folder made by `save_to_disk`", "hub": "be found, on this disk or on the Hub"}
+RECORDS = (".jsonl", ".ndjson", ".json", ".csv", ".parquet")
+SOURCES = {
+    "folder": ("be read as a folder made by `save_to_disk`", "make it again"),
+    "hub": ("be found, on this disk or on the Hub", "correct its name, or log in by `hf auth login`"),
+}
 CACHE_VERSION = 1  # of the rows in the cache: a new number invalidates those of earlier versions
 
 
@@ -65,9 +68,11 @@ def load_corpus(
     config_name: str | None = None,
     validation_file: str | Path | None = None,
     test_file: str | Path | None = None,
-    text_column: str = "text",
+    text_column: str | None = None,
     validation_fraction: float = 0.1,
     join_records: bool = False,
+    encoding: str = "utf-8",
+    csv_delimiter: str = ",",
 ) -> "DatasetDict":
     """
     Load a corpus as a `datasets.DatasetDict` with a column `text`, split into `train`, `validation` and, where there is
@@ -77,11 +82,13 @@ def load_corpus(
         name (`str`, `Path` or `datasets.DatasetDict`): A source for [`load_documents`], or what it returns.
         config_name (`str`, *optional*): The configuration of a data set on the Hub.
         validation_file, test_file (`str` or `Path`, *optional*): Files of these kinds for the other splits.
-        text_column (`str`, defaults to `"text"`): The column or field of the records that holds the text.
+        text_column (`str`, *optional*):
+            The column or field of the records that holds the text; by default `text`, or else the only one with text.
         validation_fraction (`float`, defaults to 0.1):
             The share kept for validation where `name` has no such split and no file is given: the last part of a single
             text, in characters, or documents drawn with a fixed seed.
         join_records (`bool`, defaults to `False`): Whether the records are pieces of one text, like the lines of WikiText.
+        encoding, csv_delimiter (`str`, defaults to `"utf-8"` and `","`): Of all files; see [`load_documents`].
 
     Returns:
         `datasets.DatasetDict`: the splits, `train` and `validation` at least.
@@ -93,14 +100,15 @@ def load_corpus(
 
     if not 0 < validation_fraction < 1:
         raise ValueError(f"`validation_fraction` ({validation_fraction}) must lie between 0 and 1.")
+    reading: dict[str, Any] = {"text_column": text_column, "encoding": encoding, "csv_delimiter": csv_delimiter}
     if isinstance(name, DatasetDict):
         corpus = {split: _text_column(rows, text_column, "`name`", "memory") for split, rows in name.items()}
         name = "`name`"
     else:
-        corpus = dict(load_documents(name, config_name, text_column))
+        corpus = dict(load_documents(name, config_name, **reading))
     for split, file in (("validation", validation_file), ("test", test_file)):
         if file is not None:
-            corpus[split] = one_split(load_documents(file, text_column=text_column), split, file)
+            corpus[split] = one_split(load_documents(file, **reading), split, file)
     if "train" not in corpus:
         raise ValueError(f"{name} has the splits {', '.join(sorted(corpus))}: there must be one called `train`.")
     if join_records:
@@ -111,22 +119,30 @@ def load_corpus(
 
 
 def load_documents(
-    name: str | Path, config_name: str | None = None, text_column: str = "text", streaming: bool = False
+    name: str | Path,
+    config_name: str | None = None,
+    text_column: str | None = None,
+    streaming: bool = False,
+    encoding: str = "utf-8",
+    csv_delimiter: str = ",",
 ) -> "DatasetDict | IterableDatasetDict":
     """
     Load one source as a `datasets.DatasetDict` with a column `text` and the splits it has; a file is all `train`.
 
     Args:
         name (`str` or `Path`):
-            A text file in UTF-8, which is one document; a .jsonl, .json, .csv or .parquet file, one document per record; one
-            of these, .parquet excepted, compressed; a folder that `save_to_disk` made; or a data set on the Hub. Text is
-            never converted to a number or a date. A .json file holds an array of records, or one record after another;
-            the first row of a .csv file names its columns.
+            A text file, which is one document; a .jsonl, .json, .csv or .parquet file, one document per record; one of
+            these, .parquet excepted, compressed; a pattern of such files of one kind, or a folder of .txt files; a folder
+            that `save_to_disk` made; or a data set on the Hub. Text is never converted to a number or a date. A .json file
+            holds an array of records, or one record after another; the first row of a .csv file names its columns.
         config_name (`str`, *optional*): The configuration of a data set on the Hub.
-        text_column (`str`, defaults to `"text"`): The column or field of the records that holds the text.
+        text_column (`str`, *optional*):
+            The column or field of the records that holds the text; by default `text`, or else the only one with text.
         streaming (`bool`, defaults to `False`):
             Whether to read records as they are needed, as a `datasets.IterableDatasetDict`, instead of preparing all of
             them in the cache folder of `datasets`.
+        encoding (`str`, defaults to `"utf-8"`): The encoding of text, .jsonl, .json and .csv files, as Python names it.
+        csv_delimiter (`str`, defaults to `","`): The character between the columns of .csv files.
 
     Raises:
         ValueError: if the source cannot be found or read, with the file, its line or byte, and the remedy.
@@ -135,23 +151,27 @@ def load_documents(
 
     if not isinstance(name, str | Path):
         raise ValueError(f"`name` ({name!r}) must be a str or a Path: name a file, a folder or a data set on the Hub.")
-    path = Path(name)
-    kind = _kind_of(path)
-    if kind not in SOURCES:
-        check_file(path)
+    check_encoding(encoding)
+    kind, files = source_of(name)
+    for file in files:
+        check_file(file, may_be_empty=len(files) > 1)
     try:
         with writable_cache():
-            corpus = _open(path, kind, str(name), config_name, text_column, streaming)
+            if files:
+                corpus = _read(files, kind, text_column, streaming, encoding, csv_delimiter)
+            else:
+                corpus = _open(kind, str(name), config_name, streaming)
             if not isinstance(corpus, dict):
                 corpus = {"train": corpus}
-            if kind in ("folder", "hub"):
+            if not files:
                 corpus = {split: _text_column(rows, text_column, name, kind) for split, rows in corpus.items()}
     except Exception as error:  # the libraries that `datasets` uses raise classes of their own
         for known in (error, error.__cause__):
             if isinstance(known, CorpusError):
                 raise known from None
-        source = SOURCES.get(kind, f"be read as {kind.removeprefix('.')}")
-        raise ValueError(f"{name} cannot {source}: {error.__cause__ or error}") from error
+        source, remedy = SOURCES.get(kind, (f"be read as {kind.removeprefix('.')}", "look whether it is damaged"))
+        reason = str(error.__cause__ or error).partition("\n")[0].rstrip(".")
+        raise ValueError(f"{name} cannot {source} ({reason}): {remedy}.") from error
     return (IterableDatasetDict if streaming else DatasetDict)(corpus)
 
 
@@ -164,41 +184,74 @@ def one_split(corpus: dict, split: str, name: str | Path):
     return next(iter(corpus.values()))
 
 
-def _kind_of(path):
-    suffix = kind_of(path)
-    if suffix in RECORDS:
-        return suffix
-    if suffix == ".txt" or path.is_file():
-        return "text"
-    return "folder" if path.is_dir() else "hub"
+def source_of(name: str | Path) -> tuple[str, list[Path]]:
+    """
+    Return the kind of a source, `text`, the suffix of a kind of records, `folder` (made by `save_to_disk`) or `hub`, and,
+    for the first two, its files.
+    """
+    from datasets import config
+
+    path = Path(name)
+    if any((path / file).is_file() for file in (config.DATASET_STATE_JSON_FILENAME, config.DATASETDICT_JSON_FILENAME)):
+        return "folder", []
+    files = files_of(name)
+    if not path.exists() and files == [path] and kind_of(path) not in (".txt", *RECORDS):
+        return "hub", []
+    kinds = {kind if (kind := kind_of(file)) in RECORDS else "text" for file in files}
+    if len(kinds) > 1:
+        raise CorpusError(
+            f"{name} matches files of several kinds, {', '.join(sorted(kinds))}: name those of one kind."
+        )
+    return kinds.pop(), files
 
 
-def _open(path, kind, name, config_name, text_column, streaming):
-    """Open a source with `datasets`: one data set, or several by split."""
-    from datasets import Dataset, Features, IterableDataset, Value, load_dataset, load_from_disk
+def _open(kind, name, config_name, streaming):
+    """Open a folder or a data set on the Hub with `datasets`: one data set, or several by split."""
+    from datasets import load_dataset, load_from_disk
 
     if kind == "hub":
         return load_dataset(name, config_name, streaming=streaming)
-    if kind == "folder":
-        corpus = load_from_disk(str(path)).with_format(None)  # as Python's own str, whatever it was saved with
-        if not streaming:
-            return corpus
-        if not isinstance(corpus, dict):
-            return corpus.to_iterable_dataset()
-        return {split: rows.to_iterable_dataset() for split, rows in corpus.items()}
-    if kind == "text":
-        rows, arguments, columns = text_rows, {}, {"text": Value("string"), CONTINUES: Value("bool")}
-    else:
-        rows, arguments, columns = RECORDS[kind], {"text_column": text_column}, {"text": Value("string")}
-    if kind == ".parquet":
-        columns = {name: Value(type) for name, type in parquet_columns(path, text_column).items()}
+    corpus = load_from_disk(name).with_format(None)  # as Python's own str, whatever it was saved with
+    if not streaming:
+        return corpus
+    if not isinstance(corpus, dict):
+        return corpus.to_iterable_dataset()
+    return {split: rows.to_iterable_dataset() for split, rows in corpus.items()}
+
+
+def _read(files, kind, text_column, streaming, encoding, csv_delimiter):
+    """Read files of one kind."""
+    from datasets import Dataset, Features, IterableDataset, Value
+
+    rows, arguments, columns = text_rows, {"encoding": encoding}, {"text": Value("string"), CONTINUES: Value("bool")}
+    if kind in RECORDS:
+        column = find_text_column(files[0], encoding, csv_delimiter) if text_column is None else text_column
+        rows, arguments, columns = record_rows, {"text_column": column}, {"text": Value("string")}
+        if kind == ".parquet":
+            rows, columns = parquet_rows, _parquet_features(files, column)
+        else:
+            arguments |= {"encoding": encoding, "csv_delimiter": csv_delimiter}
     if streaming:
-        return IterableDataset.from_generator(rows, gen_kwargs={"path": path} | arguments, features=Features(columns))
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    key = {"digest": digest, "piece_length": PIECE_LENGTH, "format": CACHE_VERSION}
-    arguments |= {"path": path.resolve(), "key": key}
+        return IterableDataset.from_generator(
+            rows, gen_kwargs={"paths": files} | arguments, features=Features(columns)
+        )
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    key = {"digest": digest.hexdigest(), "piece_length": PIECE_LENGTH, "format": CACHE_VERSION}
+    arguments |= {"paths": [path.resolve() for path in files], "key": key}
     return Dataset.from_generator(rows, gen_kwargs=arguments, features=Features(columns))
+
+
+def _parquet_features(files, text_column):
+    from datasets import Value
+
+    columns = parquet_columns(files[0], text_column)
+    for path in files[1:]:
+        if (others := parquet_columns(path, text_column)) != columns:
+            raise CorpusError(f"{path} has the columns {others}, and {files[0]} {columns}: make them alike.")
+    return {name: Value(type) for name, type in columns.items()}
 
 
 @contextmanager
@@ -249,12 +302,14 @@ def check_text(rows, column: str, name: str | Path) -> None:
 def _text_column(rows, text_column, name, kind):
     from datasets import Value
 
-    columns = rows.column_names or list(next(iter(rows), {}))  # a stream may know them only when it is read
+    if rows.features is None:  # a stream that is known only when it is read
+        columns = {column: isinstance(value, str) for column, value in next(iter(rows), {}).items()}
+    else:
+        columns = {column: getattr(feature, "dtype", None) in TEXT for column, feature in rows.features.items()}
+    if text_column is None:
+        text_column = choose_column(columns, name)
     if text_column not in columns:
-        raise CorpusError(
-            f"{name} has no column `{text_column}`, only {', '.join(columns) or 'empty records'}: name the one that holds "
-            "the text with `text_column`."
-        )
+        raise missing_column(name, f"column `{text_column}`", columns)
     check_text(rows, text_column, name)
     if kind == "folder" and "continues" in columns and CONTINUES not in columns:
         logger.warning(
@@ -284,7 +339,7 @@ def _hold_out(rows, fraction) -> dict:
         candidates = numpy.unique(document[filled])
         if len(candidates) < 2:
             raise ValueError(
-                "The corpus holds fewer than two documents with text: give more documents, or a validation file."
+                "The corpus holds fewer than two documents with text: give more documents, or name a `--validation_file`."
             )
         drawn = torch.randperm(len(candidates), generator=torch.Generator().manual_seed(0)).numpy()
         kept = numpy.isin(document, candidates[drawn[: max(1, int(len(candidates) * fraction))]])
@@ -302,7 +357,7 @@ def _cut(rows, fraction) -> dict:
     cut = int(ends[-1] * (1 - fraction))
     if not 0 < cut < ends[-1]:
         raise ValueError(
-            f"The text has {ends[-1]} characters: too few to split, so give more text, or a validation file."
+            f"The text has {ends[-1]} characters: too few to split, so give more text, or name a `--validation_file`."
         )
     row = int(numpy.searchsorted(ends, cut, side="right"))  # that holds the first character after the cut
     text = rows[row]["text"]

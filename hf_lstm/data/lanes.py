@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Sequence
+from numbers import Integral
 
 import numpy
 import torch
@@ -214,8 +215,10 @@ def lane_items(
 
 
 def check_at_least_one(**sizes: int | None) -> None:
-    """Raise `ValueError` for a number below 1; `None` stands for a default."""
+    """Raise `ValueError` for anything but an `int` of at least 1; `None` stands for a default."""
     for name, value in sizes.items():
+        if value is not None and not isinstance(value, Integral):
+            raise ValueError(f"`{name}` ({value!r}) must be an int, at least 1.")
         if value is not None and value < 1:
             raise ValueError(f"`{name}` ({value}) must be at least 1.")
 

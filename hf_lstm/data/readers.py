@@ -1,14 +1,12 @@
-"""Readers of text, .jsonl, .json and .csv files, compressed or not, and of .parquet files. Text is never converted; errors name file and line."""
+"""Readers of files: their names, their bytes, decompressed by the suffix, and their text in any encoding; errors name the file."""
 
 import bz2
 import codecs
-import csv
+import glob
 import gzip
 import io
-import json
 import lzma
 import os
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,8 +18,6 @@ from hf_lstm.tokenizers import PIECE_LENGTH, pieces_of
 
 CONTINUES = "hf_lstm.continues"  # the column that marks rows which go on with a document; nobody uses it by chance
 TEXT = ("string", "large_string", "string_view")  # pyarrow's types
-PARQUET_ROWS = 100  # read at once
-LARGEST_FIELD = 2**31 - 1  # characters of a field in a .csv file
 
 
 class CorpusError(ValueError):
@@ -55,6 +51,7 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     ".zst": _open_zst,
     ".zip": _open_zip,
 }
+TEXT_SUFFIXES = tuple(f".txt{suffix}" for suffix in ("", *OPENERS))
 UNREAD = {".tar", ".tgz", ".tbz2", ".txz", ".7z", ".rar", ".lz4", ".br", *OPENERS}  # also compressed twice
 
 
@@ -87,12 +84,12 @@ def kind_of(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in OPENERS else suffix
 
 
-def check_file(path: Path) -> None:
+def check_file(path: Path, may_be_empty: bool = False) -> None:
     """Raise `ValueError` for a file that does not exist, may not be read, cannot be unpacked or is empty."""
     if not path.is_file():
-        raise ValueError(f"The file {path} does not exist.")
+        raise ValueError(f"The file {path} does not exist: correct its name, or its folder.")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"The file {path} cannot be read: you have no permission to.")
+        raise ValueError(f"The file {path} cannot be read, since you have no permission to: `chmod u+r` gives it.")
     kind, compressed = kind_of(path), path.suffix.lower() in OPENERS
     if kind in UNREAD or (kind == ".parquet" and compressed):
         raise CorpusError(
@@ -100,214 +97,104 @@ def check_file(path: Path) -> None:
             f".csv file to {', '.join(OPENERS)}."
         )
     with opened(path) as file:
-        if not file.read(1):
+        if not file.read(1) and not may_be_empty:
             raise ValueError(f"{path} is empty: name a file with text.")
 
 
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 file, line ends unchanged, without a byte order mark. Raises `ValueError` for anything else."""
-    path = Path(path)
-    check_file(path)
-    return "".join(_decoded(path))
-
-
-def read_records(path: str | Path) -> Iterator[tuple[int, dict]]:
-    """Yield line number and object of each line of a .jsonl file. Raises `ValueError` for anything else."""
-    path, number, found = Path(path), 0, False
-    check_file(path)
-    for number, line in enumerate(_lines(path, "\n"), 1):
-        if not line.strip(" \t\r\n"):
-            continue
-        where = f"{path} cannot be read as jsonl: line {number}"
-        try:
-            record = _DECODER.decode(line)
-        except (ValueError, RecursionError) as error:
-            fault = str(error)
-            if isinstance(error, json.JSONDecodeError):  # the decoder would call every line the first
-                fault = f"{error.msg} at character {error.pos + 1}"
-            raise CorpusError(f"{where} is not JSON ({fault}): correct or remove it.") from error
-        if not isinstance(record, dict):
-            raise CorpusError(f"{where} is {type(record).__name__}, not an object: put an object in each line.")
-        found = True
-        yield number, record
-    if not found:
-        raise CorpusError(f"{path} holds no record in its {number} lines: give it at least one.")
-
-
-# Generators of rows for `Dataset.from_generator`, whose cache depends on `key`: the contents, and the version of the reader.
-
-
-def text_rows(path, key=None):
-    """Yield the pieces of a text file."""
-    rest, continues = "", False
-    for text in _decoded(path):
-        *whole, rest = list(pieces_of(rest + text)) or [""]
-        for piece in whole:
-            yield {"text": piece, CONTINUES: continues}
-            continues = True
-    yield {"text": rest, CONTINUES: continues}
-
-
-def line_rows(path, text_column, key=None):
-    """Yield the texts of a .jsonl file."""
-    for number, record in read_records(path):
-        yield {"text": _text_of(record, text_column, path, f"line {number}")}
-
-
-def json_rows(path, text_column, key=None):
-    """Yield the texts of a .json file: an array of records or strings, or one record after another."""
-    source, number = _JSON(path), 0
-    in_array = source.peek() == "["
-    if in_array:
-        source.skip()
-    while True:
-        begin, number, line = source.peek(), number + 1, source.line
-        where = f"record {number} (line {line})"
-        if begin == "" or begin not in ('{"' if in_array else "{"):
-            found = f"there is {begin!r}" if begin else "the file ends"
+def files_of(name: str | Path) -> list[Path]:
+    """
+    Return the files that a name stands for, in the order of their names: the .txt files below a folder, those that match a
+    pattern such as `books/*.txt`, or the one of this name. Raises `ValueError` where there are none.
+    """
+    path = Path(name)
+    if path.is_dir():
+        found = [
+            file.relative_to(path)
+            for file in path.rglob("*")
+            if file.name.lower().endswith(TEXT_SUFFIXES) and file.is_file()
+        ]
+        files = [path / file for file in sorted(found) if not any(part.startswith(".") for part in file.parts)]
+        if not files:
             raise CorpusError(
-                f"{path} cannot be read as json: {found} where {where} should begin: make it an array of objects, or an "
-                "object in each line."
+                f"The folder {name} holds neither a .txt file nor a data set that `save_to_disk` made: name files of "
+                f"another kind by a pattern in quotation marks, such as '{path / '*.jsonl'}'."
             )
-        try:
-            record = source.value()
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{path} cannot be read as json: {where} is not JSON ({error}): correct it.") from error
-        if isinstance(record, str):
-            record = {"text": record}
-        yield {"text": _text_of(record, text_column, path, where)}
-        behind = source.peek()
-        if in_array and behind not in (",", "]"):
-            found = f"there is {behind!r}" if behind else "the file ends"
-            raise CorpusError(
-                f"{path} cannot be read as json: {found} after {where}, in line {source.line}: put a comma between "
-                "records, and `]` after the last."
-            )
-        if in_array:
-            source.skip()
-        if behind == ("]" if in_array else ""):
-            break
-    if source.peek():
-        raise CorpusError(
-            f"{path} cannot be read as json: there is {source.peek()!r} in line {source.line}, after the array: keep one "
-            "array in the file."
-        )
+        return files
+    if path.exists() or not set("*?[") & set(str(name)):
+        return [path]
+    files = sorted(Path(file) for file in glob.glob(str(name), recursive=True) if os.path.isfile(file))
+    if not files:
+        raise CorpusError(f"No file matches {name}: correct the pattern, or its folder.")
+    return files
 
 
-def csv_rows(path, text_column, key=None):
-    """Yield the texts of a .csv file, whose first row names the columns."""
-    csv.field_size_limit(LARGEST_FIELD)  # for the whole process; the default, 131,072, is less than a book
-    end = ""  # of the line that was read last
-    kinds = set()  # of the ends of rows: whether they are a carriage return alone
-
-    def lines():
-        nonlocal end
-        for text in _lines(path, ""):
-            end = text[len(text.rstrip("\r\n")) :]
-            yield text
-
-    rows = csv.reader(lines(), strict=True)
-    column, width, found = None, 0, False
-    while True:
-        line = rows.line_num + 1
-        try:
-            row = next(rows, None)
-        except csv.Error as error:
-            raise CorpusError(
-                f"{path} cannot be read as csv: the row that begins in line {line} is not quoted correctly ({error}): "
-                "double the quotation marks within a quoted text, and close it."
-            ) from error
-        if row is None:
-            break
-        if end and (row or end == "\r"):  # a file written with \r\r\n has blank lines of another end
-            kinds.add(end == "\r")
-        if len(kinds) > 1:
-            raise CorpusError(
-                f"{path} cannot be read as csv: some rows end in a carriage return alone, and others do not, first in line "
-                f"{line}: put quotation marks around a text that holds one, or give all rows the same end."
-            )
-        if not row:  # a blank line
-            continue
-        if column is None:
-            if row.count(text_column) != 1:
-                fault = "several columns" if text_column in row else "no column"
-                raise CorpusError(
-                    f"{path} has {fault} `{text_column}` in line {line}, only {', '.join(row)[:200]}: name the one that "
-                    "holds the text with `text_column`."
-                )
-            column, width = row.index(text_column), len(row)
-            continue
-        if len(row) != width:
-            raise CorpusError(
-                f"{path} cannot be read as csv: line {line} has {len(row)} fields, and the first line names {width}: put "
-                "quotation marks around a text that holds a comma, or make it a .txt or .jsonl file."
-            )
-        found = True
-        yield {"text": row[column]}
-    if not found:
-        raise CorpusError(f"{path} holds no record in its {rows.line_num} lines: give it at least one.")
-
-
-def parquet_columns(path, text_column) -> dict[str, str]:
-    """Return the types of the columns that `parquet_rows` reads. Raises `ValueError` for columns of other types, or none."""
-    import pyarrow
-
-    schema = _parquet(path).schema_arrow
-    if schema.names.count(text_column) != 1:
-        fault = "several columns" if text_column in schema.names else "no column"
-        raise CorpusError(
-            f"{path} has {fault} `{text_column}`, only {', '.join(schema.names)[:200]}: name the one that holds the text with "
-            "`text_column`."
-        )
-    kind = schema.field(text_column).type
-    kind = str(kind.value_type if pyarrow.types.is_dictionary(kind) else kind)  # each text is stored once
-    if kind not in TEXT:
-        raise CorpusError(f"The column `{text_column}` of {path} holds {kind}: it must hold text.")
-    columns = {"text": "string" if kind == "string" else "large_string"}
-    if CONTINUES in schema.names:
-        check_continues(str(schema.field(CONTINUES).type), path)
-        columns[CONTINUES] = "bool"
-    return columns
-
-
-def parquet_rows(path, text_column, key=None):
-    """Yield the texts of a .parquet file, whose other columns may hold anything."""
-    import pyarrow
-
-    file, columns, number = _parquet(path), parquet_columns(path, text_column), 0
-    names = {name: text_column if name == "text" else name for name in columns}
-    batches = file.iter_batches(PARQUET_ROWS, columns=list(names.values()))
-    while True:
-        try:
-            batch = next(batches, None)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise CorpusError(
-                f"{path} cannot be read as parquet after row {number:,} ({error}): it is damaged, so make it again."
-            ) from error
-        if batch is None:
-            break
-        for values in zip(*(batch.column(name) for name in names.values()), strict=True):
-            number += 1
-            try:
-                yield {name: value.as_py() for name, value in zip(names, values, strict=True)}
-            except UnicodeDecodeError as error:  # which pyarrow does not check
-                raise CorpusError(
-                    f"The column `{text_column}` of {path} is not UTF-8 in row {number:,} ({error.reason}): write the file "
-                    "anew, from text."
-                ) from error
-    if number == 0:
-        raise CorpusError(f"{path} holds no record: give it at least one.")
-
-
-def _parquet(path):
-    import pyarrow.parquet
-
+def check_encoding(encoding: str) -> None:
+    """Raise `ValueError` for an encoding that Python does not know."""
     try:
-        return pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowException, OSError) as error:
+        " ".encode(encoding)
+    except (LookupError, UnicodeError) as error:
         raise CorpusError(
-            f"{path} cannot be read as parquet ({error}): it is damaged, or not a .parquet file, so make it again."
+            f"`encoding` ({encoding}) must be an encoding of text that Python knows, such as utf-8, cp1252 or utf-16."
         ) from error
+
+
+def read_text(path: str | Path, encoding: str = "utf-8") -> str:
+    """Read a file, line ends unchanged, without a byte order mark. Raises `ValueError` for another encoding."""
+    path = Path(path)
+    check_encoding(encoding)
+    check_file(path)
+    return "".join(decoded(path, encoding))
+
+
+def decoded(path: Path, encoding: str) -> Iterator[str]:
+    """Yield the text of a file in small parts, never split inside a line end."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder(encoding)(), translate=False)
+    position, data = 0, None
+    has_nul = "\0".encode(encoding) != b"\0"  # in the bytes of text, as UTF-16
+    with opened(path) as file:
+        while data != b"":
+            data = file.read(PIECE_LENGTH)
+            remedy = f"`--encoding {_likely(data, encoding)}`, or `encoding=` in Python"
+            if b"\0" in data and not has_nul:
+                raise CorpusError(
+                    f"{path} is not text, since byte {position + data.index(0)} is NUL: it is damaged, or in UTF-16, which "
+                    f"{remedy} reads."
+                )
+            start = position - len(decoder.getstate()[0])  # of what is decoded now
+            try:
+                text = decoder.decode(data, final=data == b"")
+            except UnicodeError as error:
+                byte, reason = start + getattr(error, "start", 0), getattr(error, "reason", error)
+                raise CorpusError(
+                    f"{path} is not {encoding.upper()} (byte {byte}: {reason}): name its encoding, such as {remedy}."
+                ) from error
+            if "\0" in text:
+                raise CorpusError(
+                    f"{path} is not text in {encoding.upper()}, since it holds a NUL: remove it, or name another `--encoding`."
+                )
+            yield text.removeprefix("\ufeff") if position == 0 else text
+            position += len(data)
+
+
+def _likely(data, encoding):
+    """Guess the encoding of a part of a file that another one does not decode."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if b"\0" in data:
+        return f"utf-16-{'le' if data.index(0) % 2 else 'be'}"
+    return "cp1252" if codecs.lookup(encoding).name == "utf-8" else "utf-8"
+
+
+def text_rows(paths, encoding, key=None):
+    """Yield the pieces of text files, each of which is a document: rows for `Dataset.from_generator`."""
+    for path in paths:
+        rest, continues = "", False
+        for text in decoded(path, encoding):
+            *whole, rest = list(pieces_of(rest + text)) or [""]
+            for piece in whole:
+                yield {"text": piece, CONTINUES: continues}
+                continues = True
+        yield {"text": rest, CONTINUES: continues}
 
 
 def check_continues(kind: str, name: str | Path) -> None:
@@ -317,126 +204,3 @@ def check_continues(kind: str, name: str | Path) -> None:
             f"The column `{CONTINUES}` of {name} holds {kind}: it must hold booleans, as `load_documents` makes them, or be "
             "renamed."
         )
-
-
-def _text_of(record, text_column, path, where):
-    if text_column not in record:
-        raise CorpusError(
-            f"{path} has no `{text_column}` in {where}, only {', '.join(record)[:200] or 'nothing'}: name the one that "
-            "holds the text with `text_column`, and give it to every record."
-        )
-    text = record[text_column]
-    if text is not None and not isinstance(text, str):
-        raise CorpusError(
-            f"The column `{text_column}` of {path} holds {json.dumps(text)[:50]} in {where}: it must hold text, in "
-            "quotation marks."
-        )
-    try:
-        (text or "").encode()
-    except UnicodeEncodeError as error:
-        raise CorpusError(
-            f"{path} cannot be read as {kind_of(path)[1:]}: {where} holds half of a character ({error.reason}): mend or "
-            "remove it."
-        ) from error
-    return text or ""
-
-
-def _members_once(pairs):
-    """Make a JSON object; raise `ValueError` for a repeated name, which `dict` would drop."""
-    members = dict(pairs)
-    if len(members) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"{twice!r} occurs twice")
-    return members
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_members_once)
-_NO_WHITE_SPACE = re.compile(r"[^ \t\r\n]")
-
-
-class _JSON:
-    """
-    Incremental reader of JSON values. It holds one value and the rest of the last read, or, for a value without an end,
-    the rest of the file.
-    """
-
-    def __init__(self, path):
-        self.pieces, self.text, self.start = _decoded(path), "", 0
-        self.line = 1  # of `start`
-
-    def peek(self) -> str:
-        """Return the next character that is not white space; empty at the end."""
-        while True:
-            found = _NO_WHITE_SPACE.search(self.text, self.start)
-            self._move(found.start() if found else len(self.text))
-            if self.start < len(self.text) or not self._more():
-                return self.text[self.start : self.start + 1]
-
-    def skip(self) -> None:
-        self._move(self.start + 1)
-
-    def value(self):
-        """Read the next value, an object or a string."""
-        while True:
-            try:
-                value, end = _DECODER.raw_decode(self.text, self.start)
-            except json.JSONDecodeError as error:  # perhaps its end is still to be read
-                if self._more():
-                    continue
-                line = self.line + self.text.count("\n", self.start, error.pos)
-                raise ValueError(f"{error.msg} in line {line}") from error
-            self._move(end)
-            return value
-
-    def _move(self, start):
-        self.line += self.text.count("\n", self.start, start)
-        self.start = start
-
-    def _more(self) -> bool:
-        """Double the text held, so that a long value is parsed a few times only."""
-        parts, read = [self.text[self.start :]], 0
-        for piece in self.pieces:
-            parts.append(piece)
-            read += len(piece)
-            if read > len(parts[0]):
-                break
-        self.text, self.start = "".join(parts), 0
-        return read > 0
-
-
-def _lines(path, newline):
-    """Yield the lines of a file with their ends, by the rules of `open(newline=...)`."""
-    begun = []
-    for text in _decoded(path):
-        for line in io.StringIO(text, newline=newline):
-            begun.append(line)
-            if line.endswith(("\n", "\r") if newline == "" else newline):
-                yield "".join(begun)
-                begun = []
-    if begun:
-        yield "".join(begun)
-
-
-def _decoded(path):
-    """Yield the text of a file in small parts, never split inside a line end."""
-    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=False)
-    position, data = 0, None
-    with opened(path) as file:
-        while data != b"":
-            data = file.read(PIECE_LENGTH)
-            if b"\0" in data:
-                raise CorpusError(
-                    f"{path} is not text, since byte {position + data.index(0)} is NUL: it is damaged, or in UTF-16, which "
-                    "`iconv` converts."
-                )
-            start = position - len(decoder.getstate()[0])  # of what is decoded now
-            try:
-                text = decoder.decode(data, final=data == b"")
-            except UnicodeDecodeError as error:
-                raise CorpusError(
-                    f"{path} is not UTF-8 (byte {start + error.start}: {error.reason}): convert it first, for example "
-                    "with `iconv`."
-                ) from error
-            yield text.removeprefix("\ufeff") if position == 0 else text
-            position += len(data)

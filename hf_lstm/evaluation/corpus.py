@@ -14,6 +14,7 @@ from .scoring import checked_stream, evaluating, read_chunks, run_chunk, scored_
 
 BLOCKS = 200  # at most: consecutive parts of the text that the bootstrap draws from
 DRAWS = 1_000
+LARGEST_WORD_PERPLEXITY = 1e6  # a choice among more words than a large vocabulary has
 
 
 def evaluate_stream(
@@ -51,7 +52,8 @@ def evaluate_stream(
         probable), `tokens` (the number predicted) and `tokens_without_history` (the number of them predicted from a single
         token, from a zero state). Where the stream knows its text, also `bits_per_byte`, `bits_per_character`,
         `bits_per_word` and `word_perplexity`, which is 2 to its power: all bits over the words between white space, the
-        same measure however many tokens a word becomes (Mielke 2019).
+        same measure however many tokens a word becomes (Mielke 2019). A perplexity above a million is left out: it says
+        only that the text has no white space between words, or that the model knows none of them.
 
     Raises:
         ValueError: for fewer than two tokens, ids outside the vocabulary, numbers below 1, a temperature that is not
@@ -115,7 +117,9 @@ def evaluate_stream(
         result["bits_per_character"] = total / math.log(2) / stream.num_characters
     if stream.num_words > 0:
         result["bits_per_word"] = total / math.log(2) / stream.num_words
-        result["word_perplexity"] = _exp(total / stream.num_words)
+        word_perplexity = _exp(total / stream.num_words)
+        if word_perplexity <= LARGEST_WORD_PERPLEXITY:
+            result["word_perplexity"] = word_perplexity
     return result
 
 

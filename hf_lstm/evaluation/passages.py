@@ -13,8 +13,8 @@ Shapes: R passages, B of them read at once, P tokens of a prefix and K of its su
 """
 
 import math
-import random
 from collections.abc import Sequence
+from numbers import Real
 
 import numpy
 import torch
@@ -30,7 +30,7 @@ from hf_lstm.data.lanes import check_at_least_one
 from hf_lstm.data.streams import Tokens, as_stream
 from hf_lstm.model.cells_lstm import at_least_float32
 
-from .scoring import checked_stream, evaluating
+from .scoring import checked_stream, evaluating, generator_of
 from .surprisal import MAX_LOGITS
 
 
@@ -60,11 +60,9 @@ def suffix_probability(
         ValueError: for an empty prefix or suffix, ids outside the vocabulary, or other settings that change what is
             sampled.
     """
-    for name, ids in (("prefix_ids", prefix_ids), ("suffix_ids", suffix_ids)):
-        if len(ids) == 0:
-            raise ValueError(f"`{name}` is empty: give at least one token.")
-    passage = torch.tensor([[*map(int, prefix_ids), *map(int, suffix_ids)]])
-    return math.exp(_log_probabilities(model, passage, len(prefix_ids), generation_config)[0][0])
+    prefix, suffix = _ids("prefix_ids", prefix_ids), _ids("suffix_ids", suffix_ids)
+    passage = torch.cat([prefix, suffix])[None]
+    return math.exp(_log_probabilities(model, passage, len(prefix), generation_config)[0][0])
 
 
 def draw_passages(tokens: Tokens, number: int, length: int, seed: int = 0) -> torch.Tensor:
@@ -89,7 +87,7 @@ def draw_passages(tokens: Tokens, number: int, length: int, seed: int = 0) -> to
     total = int(places[-1])
     if total == 0:
         raise ValueError(f"No document has the {length} tokens of a passage: ask for shorter ones.")
-    chosen = torch.tensor(random.Random(seed).sample(range(total), min(number, total)))
+    chosen = torch.tensor(generator_of(seed).sample(range(total), min(number, total)))
     documents = torch.searchsorted(places, chosen, right=True)
     ends = stream.document_ends + 1 - length  # the last place of a passage in each document
     begins = ends[documents] + 1 - (places[documents] - chosen)
@@ -128,8 +126,11 @@ def extraction(
             that [`suffix_probability`] refuses.
     """
     check_at_least_one(n=n, prefix_length=prefix_length)
-    if not 0 < p <= 1:
-        raise ValueError(f"`p` ({p}) must be a probability above 0 and at most 1.")
+    if not isinstance(p, Real) or not 0 < p <= 1:
+        raise ValueError(f"`p` ({p!r}) must be a probability above 0 and at most 1.")
+    if not torch.is_tensor(passages) or passages.is_floating_point():
+        kind = passages.dtype if torch.is_tensor(passages) else type(passages).__name__
+        raise ValueError(f"`passages` ({kind}) must be a `torch.LongTensor` of rows of tokens, as of `draw_passages`.")
     if passages.dim() != 2 or len(passages) == 0 or passages.shape[1] <= prefix_length:
         raise ValueError(
             f"`passages` of shape {tuple(passages.shape)} must be rows of more than `prefix_length` ({prefix_length}) "
@@ -147,6 +148,19 @@ def extraction(
         "greedy": int(greedy.sum()),
         "greedy_share": float(greedy.mean()),
     }
+
+
+def _ids(name: str, ids: Sequence[int]) -> torch.Tensor:
+    """Return ids `(tokens,)` as a tensor."""
+    try:
+        found = torch.as_tensor(ids, device="cpu")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"`{name}` ({ids!r}) must be a list of token ids, each an int.") from error
+    if found.dim() != 1 or (found.is_floating_point() and len(found)):
+        raise ValueError(f"`{name}` ({ids!r}) must be a list of token ids, each an int.")
+    if not len(found):
+        raise ValueError(f"`{name}` is empty: give at least one token.")
+    return found.long()
 
 
 @torch.no_grad()
@@ -196,6 +210,11 @@ FREE_SETTINGS |= {
 
 def _checked_sampling(model: PreTrainedModel, generation_config: GenerationConfig | None) -> GenerationConfig:
     """Complete the settings as `generate()` does, and refuse those beyond temperature, top-k and top-p."""
+    if not isinstance(generation_config, GenerationConfig | None):
+        raise ValueError(
+            f"`generation_config` ({generation_config!r}) must be a `GenerationConfig`: give "
+            "`GenerationConfig(do_sample=True, top_k=40)`."
+        )
     config, _ = model._prepare_generation_config(generation_config)  # type: ignore[operator]
     usual = vars(GenerationConfig()) | GenerationConfig._get_default_generation_params()
     for name, value in vars(config).items():

@@ -13,18 +13,19 @@ import copy
 import itertools
 import json
 import math
-import random
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import numpy
 import torch
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_lstm.data.lanes import check_at_least_one
 from hf_lstm.model.cells_lstm import at_least_float32
 from hf_lstm.tokenizers import check_texts, check_tokenizer, direction_of, encode, start_ids
 
-from .scoring import checked_stream, evaluating
+from .scoring import checked_stream, evaluating, generator_of
 from .surprisal import MAX_LOGITS
 
 if TYPE_CHECKING:
@@ -70,8 +71,16 @@ def insert_canaries(
     import pandas
 
     check_texts(documents)
+    documents = list(documents)
+    for number, document in enumerate(documents):
+        if not isinstance(document, str):
+            raise ValueError(f"Document {number} is {document!r}: it must be a str, so leave it out.")
     before, after = _around_slot(template)
     candidates = _number_of_candidates(alphabet, length)
+    check_at_least_one(max_length=max_length)
+    counts = list(counts) if isinstance(counts, Iterable) else counts
+    if not isinstance(counts, list) or not all(isinstance(count, Integral) for count in counts):
+        raise ValueError(f"`counts` ({counts!r}) must be a list of int, the copies of each secret: give `(1, 4, 9)`.")
     if candidates < len(counts):
         raise ValueError(
             f"`counts` asks for {len(counts):,} distinct secrets, and `alphabet` ({alphabet!r}) and `length` ({length}) allow "
@@ -86,7 +95,7 @@ def insert_canaries(
             f"A canary of `template` ({template!r}) has up to {longest} bytes, and a document is cut after `max_length` "
             f"({max_length}) tokens: shorten the template or the secret, or let training read more."
         )
-    generator = random.Random(seed)
+    generator = generator_of(seed)
     secrets: dict[str, int] = {}  # and the number of copies
     for count in counts:
         while (secret := "".join(generator.choices(alphabet, k=length))) in secrets:
@@ -94,7 +103,6 @@ def insert_canaries(
         secrets[secret] = count
     copies = [before + secret + after for secret, count in secrets.items() for _ in range(count)]
     generator.shuffle(copies)
-    documents = list(documents)
     total = len(documents) + len(copies)
     places = set(generator.sample(range(total), len(copies)))
     planted, kept = iter(copies), iter(documents)
@@ -146,7 +154,7 @@ def exposure(
 
     before, after = _around_slot(template)
     candidates = _number_of_candidates(alphabet, length)
-    if isinstance(secrets, str) or not len(secrets):
+    if isinstance(secrets, str) or not isinstance(secrets, Iterable) or not (secrets := list(secrets)):
         raise ValueError(f"`secrets` ({secrets!r}) must be a list of at least one text: give the column `secret`.")
     for secret in secrets:
         if not isinstance(secret, str) or len(secret) != length or not set(secret) <= set(alphabet):
@@ -160,7 +168,7 @@ def exposure(
     if enumerated:
         space = ["".join(letters) for letters in itertools.product(alphabet, repeat=length)]
     else:
-        generator = random.Random(seed)
+        generator = generator_of(seed)
         space = ["".join(generator.choices(alphabet, k=length)) for _ in range(SAMPLED)]
     texts = _encode_around(before, [*space, *secrets], after, tokenizer, direction_of(model))
     rows = [start + ids for ids in texts]
@@ -182,7 +190,7 @@ def exposure(
         ranks = numpy.clip(candidates * shares, 1, candidates)
     return pandas.DataFrame(
         {
-            "secret": list(secrets),
+            "secret": secrets,
             "loss": own,
             "rank": ranks,
             "exposure": math.log2(candidates) - numpy.log2(ranks),
@@ -193,6 +201,8 @@ def exposure(
 
 def _around_slot(template: str) -> tuple[str, str]:
     """Return the text before and after the slot."""
+    if not isinstance(template, str):
+        raise ValueError(f"`template` ({template!r}) must be a str, with one `{{}}` where the secret stands.")
     if template.count("{}") != 1:
         raise ValueError(
             f"`template` ({template!r}) has {template.count('{}')} slots: write one `{{}}` where the secret stands."
@@ -202,7 +212,10 @@ def _around_slot(template: str) -> tuple[str, str]:
 
 
 def _number_of_candidates(alphabet: str, length: int) -> int:
-    if length < 1 or len(set(alphabet)) != len(alphabet) or len(alphabet) ** length < 2:
+    check_at_least_one(length=length)
+    if not isinstance(alphabet, str):
+        raise ValueError(f"`alphabet` ({alphabet!r}) must be a str of the characters of a secret.")
+    if len(set(alphabet)) != len(alphabet) or len(alphabet) ** length < 2:
         raise ValueError(
             f"`alphabet` ({alphabet!r}) and `length` ({length}) must make at least two candidates: give two or more distinct "
             "characters, and a length of at least 1."

@@ -3,12 +3,15 @@
 Shapes: B parts of the stream that are read side by side, T tokens of each in a chunk, N targets of a chunk, V vocabulary.
 """
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional as F
 from transformers import Cache, PreTrainedModel
 from transformers.utils import logging
@@ -40,6 +43,8 @@ def checked_stream(model: PreTrainedModel, tokens: Tokens) -> TokenStream:
     Raises:
         ValueError: for another kind of model, fewer than two tokens, or ids outside the vocabulary.
     """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"`model` ({type(model).__name__}) must be a model: load it by `from_pretrained`.")
     if model.config.model_type != LSTMConfig.model_type:
         raise ValueError(
             f"The model is a {model.config.model_type!r}: it must be an {LSTMConfig.model_type!r}, which carries a "
@@ -122,6 +127,13 @@ def token_losses(
             "float32."
         )
     return nats
+
+
+def generator_of(seed: int) -> random.Random:
+    """Return a generator. Raises `ValueError` for a seed that is not an `int`."""
+    if not isinstance(seed, Integral):
+        raise ValueError(f"`seed` ({seed!r}) must be an int.")
+    return random.Random(int(seed))
 
 
 @contextmanager

@@ -1,8 +1,10 @@
 """Surprisal of tokens, words and regions of texts (Hale 2001, Levy 2008), and minimal pairs."""
 
 import math
+import operator
 import re
 from collections.abc import Iterable, Sequence
+from numbers import Integral, Real
 from typing import TYPE_CHECKING
 
 import numpy
@@ -89,23 +91,18 @@ def surprisal(
     """
     import pandas
 
-    check_texts(texts)
-    if not 1 < base < math.inf:
-        raise ValueError(f"`base` ({base}) must be a number above 1: 2 for bits, `math.e` for nats.")
+    if not isinstance(base, Real) or not 1 < base < math.inf:
+        raise ValueError(f"`base` ({base!r}) must be a number above 1: 2 for bits, `math.e` for nats.")
     check_at_least_one(batch_size=batch_size, bptt_length=bptt_length)
     check_tokenizer(model, tokenizer)
     start = start_ids(start_token, tokenizer)
-    if not 0 <= top_k <= model.config.vocab_size:
+    if not isinstance(top_k, Integral) or not 0 <= top_k <= model.config.vocab_size:
         raise ValueError(
-            f"`top_k` ({top_k}) must be from 0 to `vocab_size` ({model.config.vocab_size}): give fewer tokens."
+            f"`top_k` ({top_k!r}) must be from 0 to `vocab_size` ({model.config.vocab_size}), an int: it is the number of tokens to add."
         )
-    texts = list(texts)
+    texts = _checked_texts(texts)
     if not texts:
         raise ValueError("`texts` is empty: give at least one text.")
-    for number, text in enumerate(texts):
-        if not isinstance(text, str) or text == "":
-            raise ValueError(f"Text {number} is {text!r}: it must be a str with characters, so leave it out.")
-        check_unicode(text, f"Text {number}")
     direction = direction_of(model)
     read = [in_direction(text, direction) for text in texts]
     encoded, spans = encode(read, tokenizer, offsets=True)
@@ -143,7 +140,7 @@ def surprisal(
 
 def word_surprisal(
     tokens: "pandas.DataFrame",
-    texts: Sequence[str],
+    texts: Iterable[str],
     regions: Sequence[Sequence[tuple[int, int]]] | None = None,
     direction: str = "forward",
 ) -> "pandas.DataFrame":
@@ -163,7 +160,7 @@ def word_surprisal(
 
     Args:
         tokens (`pandas.DataFrame`): The table that [`surprisal`] returned.
-        texts (`Sequence[str]`): The same texts.
+        texts (`Iterable[str]`): The same texts.
         regions (`Sequence[Sequence[tuple[int, int]]]`, *optional*):
             The regions of each text, as (start, end) in characters; by default its words.
         direction (`str`, defaults to `"forward"`): The `config.direction` of the model that the table is of.
@@ -180,23 +177,19 @@ def word_surprisal(
     import pandas
 
     columns = ("start", "end", "surprisal", "text", "unknown")
+    if not isinstance(tokens, pandas.DataFrame):
+        raise ValueError(f"`tokens` ({type(tokens).__name__}) must be the table that `surprisal` returned: give that.")
     if missing := [name for name in columns if name not in tokens]:
         raise ValueError(f"`tokens` has no column `{missing[0]}`: give the table that `surprisal` returned.")
-    if regions is not None and len(regions) != len(texts):
-        raise ValueError(
-            f"`regions` are given for {len(regions)} texts, and there are {len(texts)}: give one list for each."
-        )
+    texts = _checked_texts(texts)
+    if regions is not None:
+        regions = _checked_regions(regions, texts)
     starts, _, costs, numbers, unknown = (tokens[name].to_numpy() for name in columns)
     if not numpy.array_equal(numpy.unique(numbers), numpy.arange(len(texts))):
         raise ValueError(
             f"`tokens` belong to {len(numpy.unique(numbers))} texts, and there are {len(texts)}: give the same texts, and "
             "all of their tokens."
         )
-    if regions is not None:
-        regions = [
-            [_checked_region(region, text, number) for region in own]
-            for number, (text, own) in enumerate(zip(texts, regions, strict=True))
-        ]
     read = [in_direction(text, direction) for text in texts]
     if direction == "backward":
         turned = regions and [
@@ -248,6 +241,10 @@ def minimal_pairs(
     """
     import pandas
 
+    if not isinstance(pairs, Iterable) or isinstance(pairs, str | dict):
+        raise ValueError(
+            f"`pairs` ({type(pairs).__name__}) must be a list of dicts with `sentence_good` and `sentence_bad`."
+        )
     pairs = list(pairs)
     if not pairs:
         raise ValueError("`pairs` is empty: give at least one pair.")
@@ -286,8 +283,40 @@ def minimal_pairs(
     )
 
 
+def _checked_texts(texts: Iterable[str]) -> list[str]:
+    check_texts(texts)
+    texts = list(texts)
+    for number, text in enumerate(texts):
+        if not isinstance(text, str) or text == "":
+            raise ValueError(f"Text {number} is {text!r}: it must be a str with characters, so leave it out.")
+        check_unicode(text, f"Text {number}")
+    return texts
+
+
+def _checked_regions(regions: Sequence[Sequence[tuple[int, int]]], texts: list[str]) -> list[list[tuple[int, int]]]:
+    try:
+        lists = [list(own) for own in regions]
+    except TypeError as error:
+        raise ValueError(
+            f"`regions` ({regions!r}) must be a list for each text, of pairs (start, end) in characters."
+        ) from error
+    if len(lists) != len(texts):
+        raise ValueError(
+            f"`regions` are given for {len(lists)} texts, and there are {len(texts)}: give one list for each."
+        )
+    return [
+        [_checked_region(region, text, number) for region in own]
+        for number, (text, own) in enumerate(zip(texts, lists, strict=True))
+    ]
+
+
 def _checked_region(region: tuple[int, int], text: str, number: int) -> tuple[int, int]:
-    start, end = region
+    try:
+        start, end = map(operator.index, region)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"Region {region!r} of text {number} must be a pair of int, (start, end) in characters."
+        ) from error
     if not 0 <= start < end <= len(text):
         raise ValueError(
             f"Region {start} to {end} lies outside text {number}, which has {len(text)} characters: it must begin at 0 or "

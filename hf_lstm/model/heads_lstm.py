@@ -18,6 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutputWithPast, Toke
 from transformers.processing_utils import Unpack
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .cells_lstm import is_traced
 from .configuration_lstm import LSTMConfig
 from .modeling_lstm import LSTMModel, LSTMPreTrainedModel, linear
 
@@ -83,13 +84,15 @@ class LSTMForSequenceClassification(LSTMPreTrainedModel):
                 See [`LSTMModel`]. Without one, `config.pad_token_id` is padding at the start and at the end of a row, and a
                 token of the text elsewhere.
             labels (`torch.Tensor` of shape `(B,)` or `(B, C)`, *optional*):
-                The class of each text. With a single label, or with labels of a floating type, see `config.problem_type`.
+                The class of each text, from 0; -100 for those without one. With a single label, or with labels of a floating
+                type, see `config.problem_type`.
 
         Returns:
-            [`~modeling_outputs.SequenceClassifierOutputWithPast`]: `logits` of shape `(B, C)`; `loss`, for classes in nats.
+            [`~modeling_outputs.SequenceClassifierOutputWithPast`]: `logits` of shape `(B, C)`; `loss`, for classes in nats, 0
+            where no text has one.
 
         Raises:
-            ValueError: if a row holds no token, or as for [`LSTMModel`].
+            ValueError: if a row holds no token, for a label that is not a class, or as for [`LSTMModel`].
         """
         attention_mask = mask_of(self.config, input_ids, attention_mask)
         outputs = self.model(
@@ -104,8 +107,12 @@ class LSTMForSequenceClassification(LSTMPreTrainedModel):
         logits = self.score(pool(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling))
         loss = None
         if labels is not None:
-            count = kwargs.get("num_items_in_batch")
-            options = {"pooled_logits": logits, "config": self.config, "num_items_in_batch": count}
+            count = divisor = kwargs.get("num_items_in_batch")
+            usual = None if self.num_labels == 1 else "single_label_classification"
+            is_class = (self.config.problem_type or usual) == "single_label_classification"
+            if is_class and not labels.is_floating_point():
+                labels, divisor = checked_labels(labels, self.num_labels, count)
+            options = {"pooled_logits": logits, "config": self.config, "num_items_in_batch": divisor}
             loss = self.loss_function(logits=logits, labels=labels, **options)
             if count is not None and self.config.problem_type != "single_label_classification":
                 loss = loss * labels.numel() / count  # transformers divides the loss of classes alone by the count
@@ -148,10 +155,10 @@ class LSTMForTokenClassification(LSTMPreTrainedModel):
 
         Returns:
             [`~modeling_outputs.TokenClassifierOutput`]: `logits` of shape `(B, T, C)`, at padding those of the token before
-            it, and while training with batch norm 0; `loss` in nats.
+            it, and while training with batch norm 0; `loss` in nats, 0 where no token has a class.
 
         Raises:
-            ValueError: if a row holds no token, or as for [`LSTMModel`].
+            ValueError: if a row holds no token, for a label that is not a class, or as for [`LSTMModel`].
         """
         attention_mask = mask_of(self.config, input_ids, attention_mask)
         outputs = self.model(
@@ -172,11 +179,34 @@ class LSTMForTokenClassification(LSTMPreTrainedModel):
             logits = self.score(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         loss = None
         if labels is not None:
-            count = kwargs.get("num_items_in_batch")
+            labels, count = checked_labels(labels, self.num_labels, kwargs.get("num_items_in_batch"))
             loss = self.loss_function(logits, labels, self.config, num_items_in_batch=count)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+
+def checked_labels(
+    labels: torch.Tensor, num_labels: int, count: torch.Tensor | int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return labels of classes, and what the sum of their losses is divided by: `count`, or else the number of those that are
+    not -100, and at least 1.
+
+    Raises:
+        ValueError: for a label that is neither a class nor -100.
+    """
+    labels = labels.long()
+    if not is_traced():
+        wrong = labels[(labels != -100) & ((labels < 0) | (labels >= num_labels))]
+        if len(wrong):
+            raise ValueError(
+                f"`labels` hold {int(wrong[0])}, and the {num_labels} classes are numbered from 0 to {num_labels - 1}: number "
+                "them anew, write -100 where a class is missing, or make the model with a larger `num_labels`."
+            )
+    if count is None:
+        count = (labels != -100).sum()
+    return labels, torch.as_tensor(count).clamp(min=1)
 
 
 def mask_of(config: LSTMConfig, input_ids: Any, attention_mask: torch.Tensor | None) -> torch.Tensor | None:

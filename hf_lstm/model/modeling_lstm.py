@@ -172,7 +172,8 @@ class LSTMModel(LSTMPreTrainedModel):
                 The next `T` tokens of each row; `past_key_values` holds the state after earlier ones.
             attention_mask (`torch.Tensor` of shape `(B, T)`, *optional*):
                 0 marks padding, on either side or between. A padded token leaves the row's state as it was and repeats
-                its last output. With `past_key_values` the mask may be wider: its last `T` columns are used.
+                its last output. With `past_key_values` the mask may be wider by at most the tokens they have read, padding
+                included: its last `T` columns are used.
             position_ids (`torch.LongTensor` of shape `(B, T)`, *optional*):
                 A document starts, from a zero state, wherever the position of a real token is 0.
             past_key_values ([`Cache`], *optional*):

@@ -287,7 +287,7 @@ def find_reading(
         return None, None
     shape, device = x.shape[:2], x.device
     carried, document = cache_layer.is_initialized, cache_layer.document
-    real = _real(attention_mask, shape, carried, device)
+    real = _real(attention_mask, shape, cache_layer, device)
     restarts = torch.zeros(shape, dtype=torch.bool, device=device)
     if cu_seq_lens is not None:
         restarts = restarts | _starts(cu_seq_lens, shape, device)
@@ -368,15 +368,20 @@ def find_segments(
     return Segments(tokens[order], starts, outputs, real, firsts.view(shape), ends, batch_sizes).to(device)
 
 
-def _real(attention_mask, shape, carried, device):
+def _real(attention_mask, shape, cache_layer, device):
     """Return whether each token is read, `(B, T)`. A mask may begin with columns for tokens read earlier."""
     if attention_mask is None:
         return torch.ones(shape, dtype=torch.bool, device=device)
-    wider = carried and attention_mask.ndim == 2 and attention_mask.shape[1] > shape[1]
+    wider = cache_layer.is_initialized and attention_mask.ndim == 2 and attention_mask.shape[1] > shape[1]
     if attention_mask.shape != shape and not (wider and len(attention_mask) == shape[0]):
         raise ValueError(
             f"`attention_mask` of shape {tuple(attention_mask.shape)} must be {tuple(shape)}, a column for each token of "
             "the input; with a state in `past_key_values` it may begin with columns for the tokens read before."
+        )
+    if wider and not is_traced() and attention_mask.shape[1] - shape[1] > (read := int(cache_layer.cumulative_length)):
+        raise ValueError(
+            f"`attention_mask` of shape {tuple(attention_mask.shape)} begins with {attention_mask.shape[1] - shape[1]} columns "
+            f"for tokens read before, and `past_key_values` has read {read}: leave out those of other tokens."
         )
     return (attention_mask[:, -shape[1] :] != 0).to(device)
 

@@ -1,7 +1,6 @@
 """Callbacks for the stock Trainer: extra metrics, divergence, finished runs, NT-ASGD and the Hub."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
@@ -35,6 +34,7 @@ class MetricsCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._hook = None
+        self._of_step = _StepMean("regularization_loss")
         self._penalty: float | torch.Tensor = 0.0
         self._steps = 0
         self._added: dict[str, float] = {}  # to the metrics of the evaluation that is being logged
@@ -47,14 +47,12 @@ class MetricsCallback(TrainerCallback):
             )
         self.on_train_end(args, state, control)
         self._penalty, self._steps = 0.0, 0
-        self._hook = _watch(model, args, self._add)
-
-    def _add(self, output, weight):
-        penalty = getattr(output, "regularization_loss", None)
-        if penalty is not None:
-            self._penalty = self._penalty + penalty * weight  # a tensor: nothing is copied to the host before a log
+        self._hook = self._of_step.watch(model, args)
 
     def on_step_end(self, args, state, control, **kwargs):
+        penalty = self._of_step.take()
+        if penalty is not None:
+            self._penalty = self._penalty + penalty
         self._steps += 1
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -98,23 +96,17 @@ class DivergenceCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self._hook = None
-        self._loss: torch.Tensor | None = None  # of this step
+        self._of_step = _StepMean("loss")
         self._losses: list[float | torch.Tensor] = []  # of the steps since the weights were last checked
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         self.on_train_end(args, state, control)
-        self._loss, self._losses = None, []
-        self._hook = _watch(model, args, self._add)
-
-    def _add(self, output, weight):
-        loss = getattr(output, "loss", None)
-        if loss is not None:
-            loss = loss.detach() * weight  # a tensor, which is not copied to the host either
-            self._loss = loss if self._loss is None else self._loss + loss
+        self._losses = []
+        self._hook = self._of_step.watch(model, args)
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        self._losses.append(math.nan if self._loss is None else self._loss)
-        self._loss = None
+        loss = self._of_step.take()
+        self._losses.append(math.nan if loss is None else loss)
         self._check_weights(args, state, control, model)
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
@@ -249,16 +241,36 @@ def _best_metric(args):
     return args.metric_for_best_model and "eval_" + args.metric_for_best_model.removeprefix("eval_")
 
 
-def _watch(model, args, add: Callable):
+class _StepMean:
     """
-    Register a forward hook that calls `add(output, weight)` while the model trains; a loss times `weight` is its part of
-    the mean loss of a step over all processes.
+    The mean over a step, of all processes, of one loss of the outputs: the sum of those that the model divided by the tokens
+    of the whole step, else the mean over the forwards, of batches or of the documents of private training.
     """
-    of_mean = 1 / args.gradient_accumulation_steps
-    of_sum = args.world_size if args.average_tokens_across_devices else 1
 
-    def hook(module, inputs, kwargs, output):
-        if module.training:
-            add(output, of_mean if kwargs.get("num_items_in_batch") is None else of_sum)
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.total: torch.Tensor | None = None
+        self.forwards, self.of_sum = 0, 1
 
-    return model.register_forward_hook(hook, with_kwargs=True)
+    def watch(self, model, args):
+        """Begin a step and register the hook, which is returned."""
+        self.of_sum = args.world_size if args.average_tokens_across_devices else 1
+        self.take()
+        return model.register_forward_hook(self._add, with_kwargs=True)
+
+    def _add(self, module, inputs, kwargs, output):
+        value = getattr(output, self.name, None)
+        if not module.training or value is None:
+            return
+        is_part = kwargs.get("num_items_in_batch") is not None
+        value = value.detach() * (
+            self.of_sum if is_part else 1
+        )  # a tensor: nothing is copied to the host before a log
+        self.total = value if self.total is None else self.total + value
+        self.forwards += not is_part
+
+    def take(self) -> torch.Tensor | None:
+        """Return the mean of the step, `()`, and begin another; `None` without forwards."""
+        total, forwards = self.total, self.forwards
+        self.total, self.forwards = None, 0
+        return None if total is None else total / max(1, forwards)

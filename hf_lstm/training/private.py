@@ -15,6 +15,7 @@ every kind is drawn for each document, and no part of the model needs to know. T
 """
 
 import functools
+import hashlib
 import math
 import secrets
 import warnings
@@ -68,7 +69,7 @@ class PrivateTrainer(Trainer):
     Raises:
         ValueError: if opacus is not installed, for numbers outside their ranges, for arguments and data with which a step
             would not be one of independent documents, and, when training begins, for a checkpoint of a run with another
-            noise or share of documents.
+            noise, share of documents or documents.
     """
 
     def __init__(
@@ -207,13 +208,14 @@ class _PoissonBatches(Dataset):
 
 
 class _Ledger(TrainerCallback):
-    """Keeps the accountant's history and the seed in the state that Trainer saves."""
+    """Keeps the accountant's history, the seed and a digest of the documents in the state that Trainer saves."""
 
     def __init__(self, trainer: PrivateTrainer):
-        self.trainer = trainer
+        self.trainer, self.digest = trainer, ""
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, kept = self.trainer, (state.stateful_callbacks or {}).get(LEDGER)
+        self.digest = _digest(trainer.documents)
         if state.global_step == 0 and trainer.accountant.history:
             raise ValueError(
                 "`train` was called a second time, and the epsilon of this trainer is spent by the first: make a new "
@@ -237,12 +239,28 @@ class _Ledger(TrainerCallback):
                         f"`{name}` was {was:g} in the checkpoint and would be {now:g}: resume with the same epsilon, delta, "
                         "steps, batch size and documents."
                     )
+            if kept.get("documents", self.digest) != self.digest:  # earlier checkpoints hold none
+                raise ValueError(
+                    "The documents are not those of the checkpoint, or in another order, and the epsilon that it has spent is "
+                    "that of its own: resume with the same `train_dataset`, or start anew."
+                )
             trainer.accountant.history = [tuple(entry) for entry in kept["history"]]
             trainer.noise_seed = kept["seed"]
 
     def on_step_end(self, args, state, control, **kwargs):
         history = [list(entry) for entry in self.trainer.accountant.history]
-        state.stateful_callbacks[LEDGER] = {"history": history, "seed": self.trainer.noise_seed}
+        kept = {"history": history, "seed": self.trainer.noise_seed, "documents": self.digest}
+        state.stateful_callbacks[LEDGER] = kept
+
+
+def _digest(documents) -> str:
+    """Hash the tokens and labels of all documents, in their order."""
+    digest = hashlib.sha256()
+    for row in map(documents.__getitem__, range(len(documents))):
+        for name in ("input_ids", "labels"):
+            tokens = numpy.asarray(row[name], dtype=numpy.int64)
+            digest.update(len(tokens).to_bytes(8, "little") + tokens.tobytes())
+    return digest.hexdigest()
 
 
 def _random(seed: int, stream: int, step: int) -> numpy.random.Generator:

@@ -16,6 +16,10 @@ from hf_lstm.tokenizers import encode, ends_lines, in_direction
 
 RESET_EVERY = 256  # tokens; the second loss that is reported shows what the model knows from so short a past
 SAMPLE_LENGTH = 300  # tokens
+ONE_PASS = (
+    "This run read each training text once: a gap between the curves is not overfitting.\n"
+    "The validation text is another one, and may be harder."
+)
 # Flags that others who repeat a run leave out: those of its author's folders and repository.
 NOT_REPEATED = ("__resume_from_checkpoint", "__push_to_hub", "__hub_model_id", "__hub_private_repo", "__hub_revision")
 
@@ -176,7 +180,10 @@ def _without_folder(value):
 
 
 def draw_learning_curve(history: list[dict[str, Any]], path: Path) -> None:
-    """Draw training and validation loss (nats per token) over the steps, from Trainer's `log_history`."""
+    """
+    Draw training and validation loss (nats per token) over the steps, from Trainer's `log_history`. Of a run of one pass
+    the picture says how to read a gap between the two.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -190,5 +197,7 @@ def draw_learning_curve(history: list[dict[str, Any]], path: Path) -> None:
     axes.set(xlabel="step", ylabel="nats per token", title=path.parent.name)
     axes.grid(alpha=0.3)
     axes.legend()
+    if all(entry.get("epoch", 0) <= 1 for entry in history):
+        figure.supxlabel(ONE_PASS, fontsize="small")
     figure.savefig(path, dpi=120)
     pyplot.close(figure)

@@ -15,8 +15,12 @@ BABYLM = tuple(10**power * number for power in (6, 7, 8) for number in range(1 i
 
 
 def checkpoint_name(words: float) -> str:
-    """Return the name of a checkpoint's folder and branch: `chck_1M` after a million words."""
-    return f"chck_{f'{words / 1e6:.6f}'.rstrip('0').rstrip('.')}M"
+    """
+    Return the name of a checkpoint's folder and branch: `chck_1M` after a million words, `chck_500K` after fewer. Other
+    whole numbers have other names.
+    """
+    size, letter = (1e6, "M") if words >= 1e6 else (1e3, "K")
+    return f"chck_{f'{words / size:.6f}'.rstrip('0').rstrip('.')}{letter}"
 
 
 class WordCheckpointCallback(TrainerCallback):
@@ -33,7 +37,7 @@ class WordCheckpointCallback(TrainerCallback):
         as_far_as_read (`bool`, defaults to `False`): Whether numbers beyond the words of the run are left out.
 
     Raises:
-        ValueError: for a number that is not above 0, or a corpus without words; when training begins, for a number beyond
+        ValueError: for a number that is not above 0 or not whole, or a corpus without words; when training begins, for a number beyond
             the words that the run will read.
     """
 
@@ -51,6 +55,8 @@ class WordCheckpointCallback(TrainerCallback):
             raise ValueError(f"The corpus holds {corpus_words} words: checkpoints by words need at least one.")
         if not self.schedule or not self.schedule[0] > 0:
             raise ValueError(f"The numbers of words {self.schedule} must be above 0, and at least one.")
+        if broken := [number for number in self.schedule if number % 1 != 0]:
+            raise ValueError(f"The number of words {broken[0]} must be whole: give 1e6 for a million.")
 
     def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
         steps = math.ceil(len(train_dataloader) / args.gradient_accumulation_steps)  # of an epoch

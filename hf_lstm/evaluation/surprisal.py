@@ -98,7 +98,8 @@ def surprisal(
     start = start_ids(start_token, tokenizer)
     if not isinstance(top_k, Integral) or not 0 <= top_k <= model.config.vocab_size:
         raise ValueError(
-            f"`top_k` ({top_k!r}) must be from 0 to `vocab_size` ({model.config.vocab_size}), an int: it is the number of tokens to add."
+            f"`top_k` ({top_k!r}) must be from 0 to `vocab_size` ({model.config.vocab_size}), an int: it is the number of tokens "
+            "to add."
         )
     texts = _checked_texts(texts)
     if not texts:

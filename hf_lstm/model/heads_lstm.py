@@ -111,7 +111,7 @@ class LSTMForSequenceClassification(LSTMPreTrainedModel):
             usual = None if self.num_labels == 1 else "single_label_classification"
             is_class = (self.config.problem_type or usual) == "single_label_classification"
             if is_class and not labels.is_floating_point():
-                labels, divisor = checked_labels(labels, self.num_labels, count)
+                labels, divisor = checked_labels(labels, logits.shape[-1], count)
             options = {"pooled_logits": logits, "config": self.config, "num_items_in_batch": divisor}
             loss = self.loss_function(logits=logits, labels=labels, **options)
             if count is not None and self.config.problem_type != "single_label_classification":
@@ -179,8 +179,8 @@ class LSTMForTokenClassification(LSTMPreTrainedModel):
             logits = self.score(hidden.flatten(0, 1)).unflatten(0, hidden.shape[:2])
         loss = None
         if labels is not None:
-            labels, count = checked_labels(labels, self.num_labels, kwargs.get("num_items_in_batch"))
-            loss = self.loss_function(logits, labels, self.config, num_items_in_batch=count)
+            classes, count = checked_labels(labels, logits.shape[-1], kwargs.get("num_items_in_batch"))
+            loss = self.loss_function(logits, classes, self.config, num_items_in_batch=count)
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )

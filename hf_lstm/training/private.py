@@ -69,7 +69,7 @@ class PrivateTrainer(Trainer):
     Raises:
         ValueError: if opacus is not installed, for numbers outside their ranges, for arguments and data with which a step
             would not be one of independent documents, and, when training begins, for a checkpoint of a run with another
-            noise, share of documents or documents.
+            noise, share of documents, or other documents.
     """
 
     def __init__(

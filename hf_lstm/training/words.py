@@ -37,8 +37,8 @@ class WordCheckpointCallback(TrainerCallback):
         as_far_as_read (`bool`, defaults to `False`): Whether numbers beyond the words of the run are left out.
 
     Raises:
-        ValueError: for a number that is not above 0 or not whole, or a corpus without words; when training begins, for a number beyond
-            the words that the run will read.
+        ValueError: for a number that is not above 0 or not whole, or a corpus without words; when training begins, for a
+            number beyond the words that the run will read.
     """
 
     def __init__(

@@ -5,8 +5,8 @@ import gzip
 import io
 import json
 import math
-from pathlib import Path
 import shutil
+from pathlib import Path
 
 import numpy
 import pandas

@@ -298,7 +298,7 @@ BAD_ARGUMENTS = {
     ),
     "no such recipe": (
         ["--recipe", "nowhere"],
-        "`--recipe` nowhere must be a file of flags, or one of scripts/recipes: awd_wikitext2, hybrid, quickstart,",
+        "`--recipe` nowhere must be a file of flags, or one of scripts/recipes: awd_wikitext2, hybrid, hybrid_words, quickstart,",
     ),
     "a recipe in a recipe": (["--recipe", "nested.args"], "`--recipe` nested.args names another recipe"),
     "an unknown average": (["--averaging", "swa"], "`--averaging` swa must be `ema` or `nt_asgd`"),

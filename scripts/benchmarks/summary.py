@@ -210,7 +210,7 @@ PAGES: dict[str, list[Callable[[str], str]]] = {
 
 
 def rendered(page: str) -> str:
-    """Return a page with its sections as the results have them now."""
+    """Return a page with its sections rendered from the results."""
     folder = Path(os.path.relpath(ROOT / "scripts/benchmarks/results", (ROOT / page).parent)).as_posix()
     text = (ROOT / page).read_text(encoding="utf-8")
     for section in PAGES[page]:

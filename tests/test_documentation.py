@@ -60,6 +60,11 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / "tests" / name).exists(), name
 
 
+def test_every_test_is_named_in_the_guide_of_tests():
+    for path in (ROOT / "tests").glob("test_*.py"):
+        assert f"`{path.name}`" in TEXTS["tests/README.md"], path.name
+
+
 def test_the_test_command_stands_where_ci_looks_for_it():
     assert len(re.findall(r"^pip install .*\[dev\].*scripts/check\.py$", TEXTS["README.md"], flags=re.MULTILINE)) == 1
 

@@ -104,6 +104,7 @@ EXAMPLES = [
     Example("README.md", "Surprisal", ("main(arguments):", "Error(Exception):")),
     Example("README.md", "A text that goes on", ("\n",)),
     Example("scripts/README.md", "Three ways to make batches", (), (0, 1.0), trains=True),
+    Example("scripts/README.md", "What it remembers that it should not", ("secret", "count")),
     Example("scripts/README.md", "By symptom", ("3 documents, each from a zero state", "bits_per_character: ")),
     Example("scripts/README.md", "From Keras", ("春眠不覺曉，處處聞啼鳥。",), (1, 1.2), trains=True),
     Example(

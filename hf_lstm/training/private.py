@@ -68,8 +68,8 @@ class PrivateTrainer(Trainer):
 
     Raises:
         ValueError: if opacus is not installed, for numbers outside their ranges, for arguments and data with which a step
-            would not be one of independent documents, and, when training begins, for a checkpoint of a run with another
-            noise, share of documents, or other documents.
+            would not be one of independent documents, and, when training begins, for a checkpoint of a run with other
+            noise, another share of documents, or other documents.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ sys.path.insert(0, str(SCRIPTS))  # for classify.py
 
 import classify
 from comparisons import classification_table
-from record import RESULTS, StoredRuns
+from record import RESULTS, StoredRuns, digest
 from speakers import make_task, write_rows, write_task
 
 NAME = "classification"
@@ -108,7 +108,7 @@ def main() -> None:
                 for way in WAYS:
                     run = {"labels": labels, "epochs": epochs, "seed": seed, "learning_rate": rate, "way": way}
                     compute = partial(run_one, model, arguments.folder, parts["train"], run)
-                    stored.add(run, {"language": plan["language"]}, compute)
+                    stored.add(run, {"language": plan["language"], "text": digest(arguments.train_file)}, compute)
     print(classification_table(stored.runs))
 
 

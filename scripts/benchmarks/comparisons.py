@@ -192,8 +192,7 @@ def regularizers(folder: str) -> str:
         + regularizers_table(result["rows"])
         + "\n"
         + source("regularizers", result, command, folder, picture=False)
-        + '\nThe last three rows, and their seeds, come from `--seeds 3 --only "all of them" "with adversarial softmax" '
-        '"with partial shuffle" "with both"`.\n'
+        + '\nRows with several seeds come from `--seeds 3 --only "all of them" "with adversarial softmax" "with partial shuffle"`.\n'
     )
 
 
@@ -249,8 +248,7 @@ def privacy(folder: str) -> str:
         "python scripts/benchmarks/privacy.py --train_file tang/train.jsonl --validation_file tang/validation.jsonl"
     )
     speed = next(run for run in result["runs"] if run["task"] == "speed")
-    example = next(run for run in result["runs"] if run["task"] == "train")
-    settings = example["settings"]
+    settings = next(run["settings"] for run in result["runs"] if run.get("budget") == "plain")
     return (
         f"Exposure in bits (mean ± standard error) of secrets of {settings['length']} digits among {settings['documents']:,} "
         f"poems, {settings['secrets']} secrets for each number of copies, and the loss on unseen poems. All models have one layer "
@@ -275,7 +273,15 @@ def privacy_table(result: dict) -> str:
             bits = [value for run in own for value in run["exposures"][count]]
             cells.append(f"{statistics.mean(bits):.2f} ± {statistics.stdev(bits) / math.sqrt(len(bits)):.2f}")
         rows.append(cells)
-    return table(["training, epsilon", "seeds", "nats per byte", *(f"{count} copies" for count in counts)], rows)
+    return table(
+        [
+            "training, epsilon",
+            "seeds",
+            "nats per byte",
+            *(f"{count} {'copy' if count == '1' else 'copies'}" for count in counts),
+        ],
+        rows,
+    )
 
 
 def _kind_of_training(budget: str) -> tuple[bool, float, str]:

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 
 from comparisons import noise_table
-from record import RESULTS, StoredRuns
+from record import RESULTS, StoredRuns, digest
 
 NAME = "noise"
 SCRIPTS = Path(__file__).parents[1]
@@ -77,9 +77,10 @@ def main() -> None:
 
     training, evaluation = (QUICK, QUICK_EVALUATION) if options.quick else (TRAINING, EVALUATION)
     stored = StoredRuns(NAME, options.results)
+    settings = {"training": training, "evaluation": evaluation, "text": digest(options.train_file)}
     for share in SHARES:
         compute = partial(measure, options.train_file, share, training, evaluation)
-        stored.add({"training_noise": share}, {"training": training, "evaluation": evaluation}, compute)
+        stored.add({"training_noise": share}, settings, compute)
     draw(stored.runs, options.results / f"{NAME}.png")
     print("\n" + noise_table(stored.runs))
 

@@ -29,7 +29,7 @@ from pathlib import Path
 
 import torch
 from comparisons import privacy_table
-from record import RESULTS, StoredRuns
+from record import RESULTS, StoredRuns, digest
 from transformers import DataCollatorWithFlattening, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging
 
@@ -82,6 +82,15 @@ QUICK = Scale(
 )
 
 
+def scale_of(run: dict, scale: Scale) -> Scale:
+    """Return the settings of a run."""
+    if run.get("budget") == "plain, 64 wide":
+        return replace(scale, hidden_size=64)
+    if run.get("budget") == "plain, a quarter of the steps":
+        return replace(scale, steps=scale.steps // 4)
+    return scale
+
+
 def make_model(scale: Scale, seed: int) -> LSTMForCausalLM:
     set_seed(seed)
     return LSTMForCausalLM(
@@ -123,10 +132,6 @@ def train(
 
 def measure(texts: list[str], unseen: list[str], scale: Scale, budget: str, seed: int) -> dict:
     """Plant secrets, train, and measure exposure (bits) and loss (nats per byte)."""
-    if budget == "plain, 64 wide":
-        scale = replace(scale, hidden_size=64)
-    if budget == "plain, a quarter of the steps":
-        scale = replace(scale, steps=scale.steps // 4)
     counts = tuple(count for count in scale.counts for _ in range(scale.secrets))
     planted, canaries = insert_canaries(
         texts, TEMPLATE, DIGITS, scale.length, counts, seed, max_length=scale.max_length
@@ -185,7 +190,7 @@ def draw(result: dict, path: Path) -> None:
             errors = [statistics.stdev(bits) / math.sqrt(len(bits)) for bits in groups.values()]
             label = budget if budget.startswith("plain") else rf"$\epsilon$ = {budget}"
             axes.errorbar(list(groups), means, errors, fmt="o-", capsize=3, label=label)
-    settings = result["runs"][0]["settings"]
+    settings = next(run["settings"] for run in result["runs"] if run.get("budget") == "plain")
     axes.axhline(settings["length"] * math.log2(len(DIGITS)), color="gray", linestyle="--", label="all there are")
     axes.axhline(1 / math.log(2), color="gray", linestyle=":", label="a secret never seen")
     axes.set(xscale="symlog", xlabel="copies in the training text", ylabel="exposure, bits (mean ± standard error)")
@@ -222,13 +227,15 @@ def main() -> None:
     corpus = load_corpus(options.train_file, validation_file=options.validation_file)
     texts = list(corpus["train"]["text"][: scale.documents])
     unseen = list(corpus["validation"]["text"][: scale.documents // 10])
-    stored, settings = StoredRuns(NAME, options.results), asdict(scale) | {"template": TEMPLATE}
+    stored, text = StoredRuns(NAME, options.results), digest(options.train_file)
 
-    def compute(run: dict) -> dict:
-        return speed(scale) if run["task"] == "speed" else measure(texts, unseen, scale, run["budget"], run["seed"])
+    def compute(run: dict, own: Scale) -> dict:
+        return speed(own) if run["task"] == "speed" else measure(texts, unseen, own, run["budget"], run["seed"])
 
     for run in plan(options.only, 1 if options.quick else options.seeds):
-        found = stored.add(run, settings, partial(compute, run))
+        own = scale_of(run, scale)
+        settings = asdict(own) | {"template": TEMPLATE, "text": text}
+        found = stored.add(run, settings, partial(compute, run, own))
         if found is not None:
             print(run, {name: value for name, value in found.items() if name != "exposures"}, flush=True)
     if any(run["task"] == "train" for run in stored.runs):

@@ -1,5 +1,6 @@
 """Storage of benchmark results, with the machine and the commit of the measurement."""
 
+import hashlib
 import json
 import platform
 import subprocess
@@ -18,6 +19,11 @@ def commit() -> str:
         ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=True
     )
     return ran.stdout.strip()
+
+
+def digest(path: str | Path) -> str:
+    """Return the hash of a file, by which a stored run knows its text."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
 def write_result(name: str, result: dict, folder: Path = RESULTS) -> None:

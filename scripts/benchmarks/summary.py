@@ -25,7 +25,7 @@ def headline(folder: str) -> str:
         [
             f"training, one layer of {shape['width']}, characters",
             f"{shape['bare loop of nn.LSTM']:.2f} times the speed of `nn.LSTM`, "
-            + f"{rates['Trainer'] / rates['GPT-2']:.1f} times that of a GPT-2 of as many parameters",
+            + f"{rates['bare loop'] / rates['GPT-2']:.1f} times that of a GPT-2 of as many parameters",
         ],
         ["the stock Trainer", f"{shape['Trainer of the bare loop']:.2f} of the speed of a loop without it"],
         [
@@ -221,8 +221,9 @@ def rendered(page: str) -> str:
 
 
 def main() -> None:
-    for page in PAGES:
-        (ROOT / page).write_text(rendered(page), encoding="utf-8")
+    pages = {page: rendered(page) for page in PAGES}
+    for page, text in pages.items():
+        (ROOT / page).write_text(text, encoding="utf-8")
         print(f"written to {page}")
 
 

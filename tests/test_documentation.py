@@ -102,7 +102,7 @@ EXAMPLES = [
     Example("README.md", "Quickstart", ("def main(",)),
     Example("README.md", "Your own Trainer", ("'tokens': 1799",), trains=True),
     Example("README.md", "Surprisal", ("main(arguments):", "Error(Exception):")),
-    Example("README.md", "A text that goes on", ("\n",)),
+    Example("README.md", "A text that goes on", ("def main(",)),
     Example("scripts/README.md", "Three ways to make batches", (), (0, 1.0), trains=True),
     Example("scripts/README.md", "What it remembers that it should not", ("secret", "count")),
     Example("scripts/README.md", "By symptom", ("3 documents, each from a zero state", "bits_per_character: ")),

@@ -258,8 +258,6 @@ def make_trainer(
 ) -> Trainer:
     """Make the stock Trainer with ULMFiT's optimizer, schedule and unfreezing."""
     batch, rows = args.train_batch_size * args.world_size, len(parts["train"])
-    if model.config.classifier_hidden_size is not None and rows % batch == 1:
-        args.dataloader_drop_last = True  # batch norm learns nothing from a single text
     batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
     steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
     if args.max_steps > 0:
@@ -311,6 +309,10 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
     model = make_classifier(arguments, classes)
     classes = [model.config.id2label[number] for number in range(len(classes))]
     parts = {name: items_of(part, tokenizer, direction_of(model), classes, name) for name, part in rows.items()}
+    batch = args.train_batch_size * args.world_size
+    if model.config.classifier_hidden_size is not None and len(parts["train"]) % batch == 1:
+        print("The last training text is left out, since batch norm learns nothing from a batch of one text.")
+        parts["train"] = parts["train"][:-1]
     with closing(ProgressWithAccuracy()) as progress:  # also before the sentence with which a run may end
         trainer = make_trainer(model, parts, tokenizer, arguments, args, progress)
         trainer.train()

@@ -82,6 +82,19 @@ def test_it_learns_saves_and_measures(files, classify):
     assert AutoModelForSequenceClassification.from_pretrained(files / "more").config.classifier_hidden_size == 50
 
 
+def test_a_batch_of_one_text_costs_no_text_of_the_test(files, classify):
+    """Batch norm cannot learn from the last of 33 texts in batches of 32; the 10 texts of the test fill no batch."""
+    for name, rows in (("train", (TRAIN * 2)[:33]), ("test", (TEST * 4)[:10])):
+        with (files / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+
+    printed = classify("--train_file", files / "train.csv", "--test_file", files / "test.csv", "--num_train_epochs", 1)
+
+    metrics = json.loads((files / "out/metrics.json").read_text())
+    assert (metrics["training_texts"], metrics["steps"], metrics["texts"]) == (32, 1, 10)
+    assert "The last training text is left out" in printed
+
+
 def test_validation_chooses_the_epoch_and_scratch_begins_anew(files, classify):
     flags = ["--train_file", files / "train.jsonl", "--validation_file", files / "test.csv", "--num_train_epochs", 2]
 

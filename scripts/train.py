@@ -223,7 +223,7 @@ def train(trainer: Trainer, data: TrainingData, data_args: DataArguments) -> flo
 def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments, card_args: CardArguments) -> None:
     """Measure the saved model on every token; write metrics, learning curve and card; print the results."""
     model, folder = trainer.model, Path(trainer.args.output_dir)
-    reset_at_documents = data_args.reset_at_documents or data_args.batching != "lanes"
+    reset_at_documents = data_args.starts_documents_at_zero
     whole = seconds if trainer.args.resume_from_checkpoint is None else None  # of a resumed run Trainer saw a part
     results, reset_loss = measure(model, data.streams, reset_at_documents)
     metrics = collect_metrics(results, reset_loss, model.num_parameters(), trainer.state.global_step, whole)

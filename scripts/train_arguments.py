@@ -239,6 +239,11 @@ class DataArguments(Reading):
         if self.prompt is None:
             self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
 
+    @property
+    def starts_documents_at_zero(self) -> bool:
+        """Tell whether documents start from a zero state: only lanes can carry it on."""
+        return self.reset_at_documents or self.batching != "lanes"
+
 
 @dataclass
 class CardArguments:

@@ -58,9 +58,9 @@ def corpus_of_run(model: str, flag: str = "file"):
         )
     run = read_json(folder / "run.json")
     try:
-        data = data_of_command(run["command"])
+        data, card = data_of_command(run["command"])
         name = data.train_file or data.dataset_name
-        if name is None and run["data"] != DESCRIPTION:
+        if name is None and card.data_description is None and run["data"] != DESCRIPTION:
             raise ValueError(f"it was trained on {run['data']}")
         corpus = load_corpus(
             standard_library() if name is None else name,

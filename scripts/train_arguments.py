@@ -443,11 +443,11 @@ def with_recipes(arguments: list[str]) -> list[str]:
     return [*words, *arguments]
 
 
-def data_of_command(command: str) -> DataArguments:
-    """Read the arguments of the data from the command of a run, as its run.json holds it."""
-    parser = HfArgumentParser(DataArguments, allow_abbrev=False)
+def data_of_command(command: str) -> tuple[DataArguments, CardArguments]:
+    """Read the arguments of the data and of the card from the command of a run, as its run.json holds it."""
+    parser = HfArgumentParser((DataArguments, CardArguments), allow_abbrev=False)
     words = with_recipes(shlex.split(command)[2:])  # after `python scripts/train.py`
-    return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[0]
+    return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[:2]
 
 
 def parse(

@@ -12,8 +12,8 @@ import numpy
 import pandas
 import pytest
 import torch
-from conftest import TEXT, run_script
-from datasets import Dataset
+from conftest import SCRIPTS, TEXT, run_script
+from datasets import Dataset, DatasetDict
 
 from hf_lstm import (
     LSTMConfig,
@@ -400,3 +400,19 @@ def test_documents_start_as_in_the_run(folder, tmp_path, monkeypatch, capsys, fl
 
     assert results[""]["tokens_without_history"] == 8
     assert results["--reset_at_documents false"]["tokens_without_history"] == 1
+
+
+def test_the_library_may_be_described_in_other_words(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(
+        "evaluate_common.standard_library", lambda: DatasetDict(train=Dataset.from_dict({"text": [TEXT]}))
+    )
+    from evaluate_common import corpus_of_run
+
+    command = "python scripts/train.py --data_description 'modules of Python' --output_dir x"
+    (tmp_path / "run.json").write_text(json.dumps({"data": "modules of Python", "command": command}))
+
+    corpus, resets = corpus_of_run(str(tmp_path))
+
+    assert "".join(text for rows in corpus.values() for text in rows["text"]) == TEXT
+    assert not resets

@@ -59,12 +59,13 @@ class Parser(HfArgumentParser):
     Args:
         kinds (`type` or `tuple[type]`): The dataclasses.
         description (`str`): What `--help` begins with: the script's docstring.
+        task (`str`): The word before the flags, of a script with several tasks.
     """
 
-    def __init__(self, kinds, description: str):
+    def __init__(self, kinds, description: str, task: str = ""):
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         everything = "--help_all" in sys.argv
-        self.kinds = kinds
+        self.kinds, self.command = kinds, f"%(prog)s {task}".strip()
         self.kind_of = {flag.name: kind for kind in kinds for flag in fields(kind)}
         self.groups, self.known = {}, []
         self.untold = set()
@@ -74,7 +75,7 @@ class Parser(HfArgumentParser):
                 self.untold |= inherited
         super().__init__(
             kinds,
-            usage="%(prog)s [--FLAG VALUE ...]",
+            usage=f"{self.command} [--FLAG VALUE ...]",
             description=description.strip(),
             formatter_class=RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -124,7 +125,7 @@ class Parser(HfArgumentParser):
         near = near or [flag for flag in self.known if flag.startswith(f"{name}_")][:3]
         near = near or get_close_matches(name, self.known, n=2, cutoff=0.75)
         remedy = f"did you mean {' or '.join(f'`{flag}`' for flag in near)}?" if near else "`--help` lists the flags."
-        return f"`{name}` is not a flag of {Path(self.prog).name}: {remedy}"
+        return f"`{name}` is not a flag of {self.command % {'prog': Path(self.prog).name}}: {remedy}"
 
     def error(self, message: str):
         raise ValueError(f"{message}: `--help` lists the flags and what they take.")

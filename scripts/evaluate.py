@@ -424,6 +424,6 @@ if __name__ == "__main__":
         )
     try:
         kind = TASKS[task][0]
-        main(task, *Parser(kind, kind.__doc__).parse_args_into_dataclasses(flags))
+        main(task, *Parser(kind, kind.__doc__, task).parse_args_into_dataclasses(flags))
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -10,7 +10,7 @@ import torch
 from command_line import Parser, check_trainer_flags
 from huggingface_hub.errors import StrictDataclassError
 from reading import Reading
-from saved_models import check_source
+from saved_models import check_source, first_line
 from train_flags import given_flags, recipe_file, with_following, with_train_file
 from train_privacy import PrivacyArguments
 from transformers import AutoConfig, HfArgumentParser
@@ -386,7 +386,7 @@ def load_saved(kind: type, name: str, **options: Any):
         return kind.from_pretrained(name, **options)
     except Exception as error:  # the libraries behind it raise classes of their own
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        raise ValueError(f"`--model_name_or_path` {name} cannot be loaded: {str(reason).splitlines()[0]}") from error
+        raise ValueError(f"`--model_name_or_path` {name} cannot be loaded: {first_line(reason)}") from error
 
 
 def _take_saved_config(model_args: ModelArguments, name: str, given: dict[str, Any]) -> None:

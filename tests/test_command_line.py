@@ -258,6 +258,16 @@ def test_a_folder_that_is_missing_is_refused_at_once(refuse, online, hub, script
     assert len(hub.requests) == 1
 
 
+def test_an_error_without_words_is_named(refuse, monkeypatch):
+    def model_info(*names, **options):
+        raise TimeoutError
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+
+    message = "`--model` author/model is not a folder here, and the Hub cannot be asked for it (TimeoutError)"
+    assert message in refuse("generate.py", "--model", "author/model")
+
+
 def test_a_hub_that_cannot_be_asked_is_said(refuse, online):
     online("http://127.0.0.1:9")  # where nobody answers
 

@@ -3,7 +3,7 @@
 import inspect
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from dataclasses import fields
+from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -48,6 +48,11 @@ MEANT = {
     "num_beams": "beams beam_size",
 }
 KINDS = {"int": "INT", "float": "FLOAT", "str": "TEXT", "string_to_bool": "BOOL", "dict": "JSON"}
+
+
+def flag(help: str, default=None, **options):
+    """Make a field of a dataclass of flags; `options` are those of `dataclasses.field`."""
+    return field(default=default, metadata={"help": help}, **options)
 
 
 class Parser(HfArgumentParser):

@@ -20,8 +20,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import Parser
-from evaluate_common import Arguments, as_json, corpus_of, corpus_of_run, flag, log, resets_of, stream_of, write_result
+from command_line import Parser, flag
+from evaluate_common import Arguments, as_json, corpus_of, corpus_of_run, log, resets_of, stream_of, write_result
 from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy

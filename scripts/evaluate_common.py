@@ -2,19 +2,16 @@
 
 import json
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
+from command_line import flag
 from standard_library import DESCRIPTION, standard_library
 
 from hf_lstm import TokenStream, load_corpus
 from hf_lstm.hub import read_json
 from hf_lstm.tokenizers import direction_of
 from hf_lstm.unknown import drops_text, unknown_id
-
-
-def flag(help, default=None, **options):
-    return field(default=default, metadata={"help": help}, **options)
 
 
 @dataclass

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from evaluate_common import Arguments, as_json, corpus_of, flag, log, write_result
+from command_line import flag
+from evaluate_common import Arguments, as_json, corpus_of, log, write_result
 from evaluate_pictures import draw_noise
 from reading import Reading
 

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluate_common import Arguments, as_json, corpus_of, flag, log, stream_of, write_result
+from command_line import flag
+from evaluate_common import Arguments, as_json, corpus_of, log, stream_of, write_result
 from evaluate_pictures import draw_exposure
 from reading import Reading
 from transformers import GenerationConfig

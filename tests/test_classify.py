@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from conftest import SCRIPTS, make_model
+from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -124,6 +125,19 @@ def test_only_a_new_head_may_lack_weights(files, classify):
             classify("--train_file", files / "train.csv", model=model, output="more")
 
 
+def test_ctrl_c_names_a_folder_that_exists_only(files, classify, monkeypatch, capsys):
+    def load(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saved_models.check_source", load)
+
+    with pytest.raises(SystemExit) as stopped:
+        classify("--train_file", files / "train.csv")
+
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "classify.py: stopped before the classifier was finished: begin anew.\n"
+
+
 def test_ctrl_c_ends_in_a_sentence(files, classify, monkeypatch, capsys):
     def train(trainer):
         raise KeyboardInterrupt
@@ -175,6 +189,26 @@ def test_files_of_other_forms_are_read(files, classify):
     ):
         with pytest.raises(SystemExit, match=message):
             classify(*flags, *more)
+
+
+def test_numbered_classes_of_a_data_set_get_their_names(files, classify, monkeypatch):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["good", "bad"])})
+    parts = {"train": [0, 1], "test": [1, 1]}
+    data = {
+        part: Dataset.from_dict({"text": ["aa", "bb"], "label": labels}, features) for part, labels in parts.items()
+    }
+    monkeypatch.setattr("datasets.load_dataset", lambda name: data)
+    flags = ["--dataset_name", "author/data", "--max_steps", 1]
+
+    classify(*flags)
+
+    metrics = json.loads((files / "out/metrics.json").read_text())
+    assert (metrics["classes"], metrics["part"], metrics["majority"]) == (["bad", "good"], "test", 1)
+    data["test"] = Dataset.from_dict({"text": ["aa"], "label": [-1]}, features)
+    with pytest.raises(
+        SystemExit, match="Row 1 of the test part of author/data has the label -1, and the classes are"
+    ):
+        classify(*flags, output="more")
 
 
 ONE = [("aa", "a"), ("ab", "a")]

@@ -234,13 +234,12 @@ def parquet_columns(path, text_column) -> dict[str, str]:
 def _parquet_type(field):
     import pyarrow
 
-    return str(
-        field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type
-    )  # each text is stored once
+    # A dictionary stores each text once.
+    return str(field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type)
 
 
 def parquet_rows(paths, text_column, key=None):
-    """Yield the texts of .parquet files, whose other columns may hold anything, as `record_rows` does."""
+    """Yield the texts of .parquet files, whose other columns may hold anything; `key` as in `record_rows`."""
     for path in paths:
         yield from _parquet_texts(path, text_column)
 

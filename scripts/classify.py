@@ -5,9 +5,9 @@ python scripts/classify.py --model runs/language --train_file train.csv --test_f
 
 The files are .csv or .jsonl, with a column for the text and one for its label. `--output_dir` receives the classifier (the
 best by the accuracy on `--validation_file`, if there is one), its tokenizer, metrics.json and confusion.png: of the test
-file, or else of the validation file. Layers learn at rates that fall by `--layer_divisor` from the head down and are freed
-one an epoch, and all rates follow a slanted triangle (Howard & Ruder 2018). `--from_scratch true` begins with random
-weights of the same config instead, and trains all at once and alike.
+file, or else of the validation file, or, without both, of the training texts themselves. Layers learn at rates that fall
+by `--layer_divisor` from the head down and are freed one an epoch, and all rates follow a slanted triangle (Howard & Ruder
+2018). `--from_scratch true` begins with random weights of the same config instead, and trains all at once and alike.
 """
 
 import json
@@ -15,13 +15,13 @@ import math
 import sys
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from command_line import Parser, check_trainer_flags
+from command_line import Parser, check_trainer_flags, flag
 from evaluate_pictures import draw_confusion
 from huggingface_hub.errors import StrictDataclassError
 from reading import Reading
@@ -44,10 +44,6 @@ from hf_lstm.data.readers import kind_of
 from hf_lstm.data.records import choose_column, records_of
 from hf_lstm.tokenizers import direction_of, encode, in_direction
 from hf_lstm.training import DivergenceCallback, GradualUnfreezingCallback, parameter_groups, slanted_triangular
-
-
-def flag(help, default=None):
-    return field(default=default, metadata={"help": help})
 
 
 @dataclass
@@ -104,6 +100,7 @@ def read_rows(path: str, arguments: Arguments) -> Rows:
 
 
 def checked_rows(records: list[tuple[str, dict]], arguments: Arguments, name: str) -> Rows:
+    """Return the texts and labels of records, each with its place. Raises `ValueError` for one that lacks either."""
     if not records:
         raise ValueError(f"{name} holds no row: give labelled texts.")
     label_column, first = arguments.label_column, records[0][1]
@@ -148,6 +145,7 @@ def read_parts(arguments: Arguments) -> dict[str, Rows]:
 
 
 def load_parts(arguments: Arguments) -> dict[str, Rows]:
+    """Load the parts of `--dataset_name`, with the names of classes that it numbers."""
     from datasets import load_dataset
 
     loaded, parts = load_dataset(arguments.dataset_name), {}
@@ -155,14 +153,8 @@ def load_parts(arguments: Arguments) -> dict[str, Rows]:
         if name in loaded:
             names = getattr(loaded[name].features.get(arguments.label_column), "names", None)  # of numbered classes
             rows = [dict(row) for row in loaded[name]]
-            for number, row in enumerate(rows, 1) if names else ():
-                label = row[arguments.label_column]
-                if not isinstance(label, int) or not 0 <= label < len(names):
-                    raise ValueError(
-                        f"Row {number} of the {name} part of {arguments.dataset_name} has the label {label}, and the classes are "
-                        f"numbered 0 to {len(names) - 1}: it is not labelled, so save the data set without this part."
-                    )
-                row[arguments.label_column] = names[label]
+            if names:
+                name_classes(rows, names, arguments, name)
             parts[name] = checked_rows(
                 [(f"row {number}", row) for number, row in enumerate(rows, 1)],
                 arguments,
@@ -171,6 +163,18 @@ def load_parts(arguments: Arguments) -> dict[str, Rows]:
     if "train" not in parts:
         raise ValueError(f"`--dataset_name` {arguments.dataset_name} has no `train` split, only {', '.join(loaded)}.")
     return parts
+
+
+def name_classes(rows: list[dict], names: list[str], arguments: Arguments, part: str) -> None:
+    """Put the names of classes in the place of their numbers. Raises `ValueError` for a number of none."""
+    for number, row in enumerate(rows, 1):
+        label = row[arguments.label_column]
+        if not isinstance(label, int) or not 0 <= label < len(names):
+            raise ValueError(
+                f"Row {number} of the {part} part of {arguments.dataset_name} has the label {label}, and the classes are "
+                f"numbered 0 to {len(names) - 1}: it is not labelled, so save the data set without this part."
+            )
+        row[arguments.label_column] = names[label]
 
 
 def items_of(rows: Rows, tokenizer, direction: str, classes: list[str], part: str) -> list[dict[str, Any]]:
@@ -249,8 +253,10 @@ class ProgressWithAccuracy(ProgressLines):
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.is_world_process_zero:
-            figures = f"accuracy {metrics['eval_accuracy']:.2%}, F1 {metrics['eval_f1']:.4f}"
-            self.say(f"epoch {state.epoch:.0f}: validation, loss {metrics['eval_loss']:.4f}, {figures}")
+            self.say(
+                f"epoch {state.epoch:.0f}: validation, loss {metrics['eval_loss']:.4f}, accuracy "
+                f"{metrics['eval_accuracy']:.2%}, F1 {metrics['eval_f1']:.4f}"
+            )
 
 
 def make_trainer(
@@ -258,8 +264,6 @@ def make_trainer(
 ) -> Trainer:
     """Make the stock Trainer with ULMFiT's optimizer, schedule and unfreezing."""
     batch, rows = args.train_batch_size * args.world_size, len(parts["train"])
-    if model.config.classifier_hidden_size is not None and rows % batch == 1:
-        args.dataloader_drop_last = True  # batch norm learns nothing from a single text
     batches = rows // batch if args.dataloader_drop_last else math.ceil(rows / batch)
     steps = math.ceil(math.ceil(batches / args.gradient_accumulation_steps) * args.num_train_epochs)
     if args.max_steps > 0:
@@ -311,6 +315,10 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
     model = make_classifier(arguments, classes)
     classes = [model.config.id2label[number] for number in range(len(classes))]
     parts = {name: items_of(part, tokenizer, direction_of(model), classes, name) for name, part in rows.items()}
+    batch = args.train_batch_size * args.world_size
+    if model.config.classifier_hidden_size is not None and len(parts["train"]) % batch == 1:
+        print("The last training text is left out, since batch norm learns nothing from a batch of one text.")
+        parts["train"] = parts["train"][:-1]
     with closing(ProgressWithAccuracy()) as progress:  # also before the sentence with which a run may end
         trainer = make_trainer(model, parts, tokenizer, arguments, args, progress)
         trainer.train()
@@ -328,7 +336,8 @@ def run(arguments: Arguments, args: Training) -> dict[str, Any]:
         "training_texts": len(parts["train"]),
         "steps": trainer.state.global_step,
     }
-    (folder / "metrics.json").write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    written = json.dumps(metrics, indent=2, ensure_ascii=False) + "\n"
+    (folder / "metrics.json").write_text(written, encoding="utf-8", newline="\n")
     draw_confusion(metrics["confusion"], classes, folder / "confusion.png")
     print(
         f"{measured}: {metrics['accuracy']:.2%} of {len(truth):,} texts right, F1 {metrics['f1']:.4f}; the commonest class "
@@ -344,13 +353,12 @@ def main() -> None:
             raise ValueError(
                 "`--output_dir` is missing: name a folder for the classifier, such as `--output_dir runs/classifier`."
             )
-        run(arguments, args)
-    except KeyboardInterrupt:
-        print(
-            f"classify.py: stopped before the classifier was finished: delete {args.output_dir}, and begin anew.",
-            file=sys.stderr,
-        )
-        sys.exit(130)  # as a shell says that Ctrl-C ended a program
+        try:
+            run(arguments, args)
+        except KeyboardInterrupt:
+            remedy = f"delete {args.output_dir}, and begin anew" if Path(args.output_dir).exists() else "begin anew"
+            print(f"classify.py: stopped before the classifier was finished: {remedy}.", file=sys.stderr)
+            sys.exit(130)  # as a shell says that Ctrl-C ended a program
     except StrictDataclassError as error:  # a config wraps the ValueErrors of its checks
         sys.exit(f"classify.py: {error.__cause__}")
     except (ValueError, OSError) as error:

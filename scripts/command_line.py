@@ -3,7 +3,7 @@
 import inspect
 import sys
 from argparse import SUPPRESS, RawDescriptionHelpFormatter
-from dataclasses import fields
+from dataclasses import field, fields
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -50,6 +50,11 @@ MEANT = {
 KINDS = {"int": "INT", "float": "FLOAT", "str": "TEXT", "string_to_bool": "BOOL", "dict": "JSON"}
 
 
+def flag(help: str, default=None, **options):
+    """Make a field of a dataclass of flags; `options` are those of `dataclasses.field`."""
+    return field(default=default, metadata={"help": help}, **options)
+
+
 class Parser(HfArgumentParser):
     """
     `HfArgumentParser` with a group of flags for each dataclass, described by its docstring. A flag must be written whole,
@@ -59,12 +64,13 @@ class Parser(HfArgumentParser):
     Args:
         kinds (`type` or `tuple[type]`): The dataclasses.
         description (`str`): What `--help` begins with: the script's docstring.
+        task (`str`): The word before the flags, of a script with several tasks.
     """
 
-    def __init__(self, kinds, description: str):
+    def __init__(self, kinds, description: str, task: str = ""):
         kinds = kinds if isinstance(kinds, tuple) else (kinds,)
         everything = "--help_all" in sys.argv
-        self.kinds = kinds
+        self.kinds, self.command = kinds, f"%(prog)s {task}".strip()
         self.kind_of = {flag.name: kind for kind in kinds for flag in fields(kind)}
         self.groups, self.known = {}, []
         self.untold = set()
@@ -74,7 +80,7 @@ class Parser(HfArgumentParser):
                 self.untold |= inherited
         super().__init__(
             kinds,
-            usage="%(prog)s [--FLAG VALUE ...]",
+            usage=f"{self.command} [--FLAG VALUE ...]",
             description=description.strip(),
             formatter_class=RawDescriptionHelpFormatter,
             allow_abbrev=False,
@@ -124,7 +130,7 @@ class Parser(HfArgumentParser):
         near = near or [flag for flag in self.known if flag.startswith(f"{name}_")][:3]
         near = near or get_close_matches(name, self.known, n=2, cutoff=0.75)
         remedy = f"did you mean {' or '.join(f'`{flag}`' for flag in near)}?" if near else "`--help` lists the flags."
-        return f"`{name}` is not a flag of {Path(self.prog).name}: {remedy}"
+        return f"`{name}` is not a flag of {self.command % {'prog': Path(self.prog).name}}: {remedy}"
 
     def error(self, message: str):
         raise ValueError(f"{message}: `--help` lists the flags and what they take.")

@@ -174,6 +174,7 @@ def report(path: Path, model, difference, dtype: torch.dtype | None) -> None:
 if __name__ == "__main__":
     prepare_screen()
     parser = Parser(Arguments, __doc__)
+    parser.usage = "%(prog)s [SOURCE] [--FLAG VALUE ...]"
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="With --from: the file to convert.")
     try:
         arguments, positional = parser.parse_args_into_dataclasses()

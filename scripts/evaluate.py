@@ -10,7 +10,7 @@ python scripts/evaluate.py privacy --model runs/shakespeare --train_file tinysha
 python scripts/evaluate.py noise --model runs/shakespeare --train_file tinyshakespeare.txt --picture noise.png
 
 The result goes to the standard output, as JSON or CSV, and to `--output_file`; messages go to the standard error.
-`python scripts/evaluate.py stream --help` lists the flags of the first, which is meant where no task is named, and so on.
+`evaluate.py TASK --help` lists the flags of a task. `stream` is the task where none is named.
 """
 
 import csv
@@ -20,8 +20,8 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from command_line import Parser
-from evaluate_common import Arguments, as_json, corpus_of_run, flag, log, stream_of, write_result
+from command_line import Parser, flag
+from evaluate_common import Arguments, as_json, corpus_of, corpus_of_run, log, resets_of, stream_of, write_result
 from evaluate_noise import Noise, noise
 from evaluate_pictures import PICTURES, draw_gradients, draw_positions, draw_surprisal
 from evaluate_privacy import Privacy, privacy
@@ -60,7 +60,9 @@ class Stream(Reading, Arguments):
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     batch_size: int = flag("Parts read side by side, each without a history: 1 is exact.", 1)
     bptt_length: int = flag("Tokens read at once: memory, not the result.", 1024)
-    reset_at_documents: bool = flag("Start every document from a zero state.", False)
+    reset_at_documents: bool | None = flag(
+        "Start every document from a zero state; without it as in the model's own run, if that is the text."
+    )
     reset_every: int | None = flag("Start from a zero state after so many tokens.")
     temperature: float = flag("Divisor of the logits.", 1.0)
     picture: str | None = flag(
@@ -102,13 +104,18 @@ class Pairs(Arguments):
 class Adapt(Reading, Arguments):
     """The gain by a fitted temperature, a neural cache and dynamic evaluation, on test text."""
 
-    train_file: str | None = flag("The text that the model was trained on; its gradients scale dynamic evaluation.")
-    validation_file: str | None = flag("As in training. The temperature is fitted on it,")
+    train_file: str | None = flag(
+        "The text that the model was trained on, whose gradients scale dynamic evaluation; without it that of its own run."
+    )
+    validation_file: str | None = flag("Text that the temperature is fitted on, split as in training.")
     test_file: str | None = flag(
-        "and this is what is measured; without it the second half of the validation text, and the first half is fitted."
+        "Text that is measured; without it the temperature is fitted on the first half of the validation text, and the "
+        "second half is measured."
     )
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
-    reset_at_documents: bool = flag("Start every document from a zero state.", False)
+    reset_at_documents: bool | None = flag(
+        "Start every document from a zero state; without it as in the model's own run, if that is the text."
+    )
     cache_size: int = flag("Tokens in the cache.", NeuralCache.size)
     cache_theta: float = flag("The weight of the similarity of states in it.", NeuralCache.theta)
     cache_weight: float = flag("The share of the cache in each prediction.", NeuralCache.weight)
@@ -140,9 +147,10 @@ class Gradients(Reading, Arguments):
 
 
 def read_split(arguments: Stream | Gradients):
-    """Read the texts of `--file` and `--split`."""
+    """Read the texts of `--file` and `--split`, and tell whether their run starts documents from a zero state."""
+    resets = False
     if arguments.file is None and isinstance(arguments, Stream):
-        corpus, split = corpus_of_run(arguments.model), arguments.split or "validation"
+        (corpus, resets), split = corpus_of_run(arguments.model), arguments.split or "validation"
         log(f"The text is the {split} text of the run that {arguments.model} is of.")
     elif arguments.file is not None and arguments.split is None:
         corpus, split = load_documents(arguments.file, **arguments.reading), "train"
@@ -153,14 +161,15 @@ def read_split(arguments: Stream | Gradients):
         split = arguments.split or "test"
     if split not in corpus:
         raise ValueError(f"`--split` {split} is not among those of the corpus: {', '.join(corpus)}.")
-    return corpus[split]
+    return corpus[split], resets
 
 
 def stream(arguments: Stream, model, tokenizer) -> None:
-    resets = {"reset_at_documents": arguments.reset_at_documents, "reset_every": arguments.reset_every}
+    texts, of_run = read_split(arguments)
+    resets = {"reset_at_documents": resets_of(arguments, of_run), "reset_every": arguments.reset_every}
     if arguments.picture is not None and not any(resets.values()):
         raise ValueError("`--picture` shows what follows a zero state: add `--reset_at_documents` or `--reset_every`.")
-    tokens = stream_of(read_split(arguments), model, tokenizer)
+    tokens = stream_of(texts, model, tokenizer)
     result = evaluate_stream(
         model,
         tokens,
@@ -295,26 +304,18 @@ def figures(rows) -> dict:
 def adapt(arguments: Adapt, model, tokenizer) -> None:
     if arguments.rule not in ("rms", "sgd"):
         raise ValueError(f"`--rule` {arguments.rule} must be `rms` or `sgd`.")
-    if arguments.train_file is None and (arguments.validation_file is not None or arguments.test_file is not None):
-        raise ValueError("`--train_file` is missing: name the text that the model was trained on, as in training.")
     options = {"learning_rate": arguments.learning_rate, "decay": arguments.decay}
     options["segment_length"] = arguments.segment_length
     check_at_least_one(max_segments=arguments.max_segments)
     DynamicEvaluation(**options)  # refuses what cannot be before any work
     cache = NeuralCache(arguments.cache_size, arguments.cache_theta, arguments.cache_weight)
-    corpus = load_corpus(
-        standard_library() if arguments.train_file is None else arguments.train_file,
-        validation_file=arguments.validation_file,
-        test_file=arguments.test_file,
-        join_records=arguments.join_records,
-        **arguments.reading,
-    )
+    corpus, of_run = corpus_of(arguments, test_file=arguments.test_file)
     validation = stream_of(corpus["validation"], model, tokenizer)
     if "test" in corpus:
         test = stream_of(corpus["test"], model, tokenizer)
     else:
         validation, test = halves(validation)
-    resets = {"reset_at_documents": arguments.reset_at_documents}
+    resets = {"reset_at_documents": resets_of(arguments, of_run)}
     temperature = 1.0
     try:
         temperature = fit_temperature(model, validation, **resets)
@@ -351,7 +352,7 @@ def gradients(arguments: Gradients, *loaded) -> None:
         raise ValueError(
             f"`--tokens` ({arguments.tokens}) must be at least {least}, `--max_distance` + `--positions` + 1."
         )
-    texts, results = read_split(arguments), {}
+    (texts, _), results = read_split(arguments), {}
     distances = [distance for distance in TABLE if distance <= arguments.max_distance]
     log(f"{'distance in tokens':>40}" + "".join(f"{distance:>10}" for distance in distances))
     for name, (model, tokenizer) in zip(arguments.model, loaded, strict=True):
@@ -423,6 +424,6 @@ if __name__ == "__main__":
         )
     try:
         kind = TASKS[task][0]
-        main(task, *Parser(kind, kind.__doc__).parse_args_into_dataclasses(flags))
+        main(task, *Parser(kind, kind.__doc__, task).parse_args_into_dataclasses(flags))
     except (ValueError, OSError) as error:
         sys.exit(f"evaluate.py: {error}")

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from evaluate_common import Arguments, as_json, flag, log, write_result
+from command_line import flag
+from evaluate_common import Arguments, as_json, corpus_of, log, write_result
 from evaluate_pictures import draw_noise
 from reading import Reading
-from standard_library import standard_library
 
-from hf_lstm import load_corpus
 from hf_lstm.data.lanes import check_at_least_one
 from hf_lstm.evaluation.noise import KINDS, add_character_noise, loss_after_noise, share_of_known_words
 
@@ -16,7 +15,7 @@ from hf_lstm.evaluation.noise import KINDS, add_character_noise, loss_after_nois
 class Noise(Reading, Arguments):
     """The loss, and the share of written words that occur in the training text, with noise in the text before them."""
 
-    train_file: str | None = flag("The text that the model was trained on; Python's standard library without it.")
+    train_file: str | None = flag("The text that the model was trained on; without it that of the model's own run.")
     validation_file: str | None = flag("The text to corrupt; without it what training kept for validation.")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     shares: list[float] = field(
@@ -33,12 +32,7 @@ def noise(arguments: Noise, model, tokenizer) -> None:
     check_at_least_one(
         characters=arguments.characters, prompts=arguments.prompts, prompt_length=arguments.prompt_length
     )
-    corpus = load_corpus(
-        standard_library() if arguments.train_file is None else arguments.train_file,
-        validation_file=arguments.validation_file,
-        join_records=arguments.join_records,
-        **arguments.reading,
-    )
+    corpus, _ = corpus_of(arguments)
     words = {word for text in corpus["train"]["text"] for word in (text or "").split()}
     text = "\n".join(text or "" for text in corpus["validation"]["text"])[: arguments.characters]
     step = max(1, (len(text) - arguments.prompt_length) // arguments.prompts)

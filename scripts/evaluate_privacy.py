@@ -4,13 +4,12 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from evaluate_common import Arguments, as_json, flag, log, stream_of, write_result
+from command_line import flag
+from evaluate_common import Arguments, as_json, corpus_of, log, stream_of, write_result
 from evaluate_pictures import draw_exposure
 from reading import Reading
-from standard_library import standard_library
 from transformers import GenerationConfig
 
-from hf_lstm import load_corpus
 from hf_lstm.evaluation import draw_passages, exposure, extraction
 from hf_lstm.model_card import add_to_model_card
 
@@ -19,7 +18,7 @@ from hf_lstm.model_card import add_to_model_card
 class Privacy(Reading, Arguments):
     """Passages of the training text that can be extracted, beside unseen text, and the exposure of planted secrets."""
 
-    train_file: str | None = flag("The text that the model was trained on; Python's standard library without it.")
+    train_file: str | None = flag("The text that the model was trained on; without it that of the model's own run.")
     validation_file: str | None = flag("Unseen text of the same kind; without it what training kept for validation.")
     join_records: bool = flag("Whether the records are pieces of one text, as in training.", False)
     passages: int = flag("Passages of each text, drawn at random.", 1000)
@@ -51,12 +50,7 @@ def privacy(arguments: Privacy, model, tokenizer) -> None:
             f"`--card` needs the run.json that train.py wrote, and {arguments.model} has none: leave it out."
         )
     canaries = None if arguments.canaries is None else read_canaries(arguments.canaries)
-    corpus = load_corpus(
-        standard_library() if arguments.train_file is None else arguments.train_file,
-        validation_file=arguments.validation_file,
-        join_records=arguments.join_records,
-        **arguments.reading,
-    )
+    corpus, _ = corpus_of(arguments)
     result = {"extraction": extractable(arguments, corpus, model, tokenizer)}
     if canaries is not None:
         rows = exposure(

@@ -60,8 +60,13 @@ def _reason(name: str | None, holds: tuple[str, ...], hub: bool) -> str | None:
     except RepositoryNotFoundError:
         return f"{name} is neither a folder here nor a repository that the Hub shows you (private ones after `hf auth login`)"
     except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
-        return f"{name} is not a folder here, and the Hub cannot be asked for it ({str(error).splitlines()[0]})"
+        return f"{name} is not a folder here, and the Hub cannot be asked for it ({first_line(error)})"
     return None
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or the name of its class where it has none."""
+    return str(error).partition("\n")[0] or type(error).__name__
 
 
 def _newest_model(flag: str, place: Path) -> str:

@@ -6,8 +6,9 @@ python scripts/train.py --recipe quickstart --train_file 'books/*.txt' --output_
 python scripts/train.py --model_name_or_path runs/first --train_file more.txt --output_dir runs/second
 
 Without a corpus it learns Python, from small modules of the standard library. A text is a file, a folder of .txt files, or
-a pattern. A recipe is a file of flags, or the name of one in scripts/recipes; flags on the command line override it. `--output_dir` receives the best model, its tokenizer, metrics.json, learning_curve.png, a
-model card (README.md, rendered from run.json) and the checkpoints to resume from.
+a pattern. A recipe is a file of flags, or the name of one in scripts/recipes; flags on the command line override it.
+`--output_dir` receives the best model, its tokenizer, metrics.json, learning_curve.png, a model card (README.md, rendered
+from run.json) and the checkpoints to resume from.
 
 To write a training script of your own, begin with the sixty lines of train_minimal.py:
 
@@ -223,7 +224,7 @@ def train(trainer: Trainer, data: TrainingData, data_args: DataArguments) -> flo
 def report(trainer, data: TrainingData, seconds: float, data_args: DataArguments, card_args: CardArguments) -> None:
     """Measure the saved model on every token; write metrics, learning curve and card; print the results."""
     model, folder = trainer.model, Path(trainer.args.output_dir)
-    reset_at_documents = data_args.reset_at_documents or data_args.batching != "lanes"
+    reset_at_documents = data_args.starts_documents_at_zero
     whole = seconds if trainer.args.resume_from_checkpoint is None else None  # of a resumed run Trainer saw a part
     results, reset_loss = measure(model, data.streams, reset_at_documents)
     metrics = collect_metrics(results, reset_loss, model.num_parameters(), trainer.state.global_step, whole)
@@ -312,10 +313,8 @@ def run(arguments: list[str], held: ExitStack) -> None:
     progress = ProgressWithSamples(data, data_args)
     held.callback(progress.close)  # before the sentence with which a run may end
     trainer = make_trainer(model, data, data_args, privacy_args, optimization_args, args, progress)
-    to_publish, args.push_to_hub = (
-        args.push_to_hub,
-        False,
-    )  # else `save_model` would push, with a card of Trainer's own
+    # With `push_to_hub`, `save_model` would push, with a card of Trainer's own.
+    to_publish, args.push_to_hub = args.push_to_hub, False
     seconds = train(trainer, data, data_args)
     if trainer.is_world_process_zero():
         report(trainer, data, seconds, data_args, card_args)

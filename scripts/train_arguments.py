@@ -10,7 +10,7 @@ import torch
 from command_line import Parser, check_trainer_flags
 from huggingface_hub.errors import StrictDataclassError
 from reading import Reading
-from saved_models import check_source
+from saved_models import check_source, first_line
 from train_flags import given_flags, recipe_file, with_following, with_train_file
 from train_privacy import PrivacyArguments
 from transformers import AutoConfig, HfArgumentParser
@@ -239,6 +239,11 @@ class DataArguments(Reading):
         if self.prompt is None:
             self.prompt = "def " if self.train_file is None and self.dataset_name is None else "\n"
 
+    @property
+    def starts_documents_at_zero(self) -> bool:
+        """Tell whether documents start from a zero state: only lanes can carry it on."""
+        return self.reset_at_documents or self.batching != "lanes"
+
 
 @dataclass
 class CardArguments:
@@ -381,7 +386,7 @@ def load_saved(kind: type, name: str, **options: Any):
         return kind.from_pretrained(name, **options)
     except Exception as error:  # the libraries behind it raise classes of their own
         reason = error.__cause__ if isinstance(error, StrictDataclassError) else error
-        raise ValueError(f"`--model_name_or_path` {name} cannot be loaded: {str(reason).splitlines()[0]}") from error
+        raise ValueError(f"`--model_name_or_path` {name} cannot be loaded: {first_line(reason)}") from error
 
 
 def _take_saved_config(model_args: ModelArguments, name: str, given: dict[str, Any]) -> None:
@@ -438,11 +443,11 @@ def with_recipes(arguments: list[str]) -> list[str]:
     return [*words, *arguments]
 
 
-def data_of_command(command: str) -> DataArguments:
-    """Read the arguments of the data from the command of a run, as its run.json holds it."""
-    parser = HfArgumentParser(DataArguments, allow_abbrev=False)
+def data_of_command(command: str) -> tuple[DataArguments, CardArguments]:
+    """Read the arguments of the data and of the card from the command of a run, as its run.json holds it."""
+    parser = HfArgumentParser((DataArguments, CardArguments), allow_abbrev=False)
     words = with_recipes(shlex.split(command)[2:])  # after `python scripts/train.py`
-    return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[0]
+    return parser.parse_args_into_dataclasses(words, return_remaining_strings=True, look_for_args_file=False)[:2]
 
 
 def parse(

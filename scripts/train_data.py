@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from saved_models import check_source
+from saved_models import check_source, first_line
 from standard_library import standard_library
 from train_arguments import DataArguments, TrainArguments, load_saved
 from transformers import (
@@ -140,7 +140,7 @@ def load_tokenizer(args: DataArguments, rows, direction: str):
         tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     except Exception as error:  # the libraries behind it raise classes of their own
         raise ValueError(
-            f"`--tokenizer` {args.tokenizer} cannot be loaded ({str(error).splitlines()[0]}): {remedy}."
+            f"`--tokenizer` {args.tokenizer} cannot be loaded ({first_line(error)}): {remedy}."
         ) from error
     if tokenizer.eos_token is None:  # BERT's kind
         tokenizer.add_special_tokens({"eos_token": tokenizer.sep_token or "<eos>"})

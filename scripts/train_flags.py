@@ -50,9 +50,8 @@ def with_train_file(arguments: list[str], groups: tuple[type, ...]) -> list[str]
             f"`--train_file '{Path(words[0]).parent / '*'}{Path(words[0]).suffix}'`."
         )
     others = ([*arguments[:place], *arguments[place + 1 :]] for place in range(len(arguments)))
-    without = next(
-        rest for rest in others if given_flags(rest, groups) == (given, [])
-    )  # a flag may have the same value
+    # A flag may have the same value as the word.
+    without = next(rest for rest in others if given_flags(rest, groups) == (given, []))
     return ["--train_file", words[0], *without]
 
 
@@ -84,7 +83,7 @@ def _typed(value: Any) -> str:
 
 
 def _strategies(given: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the strategies that must change: the best model is that of an evaluation with a checkpoint."""
+    """Return the strategies to change: to keep the best model, each evaluation needs a checkpoint."""
     evaluates, saves = asked["eval_strategy"], asked["save_strategy"]
     if not asked["load_best_model_at_end"] or evaluates == saves != "no" or (saves == "best" and evaluates != "no"):
         return {}
@@ -112,8 +111,8 @@ def _strategies(given: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
 
 def _steps(given: dict[str, Any], asked: dict[str, Any]) -> dict[str, Any]:
     """
-    Return the numbers of steps that must change: that of checkpoints is a multiple of those of evaluations, one of which is
-    the best, and of logs.
+    Return the steps to change: `save_steps` must be a multiple of `eval_steps`, so that the best model is saved, and of
+    `logging_steps`.
     """
     typed = {name: given[name] for name in STEPS if name in given}
     if not typed or asked["save_strategy"] != "steps":

@@ -22,7 +22,8 @@ def take_folder(args: TrainArguments, carried: bool):
     Hold `output_dir` for this run alone, which is refused if another one holds it, and let `resume_from_checkpoint` be a
     checkpoint that holds everything, the carried state if there is one. The main process decides for all.
 
-    Ctrl-C inside raises a `KeyboardInterrupt` that says what is kept. The hold is a lock of the operating system on a file in the folder, and ends with the process, however that ends.
+    Ctrl-C inside raises a `KeyboardInterrupt` that says what is kept. The hold is a lock of the operating system on a file
+    in the folder, and ends with the process, however that ends.
     """
     with ExitStack() as stack:
         outcome = [None, args.resume_from_checkpoint]

@@ -11,6 +11,7 @@ import numpy
 import pytest
 import torch
 from conftest import SCRIPTS, make_model
+from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -82,6 +83,19 @@ def test_it_learns_saves_and_measures(files, classify):
     assert AutoModelForSequenceClassification.from_pretrained(files / "more").config.classifier_hidden_size == 50
 
 
+def test_a_batch_of_one_text_costs_no_text_of_the_test(files, classify):
+    """Batch norm cannot learn from the last of 33 texts in batches of 32; the 10 texts of the test fill no batch."""
+    for name, rows in (("train", (TRAIN * 2)[:33]), ("test", (TEST * 4)[:10])):
+        with (files / f"{name}.csv").open("w", newline="") as file:
+            csv.writer(file).writerows([("text", "label"), *rows])
+
+    printed = classify("--train_file", files / "train.csv", "--test_file", files / "test.csv", "--num_train_epochs", 1)
+
+    metrics = json.loads((files / "out/metrics.json").read_text())
+    assert (metrics["training_texts"], metrics["steps"], metrics["texts"]) == (32, 1, 10)
+    assert "The last training text is left out" in printed
+
+
 def test_validation_chooses_the_epoch_and_scratch_begins_anew(files, classify):
     flags = ["--train_file", files / "train.jsonl", "--validation_file", files / "test.csv", "--num_train_epochs", 2]
 
@@ -109,6 +123,19 @@ def test_only_a_new_head_may_lack_weights(files, classify):
 
         with pytest.raises(SystemExit, match=f"lacks the weights {name}: name a whole model"):
             classify("--train_file", files / "train.csv", model=model, output="more")
+
+
+def test_ctrl_c_names_a_folder_that_exists_only(files, classify, monkeypatch, capsys):
+    def load(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("saved_models.check_source", load)
+
+    with pytest.raises(SystemExit) as stopped:
+        classify("--train_file", files / "train.csv")
+
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "classify.py: stopped before the classifier was finished: begin anew.\n"
 
 
 def test_ctrl_c_ends_in_a_sentence(files, classify, monkeypatch, capsys):
@@ -162,6 +189,26 @@ def test_files_of_other_forms_are_read(files, classify):
     ):
         with pytest.raises(SystemExit, match=message):
             classify(*flags, *more)
+
+
+def test_numbered_classes_of_a_data_set_get_their_names(files, classify, monkeypatch):
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["good", "bad"])})
+    parts = {"train": [0, 1], "test": [1, 1]}
+    data = {
+        part: Dataset.from_dict({"text": ["aa", "bb"], "label": labels}, features) for part, labels in parts.items()
+    }
+    monkeypatch.setattr("datasets.load_dataset", lambda name: data)
+    flags = ["--dataset_name", "author/data", "--max_steps", 1]
+
+    classify(*flags)
+
+    metrics = json.loads((files / "out/metrics.json").read_text())
+    assert (metrics["classes"], metrics["part"], metrics["majority"]) == (["bad", "good"], "test", 1)
+    data["test"] = Dataset.from_dict({"text": ["aa"], "label": [-1]}, features)
+    with pytest.raises(
+        SystemExit, match="Row 1 of the test part of author/data has the label -1, and the classes are"
+    ):
+        classify(*flags, output="more")
 
 
 ONE = [("aa", "a"), ("ab", "a")]

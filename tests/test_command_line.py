@@ -44,7 +44,6 @@ def refuse(run, tmp_path, monkeypatch):
         ("classify.py", "--epochs", "`--num_train_epochs`"),
         ("generate.py", "--max_length", "`--max_new_tokens`"),
         ("generate.py", "--model_name_or_path", "`--model`"),
-        ("evaluate.py", "--input", "`--file`"),
         ("serve.py", "--prot", "`--port`"),
         ("push.py", "--repo_id", "`--repo`"),
         ("convert.py", "--out", "`--output_dir`"),
@@ -72,6 +71,32 @@ def test_the_flag_that_was_meant_is_named(refuse, script, flag, meant):
 )
 def test_other_mistakes_are_a_sentence_too(refuse, script, arguments, message):
     assert refuse(script, *arguments).startswith(f"{script}: {message}")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["pairs", "--text", "a"], "`--text` is not a flag of evaluate.py pairs: `--help` lists the flags."),
+        (["--input", "a"], "`--input` is not a flag of evaluate.py stream: did you mean `--file`?"),
+    ],
+)
+def test_the_task_of_a_wrong_flag_is_named(refuse, words, message):
+    assert refuse("evaluate.py", *words) == f"evaluate.py: {message}"
+
+
+@pytest.mark.parametrize(
+    ("words", "usage"),
+    [
+        (["evaluate.py", "pairs"], "usage: evaluate.py pairs [--FLAG VALUE ...]"),
+        (["convert.py"], "usage: convert.py [SOURCE] [--FLAG VALUE ...]"),
+        (["push.py"], "usage: push.py [--FLAG VALUE ...]"),
+    ],
+)
+def test_usage_shows_what_stands_before_the_flags(run, capsys, words, usage):
+    with pytest.raises(SystemExit):
+        run(*words, "--help")
+
+    assert capsys.readouterr().out.startswith(usage + "\n")
 
 
 def test_a_text_may_look_like_a_flag_and_a_flag_may_have_hyphens(monkeypatch):
@@ -231,6 +256,16 @@ def test_a_folder_that_is_missing_is_refused_at_once(refuse, online, hub, script
     message = f"{script}: `{flags[-1]}` runs/frist is neither a folder here nor a repository that the Hub shows you "
     assert refuse(script, *flags, "runs/frist").startswith(message)
     assert len(hub.requests) == 1
+
+
+def test_an_error_without_words_is_named(refuse, monkeypatch):
+    def model_info(*names, **options):
+        raise TimeoutError
+
+    monkeypatch.setattr(HfApi, "model_info", model_info)
+
+    message = "`--model` author/model is not a folder here, and the Hub cannot be asked for it (TimeoutError)"
+    assert message in refuse("generate.py", "--model", "author/model")
 
 
 def test_a_hub_that_cannot_be_asked_is_said(refuse, online):

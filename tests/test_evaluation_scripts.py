@@ -12,8 +12,8 @@ import numpy
 import pandas
 import pytest
 import torch
-from conftest import TEXT, run_script
-from datasets import Dataset
+from conftest import SCRIPTS, TEXT, run_script
+from datasets import Dataset, DatasetDict
 
 from hf_lstm import (
     LSTMConfig,
@@ -280,7 +280,7 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
     [
         ("stream", [], "holds no run.json that tells what it was trained on: name a text to measure"),
         ("stream", ["--file", "blank.txt", "--temperature", "0"], "`temperature` (0.0) must be a number above 0"),
-        ("stream", ["--picture", "x.png"], "`--picture` shows what follows a zero state"),
+        ("stream", ["--file", "blank.txt", "--picture", "x.png"], "`--picture` shows what follows a zero state"),
         (
             "stream",
             ["--output_file", "nowhere/x.json"],
@@ -303,7 +303,13 @@ def test_the_last_half_of_several_documents_is_measured(evaluate, tmp_path):
         ("pairs", ["--file", "regions.jsonl"], "Pair 0 has no text in `sentence_good`, only the fields text, regions"),
         ("pairs", ["--file", "blank.txt"], "blank.txt cannot be read as jsonl: line 1 is not JSON"),
         ("adapt", ["--rule", "adam"], "`--rule` adam must be"),
-        ("adapt", ["--test_file", "blank.txt"], "`--train_file` is missing"),
+        ("adapt", ["--test_file", "blank.txt"], "`--test_file` blank.txt needs `--train_file`"),
+        ("adapt", ["--validation_file", "blank.txt"], "`--validation_file` blank.txt needs `--train_file`"),
+        ("adapt", [], "`--train_file` is missing"),
+        ("privacy", ["--validation_file", "blank.txt"], "`--validation_file` blank.txt needs `--train_file`"),
+        ("privacy", [], "`--train_file` is missing"),
+        ("noise", ["--validation_file", "blank.txt"], "`--validation_file` blank.txt needs `--train_file`"),
+        ("noise", [], "`--train_file` is missing"),
         ("adapt", ["--max_segments", "0"], "`max_segments` (0) must be at least 1"),
         ("adapt", ["--decay", "2"], "`decay` (2.0) must lie in [0, 1]"),
         ("adapt", ["--cache_weight", "1"], "`weight` (1.0) must lie in [0, 1)"),
@@ -355,3 +361,58 @@ def test_without_a_file_the_validation_text_of_the_run_is_measured(folder, run, 
         (tmp_path / "model/run.json").write_text(json.dumps(written))
         with pytest.raises(SystemExit, match=f"is not here .{message}.*name a text to measure, such as `--file"):
             run("evaluate.py", "--model", "model")
+
+
+FEW = {
+    "adapt": ["--max_segments", 2, "--rule", "sgd"],
+    "privacy": ["--prefix_length", 20, "--suffix_length", 5, "--passages", 10],
+    "noise": ["--shares", 0.1, "--characters", 200, "--prompts", 1, "--prompt_length", 20],
+}
+
+
+@pytest.mark.parametrize("task", FEW)
+def test_without_a_training_file_the_text_of_the_run_is_read(folder, run, tmp_path, text_file, monkeypatch, task):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "model")
+    command = f"python scripts/train.py --train_file {text_file} --output_dir x"
+    (tmp_path / "model/run.json").write_text(json.dumps({"data": "songs", "command": command}))
+
+    found, expected = (
+        run("evaluate.py", task, "--model", "model", *FEW[task], *flags) for flags in ([], ["--train_file", text_file])
+    )
+
+    assert found == expected
+
+
+@pytest.mark.parametrize("flags", [["--reset_at_documents"], ["--batching", "packed"]], ids=["reset", "packed"])
+def test_documents_start_as_in_the_run(folder, tmp_path, monkeypatch, capsys, flags):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder, "model")
+    lines(tmp_path / "many.jsonl", [{"text": f"{number} bottles of beer"} for number in range(10, 90)])
+    command = " ".join(["python scripts/train.py --train_file many.jsonl", *flags])
+    (tmp_path / "model/run.json").write_text(json.dumps({"data": "songs", "command": command}))
+    results = {}
+    for options in ("", "--reset_at_documents false"):
+        run_script("evaluate.py", "--model", "model", *options.split())
+        printed = capsys.readouterr()
+        results[options] = json.loads(printed.out)
+        assert ("Documents start from a zero state, as in the run" in printed.err) == (options == "")
+
+    assert results[""]["tokens_without_history"] == 8
+    assert results["--reset_at_documents false"]["tokens_without_history"] == 1
+
+
+def test_the_library_may_be_described_in_other_words(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(SCRIPTS)
+    monkeypatch.setattr(
+        "evaluate_common.standard_library", lambda: DatasetDict(train=Dataset.from_dict({"text": [TEXT]}))
+    )
+    from evaluate_common import corpus_of_run
+
+    command = "python scripts/train.py --data_description 'modules of Python' --output_dir x"
+    (tmp_path / "run.json").write_text(json.dumps({"data": "modules of Python", "command": command}))
+
+    corpus, resets = corpus_of_run(str(tmp_path))
+
+    assert "".join(text for rows in corpus.values() for text in rows["text"]) == TEXT
+    assert not resets

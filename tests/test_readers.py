@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from hf_lstm import StreamingLanes, TokenStream, byte_tokenizer, load_corpus, load_documents
 from hf_lstm.data import read_records, read_text, readers, records
+from hf_lstm.data.readers import CorpusError
 
 # Each of them is something else to a reader that guesses.
 TEXTS = [
@@ -147,6 +148,26 @@ def test_an_empty_compressed_file_is_refused(tmp_path):
 
     with pytest.raises(ValueError, match=r"text.txt.gz is empty"):
         load_documents(tmp_path / "text.txt.gz")
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".json", ".csv"])
+def test_each_reader_of_records_checks_its_file(tmp_path, kind):
+    path = tmp_path / f"rows{kind}"
+    for encoding, message in (("utf-8", "does not exist"), ("klingon", r"`encoding` \(klingon\) must be")):
+        with pytest.raises(CorpusError, match=message):
+            next(records.records_of(path, encoding))
+    path.touch()
+    with pytest.raises(CorpusError, match=f"rows{kind} is empty"):
+        next(records.records_of(path))
+
+
+def test_of_several_files_only_texts_may_be_empty(tmp_path):
+    for name, content in (("a.txt", "a"), ("b.txt", ""), ("a.jsonl", '{"text": "a"}'), ("b.jsonl", "")):
+        (tmp_path / name).write_text(content)
+
+    assert load_documents(tmp_path / "*.txt")["train"]["text"][:] == ["a", ""]
+    with pytest.raises(CorpusError, match=r"b.jsonl is empty"):
+        load_documents(tmp_path / "*.jsonl", streaming=True)
 
 
 def test_an_error_in_a_compressed_file_names_its_line(tmp_path):

@@ -154,7 +154,7 @@ def load_documents(
     check_encoding(encoding)
     kind, files = source_of(name)
     for file in files:
-        check_file(file, may_be_empty=len(files) > 1)
+        check_file(file, may_be_empty=kind == "text" and len(files) > 1)
     try:
         with writable_cache():
             if files:

@@ -87,9 +87,9 @@ def kind_of(path: Path) -> str:
 def check_file(path: Path, may_be_empty: bool = False) -> None:
     """Raise `ValueError` for a file that does not exist, may not be read, cannot be unpacked or is empty."""
     if not path.is_file():
-        raise ValueError(f"The file {path} does not exist: correct its name, or its folder.")
+        raise CorpusError(f"The file {path} does not exist: correct its name, or its folder.")
     if not os.access(path, os.R_OK):
-        raise ValueError(f"The file {path} cannot be read, since you have no permission to: `chmod u+r` gives it.")
+        raise CorpusError(f"The file {path} cannot be read, since you have no permission to: `chmod u+r` gives it.")
     kind, compressed = kind_of(path), path.suffix.lower() in OPENERS
     if kind in UNREAD or (kind == ".parquet" and compressed):
         raise CorpusError(
@@ -98,7 +98,7 @@ def check_file(path: Path, may_be_empty: bool = False) -> None:
         )
     with opened(path) as file:
         if not file.read(1) and not may_be_empty:
-            raise ValueError(f"{path} is empty: name a file with text.")
+            raise CorpusError(f"{path} is empty: name a file with text.")
 
 
 def files_of(name: str | Path) -> list[Path]:

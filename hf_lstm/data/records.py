@@ -46,6 +46,8 @@ def read_records(path: str | Path, encoding: str = "utf-8") -> Iterator[tuple[in
 
 def json_records(path: Path, encoding: str = "utf-8") -> Iterator[tuple[str, dict]]:
     """Yield place and object of each record of a .json file: an array of records or strings, or one after another."""
+    check_encoding(encoding)
+    check_file(path)
     source, number = _JSON(path, encoding), 0
     in_array = source.peek() == "["
     if in_array:
@@ -159,11 +161,11 @@ def records_of(path: Path, encoding: str = "utf-8", csv_delimiter: str = ",") ->
         yield f"line {number}", record
 
 
-# Generators of rows for `Dataset.from_generator`, whose cache depends on `key`: the contents, and the version of the reader.
-
-
 def record_rows(paths, text_column, encoding, csv_delimiter, key=None):
-    """Yield the texts of .jsonl, .json or .csv files."""
+    """
+    Yield the texts of .jsonl, .json or .csv files, for `Dataset.from_generator`, whose cache depends on `key`: the contents,
+    and the version of the reader.
+    """
     for path in paths:
         for where, record in records_of(path, encoding, csv_delimiter):
             yield {"text": _text_of(record, text_column, path, where)}
@@ -232,13 +234,12 @@ def parquet_columns(path, text_column) -> dict[str, str]:
 def _parquet_type(field):
     import pyarrow
 
-    return str(
-        field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type
-    )  # each text is stored once
+    # A dictionary stores each text once.
+    return str(field.type.value_type if pyarrow.types.is_dictionary(field.type) else field.type)
 
 
 def parquet_rows(paths, text_column, key=None):
-    """Yield the texts of .parquet files, whose other columns may hold anything."""
+    """Yield the texts of .parquet files, whose other columns may hold anything; `key` as in `record_rows`."""
     for path in paths:
         yield from _parquet_texts(path, text_column)
 

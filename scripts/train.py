@@ -322,7 +322,8 @@ def run(arguments: list[str], held: ExitStack) -> None:
             publish(trainer, args)
         else:
             repo = f"YOUR_NAME/{Path(args.output_dir).resolve().name}"
-            print(f"Publish it: {sibling_command('push.py', '--model', args.output_dir, '--repo', repo)}")
+            flags = ["--model", args.output_dir, "--repo", repo, "--private", "true"]
+            print(f"Publish it: {sibling_command('push.py', *flags)}")
     end_processes(trainer)
 
 

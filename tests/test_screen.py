@@ -112,7 +112,7 @@ def test_a_file_gets_lines_and_no_bars(train, tmp_path):
     assert lines[-3:] == [
         f"The model, its card, metrics.json and learning_curve.png are in {folder}",
         f"Let it write: python {SCRIPTS / 'generate.py'} --model {folder}",
-        f"Publish it: python {SCRIPTS / 'push.py'} --model {folder} --repo YOUR_NAME/run",
+        f"Publish it: python {SCRIPTS / 'push.py'} --model {folder} --repo YOUR_NAME/run --private true",
     ]
 
 

@@ -50,7 +50,9 @@ def check_file(path: Path, difference: Callable[[], float], dtype: torch.dtype |
         found = difference()
     except Exception as error:  # raised by the library that runs the file
         path.unlink()
-        raise ValueError(f"{path} could not be run and was removed: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} could not be run and was removed: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
     if not (math.isfinite(found) and found <= limit):
         path.unlink()
         raise ValueError(

@@ -53,6 +53,7 @@ MODELS = {
     "hybrid": {"num_hidden_layers": 3, "block_type": "residual", "layer_types": PATTERN},
     "gpt2": {"n_layer": 4},
 }
+RECALL = {"heads": 2, "mlp": False}  # small models have wide heads, and no MLP between the layers
 LABELS = {"lstm": "LSTM", "residual": "residual LSTM", "hybrid": "hybrid", "gpt2": "GPT-2"}
 
 
@@ -79,19 +80,21 @@ class Scale:
 QUICK = Scale(3000, 20_000, 2, 16, 16, 256, 0.05, 2, 3000, 0.05, 2, ((2, 0), (2, 3)), (10, 30), 5)
 
 
-def find_model(name: str, vocabulary: int, parameters: int, window: int, positions: int) -> PreTrainedModel:
+def find_model(
+    name: str, vocabulary: int, parameters: int, window: int, positions: int, heads: int = 4, mlp: bool = True
+) -> PreTrainedModel:
     """Make the model whose width, a multiple of 4, brings its parameters nearest to a number; the embedding is tied."""
 
     def make(quarter: int) -> PreTrainedModel:
         width, options = 4 * quarter, MODELS[name]
         if name == "gpt2":
-            sizes = {"n_embd": width, "n_head": 4, "n_positions": positions, "vocab_size": vocabulary}
+            sizes = {"n_embd": width, "n_head": heads, "n_positions": positions, "vocab_size": vocabulary}
             left_out = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
             left_out |= dict.fromkeys(("bos_token_id", "eos_token_id"))
             return GPT2LMHeadModel(GPT2Config(**options, **sizes, **left_out))
         if "layer_types" in options:
-            options = options | {"attention_window": window, "num_attention_heads": 4}
-        if options.get("block_type") == "residual":
+            options = options | {"attention_window": window, "num_attention_heads": heads}
+        if options.get("block_type") == "residual" and mlp:
             options = options | {"intermediate_size": round(8 * width / 3)}
         return LSTMForCausalLM(LSTMConfig(vocab_size=vocabulary, hidden_size=width, **options))
 
@@ -240,7 +243,8 @@ class Comparison:
     def settings(self, run: Run) -> dict:
         """Return whatever decides the result of a run."""
         digest = {"text": self.streams[run.on]["train"].digest()} if run.on in self.streams else {}
-        return MODELS[run.model] | digest | asdict(self.scale)
+        own = RECALL if run.task == "recall" else {}
+        return MODELS[run.model] | digest | asdict(self.scale) | own
 
     def __call__(self, run: Run) -> dict:
         """Train and measure."""
@@ -251,7 +255,7 @@ class Comparison:
         if run.task == "recall":
             pairs, distance = next(t for t in scale.recall_tasks if run.on == f"{t[0]} pairs, {t[1]} between")
             length = 4 * pairs + distance
-            model = find_model(run.model, recall.VOCABULARY, scale.recall_parameters, length, length)
+            model = find_model(run.model, recall.VOCABULARY, scale.recall_parameters, length, length, **RECALL)
             budget = (scale.recall_rows, scale.recall_seconds, 3e-3, run.seed)
             trained = recall.train(model, pairs, distance, *budget, goal=0.999)
             return {

@@ -86,7 +86,7 @@ def draw_passages(tokens: Tokens, number: int, length: int, seed: int = 0) -> to
     places = (stream.document_ends + 1 - stream.document_starts - length + 1).clamp(min=0).cumsum(0)
     total = int(places[-1])
     if total == 0:
-        raise ValueError(f"No document has the {length} tokens of a passage: ask for shorter ones.")
+        raise ValueError(f"No document has the {length} tokens of a passage: ask for a shorter prefix and suffix.")
     chosen = torch.tensor(generator_of(seed).sample(range(total), min(number, total)))
     documents = torch.searchsorted(places, chosen, right=True)
     ends = stream.document_ends + 1 - length  # the last place of a passage in each document

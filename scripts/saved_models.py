@@ -85,7 +85,7 @@ def load_model(name: str | None, trust_remote_code: bool = False, device: str = 
     Load a language model, or an adapter of PEFT (LoRA) with the model that it adapts, and the tokenizer.
 
     Raises:
-        ValueError: if there is no such model, or no PEFT for an adapter.
+        ValueError: if the model does not exist, or is an adapter and PEFT is not installed.
     """
     check_source(name, holds=("config.json", ADAPTER))
     read = {"trust_remote_code": trust_remote_code}

@@ -104,7 +104,7 @@ def check_file(path: Path, may_be_empty: bool = False) -> None:
 def files_of(name: str | Path) -> list[Path]:
     """
     Return the files that a name stands for, in the order of their names: the .txt files below a folder, those that match a
-    pattern such as `books/*.txt`, or the one of this name. Raises `ValueError` where there are none.
+    pattern such as `books/*.txt`, or the one of this name. Raises `ValueError` if no file is found.
     """
     path = Path(name)
     if path.is_dir():

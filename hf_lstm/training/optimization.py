@@ -139,7 +139,7 @@ class WeightAveraging(torch.optim.Optimizer):
 
     def _averaging_weight(self) -> float | None:
         """Weight of this iterate in the average, or `None` while nothing is averaged."""
-        raise NotImplementedError  # each subclass has its own
+        raise NotImplementedError  # an abstract method: `NTASGD` and `EMAAdamW` define it
 
     def _parameters(self):
         return [parameter for group in self.param_groups for parameter in group["params"]]

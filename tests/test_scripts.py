@@ -413,7 +413,9 @@ def test_one_of_many_runs_gets_the_folder(take, tmp_path):
         assert sum(pool.map(attempt, takers)) == 1
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="Windows has no os.fork, by which a child keeps its parent's lock open")
+@pytest.mark.skipif(
+    not hasattr(os, "fork"), reason="Windows has no os.fork, by which a child keeps its parent's lock open"
+)
 def test_a_killed_run_gives_its_folder_back_at_once(take, tmp_path):
     """Although a process that it started lives on, as workers of a data loader do for a while."""
     reading, writing = os.pipe()
